@@ -1,0 +1,60 @@
+"""Precision schemes as data: what happens to the linear weights and activations of each part, and how far results may drift from PyTorch.
+
+Tolerances are relative root-mean-square errors against PyTorch fp32 (norm of the difference over norm of the reference), the largest of all golden
+cases. They sit well above what a correct build shows and far below what a broken kernel or a wrong scale produces (which is 1 or more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from runtime.contract.errors import UsageError
+
+__all__ = ["SCHEMES", "LinearScheme", "Scheme", "find_scheme"]
+
+
+@dataclass(frozen=True)
+class LinearScheme:
+    """Storage of a weight (fp32, fp16, int8 per output channel) and precision of the activation it meets (float, or int8 with a scale per row)."""
+
+    weight: str = "fp32"
+    activation: str = "float"
+
+
+FLOAT = LinearScheme()
+HALF = LinearScheme("fp16")
+W8A8 = LinearScheme("int8", "int8")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A named precision. `parts` maps prefixes of parameter names to their linear scheme, the longest match counting."""
+
+    name: str
+    parts: Mapping[str, LinearScheme]
+    embeddings: str
+    tolerance: Mapping[str, float]
+    help: str
+
+    def linear(self, parameter: str) -> LinearScheme:
+        """The scheme of a parameter by its longest matching prefix."""
+        matches = [prefix for prefix in self.parts if parameter.startswith(prefix)]
+        return self.parts[max(matches, key=len)] if matches else FLOAT
+
+
+SCHEMES: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("fp32", {"": FLOAT}, "fp32", {"vision": 2e-5, "prefill": 5e-5, "decode": 5e-5}, "exact: the same tokens as PyTorch"),
+        Scheme("fp16", {"": HALF}, "fp16", {"vision": 3e-3, "prefill": 5e-3, "decode": 5e-3}, "half-size weights, float arithmetic"),
+        Scheme("int8", {"": W8A8}, "fp16", {"vision": 0.06, "prefill": 0.08, "decode": 0.08}, "8-bit weights and activations (W8A8)"),
+    )
+}
+
+
+def find_scheme(name: str) -> Scheme:
+    """The scheme of that name; raises `UsageError` listing the choices."""
+    if name not in SCHEMES:
+        raise UsageError(f"unknown precision {name!r}; choose one of: {', '.join(SCHEMES)}")
+    return SCHEMES[name]

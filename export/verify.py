@@ -1,0 +1,74 @@
+"""The parity gate: golden results from PyTorch, and the verdict on a compiled bundle that replays them.
+
+Goldens are made by the uncached PyTorch model in fp32, so a cached, quantised, lowered bundle is held against the simplest form of the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from runtime.contract.errors import ParityError
+from runtime.contract.image import to_pixels
+from runtime.contract.prompt import render
+from runtime.contract.tokenizer import Tokenizer
+from runtime.selftest import Golden, StageError, replay
+from runtime.session import Session
+from trainer.datasets.scene_text import ground_sample, vqa_sample
+from trainer.datasets.scenes import draw_scene
+from trainer.model import InfMLLM
+
+__all__ = ["DECODE_STEPS", "gate", "make_goldens", "verdict_json"]
+
+DECODE_STEPS = 16
+_CASES = 4
+_SEED = 20231
+
+
+@torch.no_grad()
+def make_goldens(model: InfMLLM, tokenizer: Tokenizer, cases: int = _CASES) -> list[Golden]:
+    """Scenes with prompts of the three short tasks and every pool size in turn; 16 greedy steps each, whatever they say."""
+    rng = np.random.default_rng(_SEED)
+    goldens = []
+    for index in range(cases):
+        scene = draw_scene(rng)
+        phrase = ground_sample(scene, rng)
+        prompts = [render("caption", "describe"), vqa_sample(scene, rng).prompt(), phrase.prompt() if phrase else render("ground", "circle")]
+        before, after = tokenizer.encode_prompt(prompts[index % len(prompts)])
+        p = model.spec.pool_sizes[index % len(model.spec.pool_sizes)]
+        pixels = to_pixels(scene.image, model.spec)
+        embeds = model.embed_image(torch.from_numpy(pixels), p)[0]
+        sequence = model.sequence(before, embeds, after)
+        tokens: list[int] = []
+        logits = [model.logits(sequence)[0, -1]]
+        for _ in range(DECODE_STEPS):
+            tokens.append(int(logits[-1].argmax()))
+            sequence = torch.cat([sequence, model.decoder.embed_tokens(torch.tensor([[tokens[-1]]]))], dim=1)
+            logits.append(model.logits(sequence)[0, -1])
+        arrays = [np.asarray(ids, np.int64) for ids in (before, after)]
+        goldens.append(
+            Golden(pixels, p, arrays[0], arrays[1], embeds.numpy(), logits[0].numpy(), np.asarray(tokens, np.int64), torch.stack(logits[1:]).numpy())
+        )
+    return goldens
+
+
+def gate(session: Session, tolerance: dict[str, float]) -> list[StageError]:
+    """Replays a bundle's goldens; raises `ParityError` naming the worst stage if any is out of tolerance."""
+    stages = replay(session, tolerance)
+    failed = [stage for stage in stages if not stage.passed]
+    if failed:
+        worst = max(failed, key=lambda stage: stage.error / stage.tolerance)
+        raise ParityError(
+            f"{worst.stage} differs from PyTorch by {worst.error:.3g} (relative RMS), the scheme allows {worst.tolerance:.3g}; nothing was written. "
+            "Try a higher --precision, or --allow-unverified to keep the bundle marked UNVERIFIED"
+        )
+    return stages
+
+
+def verdict_json(verdict: str, stages: Sequence[StageError], tolerance: dict[str, float]) -> dict[str, Any]:
+    """The manifest's parity entry."""
+    rows = [{"stage": s.stage, "error": s.error, "tolerance": s.tolerance, "agreement": s.agreement} for s in stages]
+    return {"verdict": verdict, "decode_steps": DECODE_STEPS, "tolerance": tolerance, "stages": rows}

@@ -1,0 +1,56 @@
+"""Boxes as text: `x1,y1 x2,y2`, four numbers in [0, 1] of the displayed picture's width and height.
+
+The reader is strict: exactly four numbers, each 0, 1 or a decimal fraction. It orders the corners and clamps nothing silently: numbers
+above 1 are no box. What cannot be read is None, and callers keep the raw text (the original code turned failures into a zero box).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+__all__ = ["Box", "find_boxes", "format_box", "iou", "parse_box", "to_pixel_box"]
+
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2 with x1 <= x2 and y1 <= y2."""
+
+BOX_DECIMALS = 2
+_NUMBER = r"(?:0(?:\.\d{1,6})?|1(?:\.0{1,6})?|\.\d{1,6})"
+_BOX = re.compile(rf"(?<![\d.])({_NUMBER})\s?,\s?({_NUMBER})\s({_NUMBER})\s?,\s?({_NUMBER})(?![\d]|\.\d)")
+
+
+def _ordered(values: Sequence[float]) -> Box:
+    x1, y1, x2, y2 = values
+    return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+
+
+def format_box(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> str:
+    """Writes a pixel box of a width x height picture (or a box in [0, 1]) as text, corners ordered and clamped to the picture."""
+    scaled = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+    x1, y1, x2, y2 = _ordered([min(1.0, max(0.0, v)) for v in scaled])
+    return f"{x1:.{BOX_DECIMALS}f},{y1:.{BOX_DECIMALS}f} {x2:.{BOX_DECIMALS}f},{y2:.{BOX_DECIMALS}f}"
+
+
+def find_boxes(text: str) -> list[Box]:
+    """Every box in `text`, in order, in [0, 1]."""
+    return [_ordered([float(v) for v in match.groups()]) for match in _BOX.finditer(text)]
+
+
+def parse_box(text: str) -> Box | None:
+    """The one box `text` consists of (white space and a final full stop allowed), or None."""
+    match = _BOX.fullmatch(text.strip().removesuffix("."))
+    return _ordered([float(v) for v in match.groups()]) if match else None
+
+
+def to_pixel_box(box: Box, width: int, height: int) -> Box:
+    """Scales a box in [0, 1] to pixels of a width x height picture."""
+    return (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes in the same unit; 0 when both are empty."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    inside = max(0.0, width) * max(0.0, height)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - inside
+    return inside / union if union > 0 else 0.0

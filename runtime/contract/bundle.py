@@ -1,0 +1,178 @@
+"""The bundle: a folder with `manifest.json`, graphs, weights, token table, tokenizer and goldens, all named and hashed by the manifest.
+
+`read_bundle` checks names, kinds, sizes and where graphs point before anything is allocated; `verify` checks every byte. A full check runs the
+first time a bundle is used on a machine and is remembered under the files' identity, so later loads only compare that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtime.contract.errors import BundleError, SpecError
+from runtime.contract.files import sha256_file
+from runtime.contract.onnx_guard import external_locations
+from runtime.contract.spec import ModelSpec
+
+__all__ = ["DECODER", "EMBEDDINGS", "GOLDENS", "MANIFEST", "TOKENIZER", "VERSION", "VISION", "Bundle", "read_bundle", "write_manifest"]
+
+FORMAT, VERSION = "infmllm-bundle", 1
+MANIFEST = "manifest.json"
+VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS = "vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json", "goldens.npz"
+REQUIRED = (VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS)
+VERIFIED, UNVERIFIED = "VERIFIED", "UNVERIFIED"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MAX_MANIFEST = 4 << 20
+_MAX_FILES = 1000
+_FIELDS = {"format", "version", "spec", "target", "schemes", "files", "provenance", "parity"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A read manifest. `files` maps plain names to (bytes, SHA-256); `parity` is the verdict with its figures."""
+
+    path: Path
+    spec: ModelSpec
+    target: str
+    schemes: Mapping[str, str]
+    files: Mapping[str, tuple[int, str]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+
+    def file(self, name: str) -> Path:
+        """Path of a listed file; raises `BundleError` if the manifest does not list it."""
+        if name not in self.files:
+            raise BundleError(f"{self.path / MANIFEST} does not list {name}; re-export the bundle")
+        return self.path / name
+
+    @property
+    def verdict(self) -> str:
+        """"VERIFIED" if the build proved the graphs equal to PyTorch, else "UNVERIFIED"."""
+        return VERIFIED if self.parity.get("verdict") == VERIFIED else UNVERIFIED
+
+    def verify(self) -> None:
+        """Hashes every file. Raises `BundleError` naming the first that differs."""
+        for name, (_, expected) in self.files.items():
+            found = sha256_file(self.path / name)
+            if found != expected:
+                raise BundleError(f"{self.path / name} has sha256 {found[:12]}…, manifest says {expected[:12]}…; re-export or copy the bundle again")
+
+    def verify_once(self) -> None:
+        """`verify`, unless these very files (inode, size, time) already passed on this machine."""
+        identity = hashlib.sha256((self.path / MANIFEST).read_bytes())
+        for name in sorted(self.files):
+            info = (self.path / name).stat()
+            identity.update(f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}\n".encode())
+        marks = _cache_folder() / "verified"
+        mark = marks / identity.hexdigest()
+        if mark.exists():
+            return
+        self.verify()
+        try:
+            marks.mkdir(parents=True, exist_ok=True)
+            for old in sorted(marks.iterdir(), key=lambda path: path.stat().st_mtime)[:-_MAX_MARKS]:
+                old.unlink(missing_ok=True)
+            mark.touch()
+        except OSError:
+            pass  # a read-only home costs a full check every time, nothing else
+
+
+_MAX_MARKS = 256
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("INFMLLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infmllm")
+
+
+def read_bundle(path: str | os.PathLike[str]) -> Bundle:
+    """Reads and checks a bundle's manifest and the presence, kind and size of its files. Raises `BundleError`."""
+    folder = Path(path)
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise BundleError(f"no bundle at {folder} ({MANIFEST} not found); build one with: infmllm-export build -o {folder}")
+    if manifest.stat().st_size > _MAX_MANIFEST:
+        raise BundleError(f"{manifest} is larger than {_MAX_MANIFEST} bytes; this is no manifest of ours")
+    try:
+        data = json.loads(manifest.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{manifest} is not valid JSON ({error}); re-export the bundle") from None
+    bundle = _parse(folder, data)
+    _check_files(bundle)
+    return bundle
+
+
+def _expect(ok: bool, manifest: Path, message: str) -> None:
+    if not ok:
+        raise BundleError(f"{manifest}: {message}; re-export the bundle")
+
+
+def _parse(folder: Path, data: Any) -> Bundle:
+    manifest = folder / MANIFEST
+    _expect(isinstance(data, dict) and data.get("format") == FORMAT, manifest, f'"format" is not "{FORMAT}"')
+    _expect(data.get("version") == VERSION, manifest, f"format version is {data.get('version')!r:.20}, this runtime reads {VERSION}")
+    _expect(set(data) == _FIELDS, manifest, f"fields differ from the format: {sorted(set(data) ^ _FIELDS)!s:.200}")
+    try:
+        spec = ModelSpec.from_json(data["spec"])
+    except SpecError as error:
+        raise BundleError(f"{manifest}: {error}; re-export the bundle") from None
+    _expect(isinstance(data["target"], str), manifest, "target is not text")
+    for name in ("schemes", "files", "provenance", "parity"):
+        _expect(isinstance(data[name], dict), manifest, f"{name} is not an object")
+    _expect(all(isinstance(v, str) for v in data["schemes"].values()), manifest, "a scheme is not text")
+    _expect(len(data["files"]) <= _MAX_FILES, manifest, f"lists more than {_MAX_FILES} files")
+    files: dict[str, tuple[int, str]] = {}
+    for name, entry in data["files"].items():
+        _expect(bool(_NAME.fullmatch(name)) and name != MANIFEST, manifest, f"{name!r:.80} is not a plain file name inside the bundle")
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        _expect(type(size) is int and size >= 0, manifest, f"{name} has no byte count")
+        _expect(isinstance(digest, str) and bool(_DIGEST.fullmatch(digest)), manifest, f"{name} has no SHA-256 of 64 hex digits")
+        files[name] = (size, digest)
+    missing = [name for name in REQUIRED if name not in files]
+    _expect(not missing, manifest, f"lacks {', '.join(missing)}")
+    return Bundle(folder, spec, data["target"], data["schemes"], files, data["provenance"], data["parity"])
+
+
+def _check_files(bundle: Bundle) -> None:
+    for name, (size, _) in bundle.files.items():
+        path = bundle.path / name
+        try:
+            info = path.lstat()
+        except OSError:
+            raise BundleError(f"{path} is missing; re-export or copy the bundle again") from None
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
+            raise BundleError(f"{path} is a link or not a regular file; bundles hold plain files only, copy it again")
+        if info.st_size != size:
+            raise BundleError(f"{path} has {info.st_size} bytes, manifest says {size}; re-export or copy the bundle again")
+    for graph in (VISION, DECODER):
+        outside = external_locations(bundle.path / graph) - set(bundle.files)
+        if outside:
+            raise BundleError(f"{bundle.path / graph} refers to data outside the bundle: {sorted(outside)[0]!r:.80}; do not use it")
+
+
+def write_manifest(folder: Path, spec: ModelSpec, target: str, schemes: Mapping[str, str], provenance: Mapping[str, Any], parity: Mapping[str, Any]) -> None:
+    """Hashes everything in `folder` and writes `manifest.json`, last, flushed to disk."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": spec.to_json(),
+        "target": target,
+        "schemes": dict(schemes),
+        "files": files,
+        "provenance": dict(provenance),
+        "parity": dict(parity),
+    }
+    with (folder / MANIFEST).open("w") as file:
+        file.write(json.dumps(data, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,123 @@
+"""The only image preprocessing: a file or bytes become an RGB picture, a picture becomes `pixels`.
+
+Reading is defensive (allow-listed formats by content, sizes checked from the header before decoding, truncation refused) and defined for
+every pixel mode: EXIF orientation applied, alpha and palettes laid over the mean colour, CMYK converted, 16 bit scaled. Trainer and
+runtime share `to_pixels`, so what a model saw in training is bit for bit what it sees on the device.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from runtime.contract.errors import ImageError
+from runtime.contract.spec import ModelSpec
+
+__all__ = ["MEAN_COLOUR", "open_image", "read_image_bytes", "to_pixels"]
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN_COLOUR = (122, 116, 104)
+"""Background under transparency and around padded images (RGB, the mean above in 8 bit)."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MAX_BYTES = 64 << 20
+MAX_PIXELS = 64_000_000
+MIN_SIDE = 4
+
+# (value / 255 - mean) / std for every byte value and channel: [3, 256] float32.
+_NORMALISE = ((np.arange(256, dtype=np.float64) / 255.0)[None, :] - np.array(MEAN)[:, None]) / np.array(STD)[:, None]
+_LOOKUP: NDArray[np.float32] = _NORMALISE.astype(np.float32)
+
+
+def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file of at most 64 MiB. Raises `ImageError` for anything else."""
+    where = Path(path)
+    try:
+        descriptor = os.open(where, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError:
+        raise ImageError(f"image {where} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"image {where} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    with os.fdopen(descriptor, "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise ImageError(f"image {where} is not a regular file; give a JPEG, PNG, WebP or BMP file, or - for standard input")
+        if info.st_size > MAX_BYTES:
+            raise ImageError(f"image {where} has {info.st_size} bytes, at most {MAX_BYTES} are read; scale it down first")
+        return file.read(MAX_BYTES + 1)
+
+
+def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+    """Reads a picture as displayed: RGB, 8 bit, EXIF orientation applied. First frame of animations.
+
+    `source` is a path or the file's bytes; `name` stands for bytes in messages. Raises `ImageError`.
+    """
+    data = source if isinstance(source, bytes) else read_image_bytes(source)
+    where = name or ("image" if isinstance(source, bytes) else f"image {os.fspath(source)}")
+    if not data:
+        raise ImageError(f"{where} is empty (0 bytes); give a JPEG, PNG, WebP or BMP file")
+    if len(data) > MAX_BYTES:
+        raise ImageError(f"{where} has more than {MAX_BYTES} bytes; scale it down first")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            _check_size(image.size, where)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        raise ImageError(f"{where} declares more than {MAX_PIXELS} pixels; scale it down first") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{where} is not a JPEG, PNG, WebP or BMP image (by its content); convert it first") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        # Pillow's decoders raise any of these on damaged files.
+        raise ImageError(f"{where} is truncated or damaged ({error}); copy or convert it again") from None
+
+
+def _check_size(size: tuple[int, int], where: str) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{where} is {width}x{height}, at most {MAX_PIXELS} pixels are decoded; scale it down first")
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"{where} is {width}x{height}, both sides must be at least {MIN_SIDE} pixels")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        values = np.asarray(image).astype(np.float64)
+        return Image.fromarray((values / 257.0).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (*MEAN_COLOUR, 255))
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.float32]:
+    """An RGB picture as the vision graph's `pixels`: [1, 3, S, S] float32, normalised with the CLIP mean and deviation.
+
+    Mode "stretch" resizes to S x S; mode "pad" first centres the picture on a square of the mean colour. Bicubic with antialiasing.
+    """
+    size = spec.vision.image_size
+    if spec.image_mode == "pad" and image.width != image.height:
+        side = max(image.size)
+        square = Image.new("RGB", (side, side), MEAN_COLOUR)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    bytes_HWC = np.asarray(image)
+    pixels = np.empty((1, 3, size, size), np.float32)
+    for channel in range(3):
+        np.take(_LOOKUP[channel], bytes_HWC[:, :, channel], out=pixels[0, channel])
+    return pixels

@@ -1,0 +1,212 @@
+"""What a model is: `ModelSpec`, the frozen description saved with every checkpoint and bundle, and the names of both graphs.
+
+A spec is read from JSON by `ModelSpec.from_json`, which accepts exactly the known fields with their types and bounds, so that a hostile
+or stale file ends in one `SpecError` and never in a crash later on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar, get_type_hints
+
+from runtime.contract.errors import SpecError
+
+__all__ = [
+    "IMAGE_EMBEDS",
+    "INPUTS_EMBEDS",
+    "LOGITS",
+    "PIXELS",
+    "POOL",
+    "POSITION_IDS",
+    "SEQLENS_K",
+    "TOTAL_LENGTH",
+    "DecoderSpec",
+    "ModelSpec",
+    "VisionSpec",
+    "key_cache",
+    "present",
+    "value_cache",
+]
+
+# Names of graph inputs and outputs, shared by exporter, engines and tests.
+PIXELS = "pixels"  # [N, 3, S, S] float32, normalised
+POOL = "pool"  # [T, s*s] float32, rows sum to one
+IMAGE_EMBEDS = "image_embeds"  # [N, T, H] float32
+INPUTS_EMBEDS = "inputs_embeds"  # [B, L, H] float32
+POSITION_IDS = "position_ids"  # [B, L] int64, also the cache rows that are written
+SEQLENS_K = "seqlens_k"  # [B] int32, cpu and cuda targets: cache rows filled after the call, minus one
+TOTAL_LENGTH = "total_sequence_length"  # int32 scalar, likewise: cache rows filled after the call
+LOGITS = "logits"  # [B, V] float32, of the last position
+
+
+def key_cache(layer: int) -> str:
+    """Name of the graph input holding one layer's keys, [B, KV heads, C, D]."""
+    return f"key_cache.{layer}"
+
+
+def value_cache(layer: int) -> str:
+    """Name of the graph input holding one layer's values, [B, KV heads, C, D]."""
+    return f"value_cache.{layer}"
+
+
+def present(cache_name: str) -> str:
+    """Name of the graph output that is the updated cache of the input `cache_name`."""
+    return f"present.{cache_name}"
+
+
+_MAX_DIM = 1 << 20
+_MAX_LAYERS = 512
+IMAGE_MODES = ("stretch", "pad")
+
+T = TypeVar("T")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise SpecError(f"model spec: {message}")
+
+
+def _positive(spec: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(spec, name)
+        _require(0 < value <= _MAX_DIM, f"{type(spec).__name__}.{name} is {value}, expected 1 to {_MAX_DIM}")
+
+
+def _read(cls: type[T], data: object, where: str) -> T:
+    """Builds a flat dataclass from a JSON object: exactly its fields, exactly their types."""
+    if not isinstance(data, Mapping):
+        raise SpecError(f"model spec: {where} is {type(data).__name__}, expected an object")
+    hints = get_type_hints(cls)
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown, missing = sorted(set(map(str, data)) - names), sorted(names - set(data))
+    _require(not unknown and not missing, f"{where} has unknown fields {unknown}, lacks {missing}")
+    values: dict[str, Any] = {}
+    for name in names:
+        value, hint = data[name], hints[name]
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if hint == tuple[int, ...]:
+            ok = isinstance(value, list | tuple) and len(value) <= 64 and all(type(v) is int for v in value)
+            value = tuple(value) if ok else value
+        else:
+            ok = type(value) is hint or not isinstance(hint, type)
+        _require(ok, f"{where}.{name} is {value!r:.60}, expected {getattr(hint, '__name__', hint)}")
+        values[name] = value
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """The vision tower: a pre-norm ViT with CLS token and learned absolute positions (model-spec: EVA ViT as used by BLIP-2)."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    layer_norm_eps: float = 1e-6
+    final_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _positive(self, "image_size", "patch_size", "width", "heads", "mlp_width")
+        _require(0 < self.layers <= _MAX_LAYERS, f"vision.layers is {self.layers}, expected 1 to {_MAX_LAYERS}")
+        _require(self.image_size % self.patch_size == 0, f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        _require(self.width % self.heads == 0, f"vision.width {self.width} is not a multiple of heads {self.heads}")
+
+    @property
+    def grid(self) -> int:
+        """Patches per side, s = S / patch."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SiLU-gated MLP, untied output head."""
+
+    vocab_size: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp_width: int
+    context: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        _positive(self, "vocab_size", "hidden", "heads", "kv_heads", "mlp_width", "context")
+        _require(0 < self.layers <= _MAX_LAYERS, f"decoder.layers is {self.layers}, expected 1 to {_MAX_LAYERS}")
+        _require(self.hidden % self.heads == 0, f"decoder.hidden {self.hidden} is not a multiple of heads {self.heads}")
+        _require(self.heads % self.kv_heads == 0, f"decoder.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        _require(self.head_dim % 2 == 0, f"decoder head dimension {self.head_dim} is odd; rotary positions need an even one")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.heads
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole InfMLLM: tower, pool sizes, decoder, preprocessing mode and special ids.
+
+    `pool_sizes` are the p (side of the pooled grid) the model was trained for, the default first; each gives p*p visual tokens.
+    """
+
+    name: str
+    vision: VisionSpec
+    decoder: DecoderSpec
+    pool_sizes: tuple[int, ...]
+    image_mode: str = "stretch"
+    bos_id: int = 1
+    eos_id: int = 2
+    pad_id: int = 0
+
+    def __post_init__(self) -> None:
+        _require(bool(self.pool_sizes), "pool_sizes is empty, expected at least one p")
+        for p in self.pool_sizes:
+            self.check_pool_size(p)
+        _require(self.image_mode in IMAGE_MODES, f"image_mode is {self.image_mode!r}, expected one of {IMAGE_MODES}")
+        for name in ("bos_id", "eos_id", "pad_id"):
+            value = getattr(self, name)
+            _require(0 <= value < self.decoder.vocab_size, f"{name} is {value}, outside the vocabulary of {self.decoder.vocab_size}")
+
+    def check_pool_size(self, p: int) -> None:
+        """Raises `SpecError` unless p divides the patch grid."""
+        s = self.vision.grid
+        _require(0 < p <= s and s % p == 0, f"pool size {p} does not divide the {s}x{s} patch grid")
+
+    def pool_size_for(self, visual_tokens: int | None) -> int:
+        """The p that gives `visual_tokens` (p*p) embeddings; the default p for None. Raises `SpecError` naming the choices."""
+        if visual_tokens is None:
+            return self.pool_sizes[0]
+        for p in self.pool_sizes:
+            if p * p == visual_tokens:
+                return p
+        choices = ", ".join(str(p * p) for p in self.pool_sizes)
+        raise SpecError(f"{visual_tokens} visual tokens are not served by {self.name}; choose one of: {choices}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict, the inverse of `from_json`."""
+        return asdict(self) | {"pool_sizes": list(self.pool_sizes)}
+
+    @classmethod
+    def from_json(cls, data: object) -> ModelSpec:
+        """Reads a spec strictly; raises `SpecError` on any unknown, missing, mistyped or out-of-bounds field."""
+        if not isinstance(data, Mapping):
+            raise SpecError(f"model spec: found {type(data).__name__}, expected an object")
+        parts = dict(data)
+        parts["vision"] = _read(VisionSpec, parts.get("vision"), "vision")
+        parts["decoder"] = _read(DecoderSpec, parts.get("decoder"), "decoder")
+        return _read(cls, parts, "spec")
+
+    @classmethod
+    def from_text(cls, text: str | bytes, where: str) -> ModelSpec:
+        """Parses JSON text; `where` names the file in errors."""
+        try:
+            return cls.from_json(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"{where} is not valid JSON ({error}); re-create the checkpoint") from None

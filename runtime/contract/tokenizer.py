@@ -1,0 +1,87 @@
+"""Text to token ids and back, through `tokenizer.json`.
+
+User text is always encoded as plain text: a typed `</s>` or `<image>` is characters, never a control token. Decoding streams whole code points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as _Tokenizer
+
+from runtime.contract.errors import BundleError
+from runtime.contract.prompt import Prompt
+from runtime.contract.spec import ModelSpec
+
+__all__ = ["TextStream", "Tokenizer"]
+
+_MAX_BYTES = 64 << 20
+
+
+class Tokenizer:
+    """A `tokenizer.json` bound to a model's special ids."""
+
+    def __init__(self, inner: _Tokenizer, spec: ModelSpec) -> None:
+        inner.encode_special_tokens = True  # special strings in text stay text
+        inner.no_padding()
+        inner.no_truncation()
+        self._inner = inner
+        self._special = {spec.bos_id, spec.eos_id, spec.pad_id}
+        self.bos_id, self.eos_id = spec.bos_id, spec.eos_id
+
+    @classmethod
+    def load(cls, path: Path, spec: ModelSpec) -> Tokenizer:
+        """Reads `tokenizer.json`; raises `BundleError` if it is missing, damaged or larger than the model's vocabulary."""
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise BundleError(f"{path} is larger than {_MAX_BYTES} bytes; this is no tokenizer of ours")
+            inner = _Tokenizer.from_file(str(path))
+        except BundleError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise BundleError(f"{path} cannot be read as a tokenizer ({error}); re-create the checkpoint or bundle") from None
+        size = inner.get_vocab_size(with_added_tokens=True)
+        if size > spec.decoder.vocab_size:
+            raise BundleError(f"{path} has {size} tokens, the model's vocabulary has {spec.decoder.vocab_size}; they do not belong together")
+        return cls(inner, spec)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, no control tokens added."""
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, control tokens left out."""
+        return str(self._inner.decode([i for i in ids if i not in self._special], skip_special_tokens=False))
+
+    def encode_prompt(self, prompt: Prompt) -> tuple[list[int], list[int]]:
+        """Ids before and after the visual embeddings; the beginning-of-sequence id comes first."""
+        return [self.bos_id, *self.encode(prompt.before)], self.encode(prompt.after)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens known to the tokenizer (at most the model's vocabulary)."""
+        return int(self._inner.get_vocab_size(with_added_tokens=True))
+
+
+class TextStream:
+    """Turns ids that arrive one by one into pieces of text made of whole code points."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Adds one id and returns the text that became certain, possibly empty."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        certain = len(text) - (len(text) - len(text.rstrip("\ufffd")))
+        piece, self._shown = text[self._shown : certain], max(self._shown, certain)
+        return piece
+
+    def finish(self) -> str:
+        """The remaining text; an incomplete code point appears as U+FFFD."""
+        text = self._tokenizer.decode(self._ids)
+        piece, self._shown = text[self._shown :], len(text)
+        return piece

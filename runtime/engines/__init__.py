@@ -1,0 +1,71 @@
+"""Inference engines behind one protocol, and the table of targets that names them.
+
+An engine owns both graphs and the key/value cache buffers. Heavy imports live in each engine's own file and happen on `load_engine`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.contract.bundle import Bundle
+from runtime.contract.errors import EngineError
+
+__all__ = ["TARGETS", "Engine", "EngineOptions", "Target", "load_engine"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Settings of an engine: CPU threads (None: all cores this process may use) and cache rows (None: the model's context)."""
+
+    threads: int | None = None
+    context: int | None = None
+
+
+class Engine(Protocol):
+    """Runs the two graphs of a bundle. Not safe for use by several threads at once."""
+
+    capacity: int
+
+    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
+        """pixels [N,3,S,S] and pool [T,s*s] to image embeddings [N,T,H]."""
+        ...
+
+    def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        """Writes cache rows start to start+L from inputs [1,L,H] and returns the last position's logits [V], valid until the next call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place bundles run: the engine class as "module:class" and the extra that installs it."""
+
+    name: str
+    engine: str
+    extra: str
+    help: str
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (Target("cpu", "runtime.engines.ort:OrtEngine", "", "ONNX Runtime on the CPU"),)
+}
+
+
+def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
+    """Creates the engine a bundle was built for. Raises `EngineError` if it is unknown or not installed."""
+    target = TARGETS.get(bundle.target)
+    if target is None:
+        raise EngineError(f"bundle target is {bundle.target!r:.40}, this runtime has: {', '.join(TARGETS)}; rebuild with --target")
+    module, _, name = target.engine.partition(":")
+    try:
+        engine_class = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        extra = f"[{target.extra}]" if target.extra else ""
+        raise EngineError(f"target {target.name} needs {error.name}, which is not installed; run: pip install 'infmllm-edge{extra}'") from None
+    engine: Engine = engine_class(bundle, options)
+    return engine

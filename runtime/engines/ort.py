@@ -1,0 +1,93 @@
+"""ONNX Runtime on the CPU: the two sessions, and a decode loop that rebinds nothing.
+
+Key/value buffers are allocated once and bound as input and output of the same graph, which updates them in place. One token costs two integer writes,
+one row copy and one `run`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from runtime.contract.bundle import DECODER, VISION, Bundle
+from runtime.contract.errors import ContextError, EngineError
+from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, SEQLENS_K, TOTAL_LENGTH, key_cache, present, value_cache
+from runtime.engines import EngineOptions
+
+__all__ = ["OrtEngine"]
+
+_ERRORS = 3  # ONNX Runtime log level
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _session(path: Path, options: EngineOptions) -> ort.InferenceSession:
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = options.threads or _cores()
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = _ERRORS
+    # x86 CPUs without VNNI saturate in the unsigned-by-signed 8-bit kernel; this makes ONNX Runtime take the exact one there (and only there).
+    settings.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        raise EngineError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]:.300}; re-export the bundle for this version") from None
+
+
+class OrtEngine:
+    """Both graphs of a `cpu` bundle in ONNX Runtime."""
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        spec = bundle.spec.decoder
+        self.capacity = min(options.context or spec.context, spec.context)
+        self._vision = _session(bundle.file(VISION), options)
+        self._decoder = _session(bundle.file(DECODER), options)
+        self._hidden, self._caches = spec.hidden, {}
+        try:
+            for layer in range(spec.layers):
+                for name in (key_cache(layer), value_cache(layer)):
+                    rows = np.zeros((1, spec.kv_heads, self.capacity, spec.head_dim), np.float32)
+                    self._caches[name] = ort.OrtValue.ortvalue_from_numpy(rows)
+        except MemoryError:
+            raise ContextError(f"no memory for a cache of {self.capacity} rows; choose a smaller --context") from None
+        self._seqlens, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
+        self._logits = np.zeros((1, spec.vocab_size), np.float32)
+        self._row = np.zeros((1, 1, spec.hidden), np.float32)
+        self._row_binding = self._bind(self._row)
+
+    def _bind(self, inputs_embeds: NDArray[np.float32]) -> ort.IOBinding:
+        """Binds inputs of one length; caches, lengths and logits are always the same buffers."""
+        binding = self._decoder.io_binding()
+        for name, array in ((INPUTS_EMBEDS, inputs_embeds), (SEQLENS_K, self._seqlens), (TOTAL_LENGTH, self._total)):
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(present(name), cache)
+        return binding
+
+    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `Engine.embed_image`."""
+        (embeds,) = self._vision.run([IMAGE_EMBEDS], {PIXELS: pixels, POOL: pool})
+        return np.asarray(embeds, np.float32)
+
+    def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        """See `Engine.forward`."""
+        length = inputs_embeds.shape[1]
+        end = start + length
+        assert end <= self.capacity, f"rows {start} to {end} do not fit the cache of {self.capacity}; the session checks this before prefill"
+        self._seqlens[0] = end - 1
+        self._total[...] = end
+        if length == 1:
+            self._row[...] = inputs_embeds
+            binding = self._row_binding
+        else:
+            binding = self._bind(np.ascontiguousarray(inputs_embeds, np.float32))
+        self._decoder.run_with_iobinding(binding)
+        return self._logits[0]

@@ -1,0 +1,102 @@
+"""Golden inputs and outputs: PyTorch's results stored in the bundle, replayed through the engine, compared stage by stage. Torch-free.
+
+The build uses this as its parity gate; `infmllm-run --self-test` repeats it on the device, where kernels differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.contract.bundle import GOLDENS
+from runtime.contract.errors import BundleError
+from runtime.contract.pooling import pool_matrix
+from runtime.session import Session
+
+__all__ = ["Golden", "StageError", "read_goldens", "replay", "write_goldens"]
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One case: pixels [1,3,S,S], pool size, ids around the image, and PyTorch's results.
+
+    `image_embeds` [T,H]; `prefill` logits [V]; `tokens` [n] fed one by one; `steps` logits [n,V] after each.
+    """
+
+    pixels: Array
+    pool_size: int
+    before: NDArray[np.int64]
+    after: NDArray[np.int64]
+    image_embeds: Array
+    prefill: Array
+    tokens: NDArray[np.int64]
+    steps: Array
+
+
+@dataclass(frozen=True)
+class StageError:
+    """The largest relative RMS error of a stage over all cases, its bound, and how often the most likely token agreed (decoder stages)."""
+
+    stage: str
+    error: float
+    tolerance: float
+    agreement: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """True when the error is a number within its bound."""
+        return self.error <= self.tolerance
+
+
+def write_goldens(path: Path, goldens: Sequence[Golden]) -> None:
+    """Stores cases as a plain .npz."""
+    arrays = {f"{index}.{name}": np.asarray(value) for index, golden in enumerate(goldens) for name, value in vars(golden).items()}
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def read_goldens(path: Path) -> list[Golden]:
+    """Reads cases; raises `BundleError` if the file is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            count = len({name.split(".")[0] for name in data.files})
+            cases = [{name: data[f"{i}.{name}"] for name in Golden.__dataclass_fields__} for i in range(count)]
+            return [Golden(**case | {"pool_size": int(case["pool_size"])}) for case in cases]
+    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+        raise BundleError(f"{path} is damaged ({error}); re-export the bundle") from None
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """Norm of the difference over the norm of the reference; infinity when the result is not finite."""
+    if not np.isfinite(found).all():
+        return float("inf")
+    return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
+
+
+def replay(session: Session, tolerance: Mapping[str, float]) -> list[StageError]:
+    """Runs every golden case through the engine, each stage fed PyTorch's inputs, and returns the errors of vision, prefill and decode."""
+    worst = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
+    agreed: dict[str, list[bool]] = {"prefill": [], "decode": []}
+    for golden in read_goldens(session.bundle.file(GOLDENS)):
+        pool = pool_matrix(session.spec.vision.grid, golden.pool_size)
+        embeds = session.engine.embed_image(golden.pixels, pool)[0]
+        worst["vision"] = max(worst["vision"], relative_error(embeds, golden.image_embeds))
+        inputs = session.embed_prompt(golden.before.tolist(), golden.image_embeds, golden.after.tolist())
+        _compare(session.engine.forward(inputs, 0), golden.prefill, "prefill", worst, agreed)
+        for index, token in enumerate(golden.tokens.tolist()):
+            logits = session.engine.forward(session.embed_prompt([token], golden.image_embeds[:0], []), inputs.shape[1] + index)
+            _compare(logits, golden.steps[index], "decode", worst, agreed)
+    return [
+        StageError(stage, error, float(tolerance.get(stage, 0.0)), float(np.mean(agreed[stage])) if agreed.get(stage) else None)
+        for stage, error in worst.items()
+    ]
+
+
+def _compare(found: Array, expected: Array, stage: str, worst: dict[str, float], agreed: dict[str, list[bool]]) -> None:
+    worst[stage] = max(worst[stage], relative_error(found, expected))
+    agreed[stage].append(bool(found.argmax() == expected.argmax()))

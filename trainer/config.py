@@ -1,0 +1,115 @@
+"""Presets and stages: what a model looks like, what each training stage trains, and the recipe that strings stages together.
+
+`PRESETS` and `STAGES` are tables; adding a row is all an extension needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.contract.errors import UsageError
+from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
+
+__all__ = ["PRESETS", "STAGES", "Preset", "Stage", "StageRun", "find_preset"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains. `tower`, `adapter` are learning-rate factors (0 is frozen); `decoder` likewise, over all its weights or its Q and V only."""
+
+    name: str
+    tower: float
+    adapter: float
+    decoder: float
+    decoder_part: str = "all"
+    objective: str = "language"
+    dense_weight: float = 0.0
+
+    def factor(self, parameter: str) -> float:
+        """The learning-rate factor of a named parameter of `InfMLLM`; 0 means frozen."""
+        if parameter.startswith("vision_tower."):
+            return self.tower
+        if parameter.startswith("pool_adapter."):
+            return self.adapter
+        if self.decoder_part == "qv" and ".self_attn.q_proj." not in parameter and ".self_attn.v_proj." not in parameter:
+            return 0.0
+        return self.decoder
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        # Warm-ups for models without pretrained parts (ours, not the paper's).
+        Stage("dense", tower=1.0, adapter=0.0, decoder=0.0, objective="dense"),
+        Stage("scratch", tower=0.0, adapter=1.0, decoder=1.0),
+        Stage("joint", tower=0.3, adapter=1.0, decoder=1.0, dense_weight=0.3),
+        # The three published stages (arXiv 2311.06791).
+        Stage("alignment", tower=0.0, adapter=1.0, decoder=0.0),
+        Stage("multitask", tower=1.0, adapter=1.0, decoder=1.0, decoder_part="qv"),
+        Stage("instruction", tower=0.0, adapter=1.0, decoder=1.0),
+    )
+}
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of a recipe: how long (in optimiser steps) and how fast."""
+
+    stage: str
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 50
+    floor: float = 0.05
+    weight_decay: float = 0.05
+    chat_share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named model shape with the recipe that trains it (empty where weights come from elsewhere)."""
+
+    spec: ModelSpec
+    recipe: tuple[StageRun, ...] = ()
+
+
+_NANO_VOCABULARY = 960  # the built tokenizer's size, rounded up to a multiple of 64
+
+PRESETS: dict[str, Preset] = {
+    "nano": Preset(
+        ModelSpec(
+            name="nano",
+            vision=VisionSpec(image_size=128, patch_size=16, width=160, layers=6, heads=5, mlp_width=640),
+            decoder=DecoderSpec(vocab_size=_NANO_VOCABULARY, hidden=192, layers=4, heads=6, kv_heads=6, mlp_width=512, context=512),
+            pool_sizes=(8, 4),
+        ),
+        (
+            StageRun("dense", steps=1200, batch=16, lr=1.5e-3),
+            StageRun("scratch", steps=500, batch=16, lr=1.2e-3, floor=1.0),
+            StageRun("joint", steps=1900, batch=16, lr=1.2e-3, chat_share=0.08),
+        ),
+    ),
+    "edge": Preset(
+        ModelSpec(
+            name="edge",
+            vision=VisionSpec(image_size=448, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096),
+            decoder=DecoderSpec(vocab_size=32000, hidden=2048, layers=22, heads=32, kv_heads=4, mlp_width=5632, context=2048),
+            pool_sizes=(16, 8, 32),
+        )
+    ),
+    "7b": Preset(
+        ModelSpec(
+            name="7b",
+            vision=VisionSpec(image_size=448, patch_size=14, width=1408, layers=39, heads=16, mlp_width=6144),
+            decoder=DecoderSpec(vocab_size=32000, hidden=4096, layers=32, heads=32, kv_heads=32, mlp_width=11008, context=4096),
+            pool_sizes=(16, 32, 8),
+        )
+    ),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name; raises `UsageError` listing the choices."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,55 @@
+"""Data sources: `batch(step)` gives the same batch for the same seed and step, so that a resumed run sees exactly what it would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from runtime.contract.image import to_pixels
+from runtime.contract.spec import ModelSpec
+from runtime.contract.tokenizer import Tokenizer
+from trainer.batch import Batch, collate, pack
+from trainer.datasets.sample import Example, Sample
+
+__all__ = ["BatchStream", "ExampleSource"]
+
+
+class ExampleSource(Protocol):
+    """Draws training examples. `chat` asks for a conversation rather than the three short tasks, where the source has any."""
+
+    def draw(self, rng: np.random.Generator, chat: bool, grid: int) -> Example:
+        """One example; `grid` is the patch grid for dense labels."""
+        ...
+
+
+@dataclass
+class BatchStream(Dataset[Batch]):
+    """A map from step to batch, for a `DataLoader` without its own batching."""
+
+    source: ExampleSource
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    batch: int
+    seed: int
+    chat_share: float = 0.0
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = np.random.default_rng((self.seed, step))
+        p = self.spec.pool_sizes[int(rng.integers(len(self.spec.pool_sizes)))]
+        grid = self.spec.vision.grid
+        chat = bool(rng.random() < self.chat_share)  # whole batches, since conversations are longer and would only be padding to the rest
+        examples = [self.source.draw(rng, chat, grid) for _ in range(self.batch)]
+        rows = [pack(_same_opening(example.samples), self.tokenizer, p * p) for example in examples]
+        dense = [example.dense for example in examples if isinstance(example.dense, np.ndarray)]
+        pixels = [to_pixels(example.image, self.spec) for example in examples]
+        return collate(rows, pixels, p, dense if len(dense) == self.batch else None)
+
+
+def _same_opening(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples that share the first one's text before the image (chat and short tasks differ there)."""
+    opening = samples[0].prompt().before
+    return [sample for sample in samples if sample.prompt().before == opening]

@@ -1,0 +1,80 @@
+"""The two objectives: next-token prediction on answers, with coordinates treated as ordered, and dense labels per patch.
+
+A coordinate token one hundredth off is nearly right, so its target is a narrow bell over neighbouring coordinates; every other token has the
+usual one-hot target.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from runtime.contract.tokenizer import Tokenizer
+from trainer.batch import IGNORE
+from trainer.datasets.scenes import COLOURS, DENSE_SUB, SHAPES, SIZES
+
+__all__ = ["AnswerLoss", "DenseHead"]
+
+_COORDINATE = re.compile(r"([ ,]?)([01]\.\d\d)")
+_SIGMA = 0.012  # of the picture's side
+
+
+class AnswerLoss:
+    """Mean cross-entropy over answer tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        matches = [(i, m) for i in range(tokenizer.vocab_size) if (m := _COORDINATE.fullmatch(tokenizer.decode([i])))]
+        self._row_of = torch.full((vocab_size,), -1, dtype=torch.long)
+        self._targets = torch.zeros(len(matches), vocab_size)
+        if matches:
+            ids = torch.tensor([i for i, _ in matches])
+            values = torch.tensor([float(m[2]) for _, m in matches])
+            prefixes = torch.tensor([" ,".find(m[1]) if m[1] else 9 for _, m in matches])
+            bell = torch.exp(-0.5 * ((values[:, None] - values[None]) / _SIGMA) ** 2) * (prefixes[:, None] == prefixes[None])
+            self._targets[:, ids] = bell / bell.sum(1, keepdim=True)
+            self._row_of[ids] = torch.arange(len(matches))
+
+    def __call__(self, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+        """Scalar loss of logits [N, V] at positions whose labels [N] are token ids (none ignored)."""
+        assert bool((labels_N != IGNORE).all()), "gather answer positions before computing logits"
+        rows = self._row_of[labels_N]
+        plain, ordered = rows < 0, rows >= 0
+        total = F.cross_entropy(logits_NV[plain], labels_N[plain], reduction="sum")
+        if bool(ordered.any()):
+            total = total + F.cross_entropy(logits_NV[ordered], self._targets[rows[ordered]], reduction="sum")
+        return total / labels_N.numel()
+
+
+class DenseHead(nn.Module):
+    """Linear read-outs of colour, shape, size, box and outline per patch; used while training the tower, never shipped.
+
+    The outline (which of a patch's cells a thing covers) is also read from an early block: it is a local question whose answer later blocks need
+    to tell shapes apart, and asking it there ends the long plateau at chance on shapes.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._parts = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 4, DENSE_SUB**2)
+        self.linear = nn.Linear(width, sum(self._parts))
+        self.early = nn.Linear(width, DENSE_SUB**2)
+
+    def loss(self, patches_NPC: Tensor, early_NPC: Tensor, labels_NPD: Tensor) -> tuple[Tensor, Tensor]:
+        """(scalar loss, share of covered patches with colour, shape and size all right)."""
+        *classes, box, outline = self.linear(patches_NPC).split(self._parts, dim=-1)
+        covered = labels_NPD[..., 0] > 0
+        weight = torch.where(covered, 1.0, 0.3)
+        total = torch.zeros(())
+        right = covered.clone()
+        for index, scores in enumerate(classes):
+            target = labels_NPD[..., index].long()
+            losses = F.cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="none").view_as(weight)
+            total = total + (losses * weight).sum() / weight.sum()
+            right &= scores.argmax(-1) == target
+        total = total + 10 * F.smooth_l1_loss(box[covered], labels_NPD[..., 3:7][covered], beta=0.05)
+        cells = labels_NPD[..., 7:]
+        for logits in (outline, self.early(early_NPC)):
+            total = total + 2 * F.binary_cross_entropy_with_logits(logits, cells)
+        return total, right.sum() / covered.sum()

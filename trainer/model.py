@@ -1,0 +1,90 @@
+"""InfMLLM in one module: tower, pool-adapter and decoder, with the full forward pass used in training and as the reference for parity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runtime.contract.pooling import pool_matrix
+from runtime.contract.spec import ModelSpec
+from trainer.decoder import Decoder
+from trainer.vision import PoolAdapter, VisionTower
+
+__all__ = ["InfMLLM"]
+
+_INIT_STD = 0.02
+
+
+class InfMLLM(nn.Module):
+    """The model of a `ModelSpec`. Weights start random from `generator`; checkpoints replace them."""
+
+    def __init__(self, spec: ModelSpec, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.vision_tower = VisionTower(spec.vision)
+        self.pool_adapter = PoolAdapter(spec.vision.width, spec.decoder.hidden)
+        self.decoder = Decoder(spec.decoder)
+        if generator is not None:
+            self.initialise(generator)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Normal weights (std 0.02, residual outputs scaled by depth, GPT-2 style), zero biases, unit norms."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            else:
+                depth = self.spec.vision.layers if name.startswith("vision_tower") else self.spec.decoder.layers
+                residual = name.endswith(("proj.weight", "fc2.weight")) and not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+                residual = residual and "gate_proj" not in name and "up_proj" not in name and "pool_adapter" not in name
+                fan_in = parameter.shape[1:].numel() if parameter.ndim > 1 else 1
+                std = _INIT_STD if "embed" in name or "token" in name else fan_in**-0.5
+                parameter.normal_(0.0, std / (2 * depth) ** 0.5 if residual else std, generator=generator)
+
+    def pool_tensor(self, p: int) -> Tensor:
+        """The pooling matrix [p*p, s*s] on the model's device."""
+        return torch.from_numpy(pool_matrix(self.spec.vision.grid, p)).to(self.decoder.embed_tokens.weight.device)
+
+    def embed_image(self, pixels_NCHW: Tensor, p: int) -> Tensor:
+        """Visual embeddings [N, p*p, H] of normalised pixels."""
+        return self.pool_adapter(self.vision_tower(pixels_NCHW), self.pool_tensor(p))
+
+    def sequence(self, before: Sequence[int], image_embeds_TH: Tensor | None, after: Sequence[int]) -> Tensor:
+        """One sequence's input embeddings [1, L, H]: ids before, visual embeddings, ids after."""
+        table = self.decoder.embed_tokens
+        parts = [table(torch.tensor(before, dtype=torch.long)), table(torch.tensor(after, dtype=torch.long))]
+        if image_embeds_TH is not None:
+            parts.insert(1, image_embeds_TH)
+        return torch.cat(parts)[None]
+
+    def logits(self, inputs_embeds_BLH: Tensor) -> Tensor:
+        """Uncached causal forward: logits of every position [B, L, V]. The reference all compiled graphs are compared with."""
+        batch, length = inputs_embeds_BLH.shape[:2]
+        positions = torch.arange(length, device=inputs_embeds_BLH.device).expand(batch, -1)
+        mask = torch.ones(length, length, dtype=torch.bool, device=inputs_embeds_BLH.device).tril()[None, None]
+        hidden, _ = self.decoder(inputs_embeds_BLH, positions, mask)
+        return self.decoder.lm_head(hidden)
+
+    @torch.no_grad()
+    def generate(self, inputs_embeds_1LH: Tensor, max_new_tokens: int) -> list[int]:
+        """Greedy decoding with a cache, stopping before the end-of-sequence id: the token ids. Every step's logits must be finite."""
+        spec, length = self.spec.decoder, inputs_embeds_1LH.shape[1]
+        shape = (1, spec.kv_heads, length + max_new_tokens, spec.head_dim)
+        caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(spec.layers)]
+        tokens: list[int] = []
+        embeds, positions = inputs_embeds_1LH, torch.arange(length)[None]
+        while True:
+            logits, caches = self.decoder.step(embeds, positions, caches)
+            token = int(np.argmax(logits[0].numpy()))
+            if token == self.spec.eos_id or not torch.isfinite(logits).all():
+                return tokens
+            tokens.append(token)
+            if len(tokens) == max_new_tokens:
+                return tokens
+            embeds = self.decoder.embed_tokens(torch.tensor([[token]]))
+            positions = torch.tensor([[length + len(tokens) - 1]])
