@@ -90,7 +90,8 @@ def _simplify(build: Build) -> Build:
 
 def _lower(build: Build) -> Build:
     build = _passes(build, lambda name: LOWERING[build.options.target][name])
-    refused = [reason for graph, step, result in build.counts for reason in result.refused if step in {p.name for p in LOWERING[build.options.target][graph]}]
+    steps = {step.name for passes in LOWERING[build.options.target].values() for step in passes}
+    refused = [reason for _, step, result in build.counts for reason in result.refused if step in steps]
     if refused:
         raise BuildError(f"target {build.options.target} cannot run this graph: {refused[0]}; report it with --dump")
     return build

@@ -11,27 +11,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.contract.errors import ParityError
+from runtime.contract.errors import BundleError, ParityError
 from runtime.contract.image import to_pixels
 from runtime.contract.prompt import render
 from runtime.contract.tokenizer import Tokenizer
-from runtime.selftest import Golden, StageError, replay
+from runtime.selftest import Golden, StageError, replay, replay_goldens
 from runtime.session import Session
+from trainer.checkpoint import Checkpoint
 from trainer.datasets.scene_text import ground_sample, vqa_sample
 from trainer.datasets.scenes import draw_scene
 from trainer.model import InfMLLM
 
-__all__ = ["DECODE_STEPS", "gate", "make_goldens", "verdict_json"]
+__all__ = ["DECODE_STEPS", "compare_with_checkpoint", "gate", "make_goldens", "verdict_json"]
 
 DECODE_STEPS = 16
 _CASES = 4
-_SEED = 20231
+_SEED, _FRESH_SEED = 20231, 20232
 
 
 @torch.no_grad()
-def make_goldens(model: InfMLLM, tokenizer: Tokenizer, cases: int = _CASES) -> list[Golden]:
+def make_goldens(model: InfMLLM, tokenizer: Tokenizer, cases: int = _CASES, seed: int = _SEED) -> list[Golden]:
     """Scenes with prompts of the three short tasks and every pool size in turn; 16 greedy steps each, whatever they say."""
-    rng = np.random.default_rng(_SEED)
+    rng = np.random.default_rng(seed)
     goldens = []
     for index in range(cases):
         scene = draw_scene(rng)
@@ -66,6 +67,19 @@ def gate(session: Session, tolerance: dict[str, float]) -> list[StageError]:
             "Try a higher --precision, or --allow-unverified to keep the bundle marked UNVERIFIED"
         )
     return stages
+
+
+def compare_with_checkpoint(session: Session, checkpoint: Checkpoint, cases: int) -> list[StageError]:
+    """Errors of a bundle against a checkpoint on cases the bundle does not carry. Raises `BundleError` if they do not belong together."""
+    built_from = session.bundle.provenance.get("checkpoint_sha256")
+    if built_from != checkpoint.sha256:
+        raise BundleError(
+            f"{session.bundle.path} was built from checkpoint {str(built_from)[:12]}…, "
+            f"{checkpoint.path} is {checkpoint.sha256[:12]}…; name the checkpoint it was built from"
+        )
+    goldens = make_goldens(checkpoint.model, checkpoint.tokenizer, cases, _FRESH_SEED)
+    tolerance = session.bundle.parity.get("tolerance")
+    return replay_goldens(session, goldens, tolerance if isinstance(tolerance, dict) else {})
 
 
 def verdict_json(verdict: str, stages: Sequence[StageError], tolerance: dict[str, float]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from runtime.contract.errors import BundleError
 from runtime.contract.pooling import pool_matrix
 from runtime.session import Session
 
-__all__ = ["Golden", "StageError", "read_goldens", "replay", "write_goldens"]
+__all__ = ["Golden", "StageError", "read_goldens", "replay", "replay_goldens", "write_goldens"]
 
 Array = NDArray[np.float32]
 
@@ -79,10 +79,15 @@ def relative_error(found: Array, expected: Array) -> float:
 
 
 def replay(session: Session, tolerance: Mapping[str, float]) -> list[StageError]:
-    """Runs every golden case through the engine, each stage fed PyTorch's inputs, and returns the errors of vision, prefill and decode."""
+    """Replays the bundle's own golden cases; see `replay_goldens`."""
+    return replay_goldens(session, read_goldens(session.bundle.file(GOLDENS)), tolerance)
+
+
+def replay_goldens(session: Session, goldens: Sequence[Golden], tolerance: Mapping[str, float]) -> list[StageError]:
+    """Runs golden cases through the engine, each stage fed PyTorch's inputs, and returns the errors of vision, prefill and decode."""
     worst = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
     agreed: dict[str, list[bool]] = {"prefill": [], "decode": []}
-    for golden in read_goldens(session.bundle.file(GOLDENS)):
+    for golden in goldens:
         pool = pool_matrix(session.spec.vision.grid, golden.pool_size)
         embeds = session.engine.embed_image(golden.pixels, pool)[0]
         worst["vision"] = max(worst["vision"], relative_error(embeds, golden.image_embeds))

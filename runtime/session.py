@@ -91,11 +91,7 @@ class Session:
 
     def ask(self, image: Picture, text: str, task: str = AUTO, visual_tokens: int | None = None, max_new_tokens: int | None = None) -> Answer:
         """Answers one question. See `stream` for the parameters."""
-        stream = self.stream(image, text, task, visual_tokens, max_new_tokens)
-        for _ in stream:
-            pass
-        assert stream.answer is not None, "a finished stream has its answer"
-        return stream.answer
+        return _finish(self.stream(image, text, task, visual_tokens, max_new_tokens))
 
     def stream(self, image: Picture, text: str, task: str = AUTO, visual_tokens: int | None = None, max_new_tokens: int | None = None) -> Stream:
         """Starts answering; the returned `Stream` yields text as it is generated.
@@ -105,7 +101,13 @@ class Session:
         """
         if task == AUTO:
             task, text = detect_task(text)
-        prompt = render(task, text)
+        return self._start(image, render(task, text), task, text, visual_tokens, max_new_tokens)
+
+    def answer_prompt(self, image: Picture, prompt: Prompt, task: str, text: str = "", visual_tokens: int | None = None) -> Answer:
+        """Answers an already rendered prompt, such as a conversation; `text` is the phrase that boxes stand for."""
+        return _finish(self._start(image, prompt, task, text, visual_tokens, None))
+
+    def _start(self, image: Picture, prompt: Prompt, task: str, text: str, visual_tokens: int | None, max_new_tokens: int | None) -> Stream:
         limit = TASKS[task].max_new_tokens if max_new_tokens is None else max_new_tokens
         if limit < 1:
             raise UsageError(f"at most {limit} new tokens were asked for, expected at least 1")
@@ -150,10 +152,12 @@ class Session:
         """Input embeddings [1, L, H]: text before, visual embeddings, text after."""
         return np.concatenate([self._table[before], image_embeds_TH, self._table[after]], dtype=np.float32)[None]
 
-    def token_counts(self, prompt: Prompt) -> int:
-        """Number of text tokens of a prompt, the beginning-of-sequence token included."""
-        before, after = self.tokenizer.encode_prompt(prompt)
-        return len(before) + len(after)
+
+def _finish(stream: Stream) -> Answer:
+    for _ in stream:
+        pass
+    assert stream.answer is not None, "a finished stream has its answer"
+    return stream.answer
 
 
 def _first_trimmed(piece: str, parts: list[str]) -> str:
@@ -165,7 +169,7 @@ def _open_table(bundle: Bundle) -> NDArray[np.floating]:
     """The token embeddings [V, H], mapped into memory."""
     path, spec = bundle.file(EMBEDDINGS), bundle.spec.decoder
     try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        table: NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise BundleError(f"{path} is no readable array ({error}); re-export the bundle") from None
     if table.shape != (spec.vocab_size, spec.hidden) or table.dtype not in (np.float32, np.float16):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from runtime.contract.prompt import TASKS
+from runtime.contract.sample import Sample
 from runtime.contract.tokenizer import Tokenizer
-from trainer.datasets.sample import Sample
 
 __all__ = ["IGNORE", "Batch", "PackedRow", "block_mask", "collate", "pack"]
 

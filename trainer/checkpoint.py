@@ -92,7 +92,7 @@ def _read(shards: list[Path], expected: Mapping[str, tuple[int, ...]], path: Pat
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
                     if name in expected and tuple(file.get_slice(name).get_shape()) == expected[name]:
                         weights[name] = file.get_tensor(name).float()
                     else:

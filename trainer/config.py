@@ -15,7 +15,7 @@ __all__ = ["PRESETS", "STAGES", "Preset", "Stage", "StageRun", "find_preset"]
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage trains. `tower`, `adapter` are learning-rate factors (0 is frozen); `decoder` likewise, over all its weights or its Q and V only."""
+    """What a stage trains. `tower`, `adapter` are learning-rate factors (0 is frozen); `decoder` likewise, over all weights or Q and V only."""
 
     name: str
     tower: float

@@ -19,6 +19,7 @@ __all__ = ["Decoder", "KeyValue", "RotaryFunction", "rotary_tables", "rotate_hal
 KeyValue = tuple[Tensor, Tensor]
 """One layer's cache: keys and values, each [B, KV heads, C, D]."""
 
+Rotate = Callable[[Tensor], Tensor]
 RotaryFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(x [B, H, L, D], cos table [C, D/2], sin table [C, D/2], position ids [B, L]) to rotated x."""
 
@@ -49,7 +50,7 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(spec.hidden, kv_width, bias=False)
         self.o_proj = nn.Linear(spec.hidden, spec.hidden, bias=False)
 
-    def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor], mask: Tensor, positions: Tensor, cache: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor, cache: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """x [B, L, H] to (output [B, L, H], keys and values seen: the cache with rows `positions` replaced, or this call's own)."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q), rotate(k)
@@ -84,7 +85,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(spec.hidden, eps=spec.rms_norm_eps)
         self.mlp = DecoderMlp(spec)
 
-    def forward(self, x: Tensor, rotate: Callable[[Tensor], Tensor], mask: Tensor, positions: Tensor, cache: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(self, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor, cache: KeyValue | None) -> tuple[Tensor, KeyValue]:
         """See `DecoderAttention.forward`."""
         attended, cache = self.self_attn(self.input_layernorm(x), rotate, mask, positions, cache)
         x = x + attended
@@ -101,6 +102,8 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(spec.hidden, eps=spec.rms_norm_eps)
         self.lm_head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
         cos, sin = rotary_tables(spec)
+        self.rotary_cos: Tensor
+        self.rotary_sin: Tensor
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
 

@@ -66,7 +66,7 @@ class _Trainer:
 
     def loss(self, batch: Batch, stage: Stage) -> tuple[Tensor, dict[str, float]]:
         """The stage's objective on one batch, and figures to show."""
-        model, shown = self.model, {}
+        model, shown = self.model, dict[str, float]()
         with torch.set_grad_enabled(stage.tower > 0):
             patches, early = model.vision_tower.with_early_features(batch.pixels)
         total = torch.zeros(())
@@ -209,9 +209,7 @@ def train(model: InfMLLM, tokenizer: Tokenizer, source: ExampleSource, recipe: S
     return time.monotonic() - began
 
 
-def _batches(
-    trainer: _Trainer, source: ExampleSource, run: StageRun, index: int, first: int, options: TrainOptions
-) -> Iterator[tuple[int, Batch]]:
+def _batches(trainer: _Trainer, source: ExampleSource, run: StageRun, index: int, first: int, options: TrainOptions) -> Iterator[tuple[int, Batch]]:
     """(step, batch) from `first` to the end of the stage; every process of a world draws its own batches."""
     world = trainer.world
     stream = BatchStream(source, trainer.model.spec, trainer.tokenizer, run.batch, options.seed * 1000 + index, run.chat_share)

@@ -13,7 +13,7 @@ from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLIN
 __all__ = ["LOWERING", "PASSES", "SIMPLIFY", "GraphPass", "PassResult", "run_passes"]
 
 SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWRITE, CLEAN, ONNXSIM)
-"""From the exporter's output to the canonical graph. Order matters: transposes of weights are folded before constants, so weights keep their names."""
+"""From the exporter's output to the canonical graph. Transposes of weights are folded before constants, so that weights keep their names."""
 
 LOWERING: dict[str, dict[str, tuple[GraphPass, ...]]] = {
     "cpu": {"vision": (), "decoder": (GROUP_QUERY_ATTENTION,)},

@@ -22,7 +22,7 @@ class PassResult:
 class GraphPass:
     """A step over an `onnx_ir.Model`, in place.
 
-    `requires` are operators (as "domain::Op") of which at least one must be present for the pass to make sense; `removes` are operators that may not be left
+    `requires` are operators (as "domain::Op") of which one at least must be present; `removes` are operators that may not be left
     when it reports no refusal. Both are checked around the call.
     """
 
@@ -53,6 +53,6 @@ def is_weight(value: ir.Value | None) -> bool:
 def initializer(model: ir.Model, name: str, array: object) -> ir.Value:
     """Adds a tensor to the graph under `name` and returns its value."""
     tensor = ir.tensor(array, name=name)  # type: ignore[arg-type]
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value

@@ -27,8 +27,8 @@ def _fold_transposes(model: ir.Model) -> PassResult:
     modified = 0
     for node in list(model.graph):
         if _is_plain_gemm(node):
-            (weight,) = node.inputs[1:]
-            product = ir.node("MatMul", [node.inputs[0], _transposed(weight)])
+            assert node.inputs[1] is not None, "checked above"
+            product = ir.node("MatMul", [node.inputs[0], _transposed(node.inputs[1])])
             _take_over(model, node, product)
             modified += 1
             continue
@@ -44,11 +44,10 @@ def _fold_transposes(model: ir.Model) -> PassResult:
     return PassResult(modified)
 
 
-
 def _transposed(weight: ir.Value) -> ir.Value:
     assert weight.const_value is not None, "checked by the caller"
     tensor = ir.tensor(np.ascontiguousarray(weight.const_value.numpy().T), name=weight.name)
-    weight.const_value, weight.shape = tensor, tensor.shape
+    weight.const_value, weight.shape = tensor, ir.Shape(tensor.shape)
     return weight
 
 

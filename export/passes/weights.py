@@ -87,8 +87,8 @@ def _to_integer(model: ir.Model, node: ir.Node, array: NDArray[np.floating], qua
     x, weight = node.inputs
     assert x is not None and weight is not None and weight.name is not None
 
-    def insert(op_type: str, inputs: list[ir.Value], dtype: ir.DataType, **attributes: object) -> ir.Value:
-        new = ir.node(op_type, inputs, attributes)
+    def insert(op_type: str, inputs: list[ir.Value], dtype: ir.DataType, **attributes: int) -> ir.Value:
+        new = ir.node(op_type, inputs, dict(attributes))
         new.outputs[0].type = ir.TensorType(dtype)
         model.graph.insert_before(node, new)
         return new.outputs[0]

@@ -56,7 +56,7 @@ class Bundle:
 
     @property
     def verdict(self) -> str:
-        """"VERIFIED" if the build proved the graphs equal to PyTorch, else "UNVERIFIED"."""
+        """ "VERIFIED" if the build proved the graphs equal to PyTorch, else "UNVERIFIED"."""
         return VERIFIED if self.parity.get("verdict") == VERIFIED else UNVERIFIED
 
     def verify(self) -> None:
@@ -133,9 +133,9 @@ def _parse(folder: Path, data: Any) -> Bundle:
     for name, entry in data["files"].items():
         _expect(bool(_NAME.fullmatch(name)) and name != MANIFEST, manifest, f"{name!r:.80} is not a plain file name inside the bundle")
         size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        _expect(type(size) is int and size >= 0, manifest, f"{name} has no byte count")
-        _expect(isinstance(digest, str) and bool(_DIGEST.fullmatch(digest)), manifest, f"{name} has no SHA-256 of 64 hex digits")
-        files[name] = (size, digest)
+        if type(size) is int and size >= 0 and isinstance(digest, str) and _DIGEST.fullmatch(digest):
+            files[name] = (size, digest)
+        _expect(name in files, manifest, f"{name} lacks a byte count or a SHA-256 of 64 hex digits")
     missing = [name for name in REQUIRED if name not in files]
     _expect(not missing, manifest, f"lacks {', '.join(missing)}")
     return Bundle(folder, spec, data["target"], data["schemes"], files, data["provenance"], data["parity"])
@@ -158,7 +158,9 @@ def _check_files(bundle: Bundle) -> None:
             raise BundleError(f"{bundle.path / graph} refers to data outside the bundle: {sorted(outside)[0]!r:.80}; do not use it")
 
 
-def write_manifest(folder: Path, spec: ModelSpec, target: str, schemes: Mapping[str, str], provenance: Mapping[str, Any], parity: Mapping[str, Any]) -> None:
+def write_manifest(
+    folder: Path, spec: ModelSpec, target: str, schemes: Mapping[str, str], provenance: Mapping[str, Any], parity: Mapping[str, Any]
+) -> None:
     """Hashes everything in `folder` and writes `manifest.json`, last, flushed to disk."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}

@@ -15,4 +15,5 @@ def pool_matrix(s: int, p: int) -> NDArray[np.float32]:
     if p <= 0 or s % p:
         raise SpecError(f"pool size {p} does not divide the {s}x{s} patch grid")
     cell = np.kron(np.eye(p, dtype=np.float32), np.full((1, s // p), p / s, np.float32))  # [p, s], rows sum to one
-    return np.kron(cell, cell)
+    matrix: NDArray[np.float32] = np.asarray(np.kron(cell, cell), np.float32)
+    return matrix

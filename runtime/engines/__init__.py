@@ -50,10 +50,7 @@ class Target:
     help: str
 
 
-TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (Target("cpu", "runtime.engines.ort:OrtEngine", "", "ONNX Runtime on the CPU"),)
-}
+TARGETS: dict[str, Target] = {target.name: target for target in (Target("cpu", "runtime.engines.ort:OrtEngine", "", "ONNX Runtime on the CPU"),)}
 
 
 def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:

@@ -90,4 +90,5 @@ class OrtEngine:
         else:
             binding = self._bind(np.ascontiguousarray(inputs_embeds, np.float32))
         self._decoder.run_with_iobinding(binding)
-        return self._logits[0]
+        logits: NDArray[np.float32] = self._logits[0]
+        return logits

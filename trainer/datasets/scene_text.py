@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.contract.boxes import format_box
 from runtime.contract.prompt import Message
-from trainer.datasets.sample import Example, Sample
+from runtime.contract.sample import Example, Sample
 from trainer.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, dense_labels, draw_scene, pick
 
 __all__ = ["CAPTION_PROMPTS", "QUESTIONS", "SceneSource", "caption", "chat_samples", "corpus", "scene_samples"]

@@ -118,9 +118,9 @@ def _outline(shape: str, radius: float, tilt: float) -> NDArray[np.float64]:
         points = np.array([(0, -1.1), (1.05, 0.85), (-1.05, 0.85)])
     else:
         arm = 0.32
-        points = np.array(
-            [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm), (arm, 1), (-arm, 1), (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)]
-        )
+        corner = np.array([(-arm, -1), (arm, -1), (arm, -arm)])
+        quarter = np.array([(0, 1), (-1, 0)])
+        points = np.concatenate([corner @ np.linalg.matrix_power(quarter, turns) for turns in range(4)])
     turn = np.array([(math.cos(tilt), math.sin(tilt)), (-math.sin(tilt), math.cos(tilt))])
     return radius * points @ turn
 
@@ -155,6 +155,7 @@ def _ground(rng: np.random.Generator, width: int, height: int) -> Image.Image:
         return Image.new("RGB", (width, height), tuple(int(v) for v in base.clip(0, 255)))
     x, y = np.arange(width, dtype=np.float32)[None, :], np.arange(height, dtype=np.float32)[:, None]
     amplitude = rng.uniform(8, 22)
+    pattern: NDArray[np.floating]
     if kind == "noise":
         coarse = rng.normal(0, 1, (height // 4 + 1, width // 4 + 1)).astype(np.float32)
         pattern = np.repeat(np.repeat(coarse, 4, 0), 4, 1)[:height, :width]

@@ -10,10 +10,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from runtime.contract.image import to_pixels
+from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
 from runtime.contract.tokenizer import Tokenizer
 from trainer.batch import Batch, collate, pack
-from trainer.datasets.sample import Example, Sample
 
 __all__ = ["BatchStream", "ExampleSource"]
 
@@ -43,9 +43,10 @@ class BatchStream(Dataset[Batch]):
         grid = self.spec.vision.grid
         chat = bool(rng.random() < self.chat_share)  # whole batches, since conversations are longer and would only be padding to the rest
         examples = [self.source.draw(rng, chat, grid) for _ in range(self.batch)]
-        rows = [pack(_same_opening(example.samples), self.tokenizer, p * p) for example in examples]
+        loaded = [example.load() for example in examples]
+        rows = [pack(_same_opening(samples), self.tokenizer, p * p) for _, samples in loaded]
         dense = [example.dense for example in examples if isinstance(example.dense, np.ndarray)]
-        pixels = [to_pixels(example.image, self.spec) for example in examples]
+        pixels = [to_pixels(image, self.spec) for image, _ in loaded]
         return collate(rows, pixels, p, dense if len(dense) == self.batch else None)
 
 

@@ -1,0 +1,138 @@
+"""`infmllm-run IMAGE "describe"`: one picture, one question, the answer streamed to standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from runtime.contract.console import command_app, note, run_command
+from runtime.contract.errors import ParityError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from runtime.session import Answer, Session
+
+__all__ = ["main"]
+
+DEFAULT_BUNDLE = "infmllm-bundle"
+app = command_app("Ask a bundle about a picture.")
+_EXAMPLES = """
+Examples:
+
+    infmllm-run photo.jpg "describe"
+
+    infmllm-run photo.jpg "where is the red circle?" --draw found.png
+
+    cat photo.jpg | infmllm-run - "how many circles are there?" --json
+
+    infmllm-run --self-test --bundle my-bundle
+"""
+
+
+def default_bundle() -> Path:
+    """`$INFMLLM_BUNDLE`, else ./infmllm-bundle."""
+    return Path(os.environ.get("INFMLLM_BUNDLE") or DEFAULT_BUNDLE)
+
+
+@app.command(epilog=_EXAMPLES)
+def run(
+    image: Annotated[str | None, typer.Argument(help="JPEG, PNG, WebP or BMP file; - reads standard input.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help='What to ask, for example "describe".')] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle.")] = None,
+    task: Annotated[str, typer.Option(help="auto, caption, vqa, ground or chat.")] = "auto",
+    visual_tokens: Annotated[int | None, typer.Option(help="How many visual embeddings to use; fewer is faster. Default: the model's best.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens. Default: the task's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all available cores.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Rows of the key/value cache. Default: the model's context.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Write the picture with the answer's boxes to this PNG.")] = None,
+    self_test: Annotated[bool, typer.Option("--self-test", help="Replay the bundle's golden inputs on this machine and compare.")] = False,
+) -> None:
+    """Answers one question about one picture."""
+    from runtime.session import load
+
+    session = load(bundle or default_bundle(), threads=threads, context=context)
+    if session.bundle.verdict != "VERIFIED":
+        note("warning: this bundle is UNVERIFIED: its build did not prove it equal to PyTorch")
+    if self_test:
+        _self_test(session, as_json)
+        return
+    if image is None or prompt is None:
+        raise UsageError('give an image and a prompt, for example: infmllm-run photo.jpg "describe"')
+    picture = _read(image)
+    stream = session.stream(picture, prompt, task, visual_tokens, max_new_tokens)
+    for piece in stream:
+        if not as_json:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    assert answer is not None, "a finished stream has its answer"
+    if draw:
+        _draw(picture, answer, draw)
+    if as_json:
+        print(json.dumps(_as_json(session, answer), ensure_ascii=False))
+    else:
+        print(flush=True)
+        _summary(answer)
+
+
+def _read(image: str) -> Image.Image:
+    from runtime.contract.image import MAX_BYTES, open_image
+
+    if image == "-":
+        return open_image(sys.stdin.buffer.read(MAX_BYTES + 1), name="standard input")
+    return open_image(image)
+
+
+def _as_json(session: Session, answer: Answer) -> dict[str, Any]:
+    data = asdict(answer)
+    return data | {"tokens": list(answer.tokens), "verdict": session.bundle.verdict, "timings": {k: round(v, 3) for k, v in answer.timings.items()}}
+
+
+def _summary(answer: Answer) -> None:
+    for found in answer.boxes:
+        note(f"box: {' '.join(f'{v:.0f}' for v in found.box)} (x1 y1 x2 y2, pixels){f'  {found.phrase}' if found.phrase else ''}")
+    times = answer.timings
+    stages = "  ".join(f"{name.replace('_', ' ')} {times[name]:.1f}" for name in ("decode_image", "preprocess", "vision", "prefill", "per_token"))
+    note(f"{len(answer.tokens)} tokens, {answer.visual_tokens} visual, finish: {answer.finish_reason} | ms: {stages}")
+
+
+def _draw(picture: Image.Image, answer: Answer, path: Path) -> None:
+    from PIL import ImageDraw
+
+    canvas = picture.copy()
+    brush = ImageDraw.Draw(canvas)
+    width = max(2, round(min(canvas.size) / 150))
+    for found in answer.boxes:
+        brush.rectangle(found.box, outline=(255, 0, 90), width=width)
+        brush.text((found.box[0] + width + 1, found.box[1] + width), found.phrase, fill=(255, 0, 90))
+    try:
+        canvas.save(path, format="PNG")
+    except OSError as error:
+        raise UsageError(f"cannot write {path} ({error.strerror}); choose another --draw file") from None
+
+
+def _self_test(session: Session, as_json: bool) -> None:
+    from runtime.selftest import replay
+
+    tolerance = session.bundle.parity.get("tolerance")
+    stages = replay(session, tolerance if isinstance(tolerance, dict) else {})
+    if as_json:
+        print(json.dumps({"verdict": session.bundle.verdict, "stages": [asdict(s) | {"passed": s.passed} for s in stages]}))
+    else:
+        for stage in stages:
+            print(f"{stage.stage:8} error {stage.error:.3g} (allowed {stage.tolerance:.3g}) {'ok' if stage.passed else 'FAILED'}")
+    failed = [stage.stage for stage in stages if not stage.passed]
+    if failed:
+        raise ParityError(f"self-test: {', '.join(failed)} out of tolerance on this machine; rebuild the bundle here or report it")
+
+
+def main() -> None:
+    """Entry point of `infmllm-run`."""
+    run_command(app)

@@ -1,0 +1,52 @@
+"""How every command reports: answers on standard output, everything else on standard error, faults as one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import typer
+
+from runtime.contract.errors import InfMLLMError
+
+__all__ = ["command_app", "note", "run_command", "track"]
+
+T = TypeVar("T")
+_INTERRUPTED = 130
+
+
+def command_app(help: str) -> typer.Typer:
+    """A typer application in the house's style."""
+    return typer.Typer(help=help, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, no_args_is_help=False)
+
+
+def note(text: str) -> None:
+    """One line for the person, on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_command(app: Callable[[], object]) -> None:
+    """Runs a command line; an `InfMLLMError` becomes one line and its exit code, an interrupt exit code 130."""
+    try:
+        app()
+    except InfMLLMError as error:
+        note(f"error: {' '.join(str(error).split())}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        note("interrupted")
+        sys.exit(_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
+    """Passes items through while a progress bar with the time left shows on standard error (if that is a terminal)."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    yield from rich_track(items, description=text, total=total, console=Console(stderr=True))

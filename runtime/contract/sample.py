@@ -1,0 +1,62 @@
+"""`Sample`, the one form every question about a picture takes, and `Example`, a picture with its samples. Training and evaluation share both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from PIL import Image
+
+from runtime.contract.boxes import Box, format_box
+from runtime.contract.errors import DataError
+from runtime.contract.image import open_image
+from runtime.contract.prompt import Message, Prompt, render, render_chat
+
+__all__ = ["Example", "Sample"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question on one picture.
+
+    `text` is the prompt, question, phrase or instruction; `answer` the expected text (for grounding the box as text); `box` is in [0, 1] of the
+    displayed picture. For a conversation `messages` holds all turns but the last answer, and `text` repeats its last user turn. `kind` names a
+    finer class for reports. `pixel_box` stands in for `box` until the picture's size is known.
+    """
+
+    task: str
+    text: str
+    answer: str
+    box: Box | None = None
+    messages: tuple[Message, ...] = ()
+    kind: str = ""
+    pixel_box: Box | None = None
+
+    def prompt(self) -> Prompt:
+        """The rendered prompt."""
+        return render_chat(self.messages) if self.messages else render(self.task, self.text)
+
+    def placed(self, width: int, height: int, where: str) -> Sample:
+        """With `box` and `answer` set from `pixel_box`; raises `DataError` when it lies outside a width x height picture."""
+        if self.pixel_box is None:
+            return self
+        x1, y1, x2, y2 = self.pixel_box
+        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+            raise DataError(f"{where}: box {list(self.pixel_box)} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2")
+        box = (x1 / width, y1 / height, x2 / width, y2 / height)
+        return replace(self, box=box, answer=format_box(box), pixel_box=None)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture (RGB, or the path of one) with the samples asked about it; `dense` optionally holds labels per patch for the warm-up stage."""
+
+    picture: Image.Image | Path
+    samples: tuple[Sample, ...]
+    name: str = ""
+    dense: object | None = field(default=None, repr=False)
+
+    def load(self) -> tuple[Image.Image, tuple[Sample, ...]]:
+        """The opened picture and its samples, boxes in [0, 1]. Raises `ImageError` or `DataError`."""
+        image = self.picture if isinstance(self.picture, Image.Image) else open_image(self.picture)
+        return image, tuple(sample.placed(*image.size, self.name) for sample in self.samples)
