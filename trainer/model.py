@@ -72,8 +72,10 @@ class InfMLLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs_embeds_1LH: Tensor, max_new_tokens: int) -> list[int]:
-        """Greedy decoding with a cache, stopping before the end-of-sequence id: the token ids. Every step's logits must be finite."""
+        """Greedy decoding with a cache, stopping before the end-of-sequence id, at non-finite logits or at the end of the context: the token ids."""
         spec, length = self.spec.decoder, inputs_embeds_1LH.shape[1]
+        max_new_tokens = min(max_new_tokens, spec.context - length + 1)  # the last token is never fed back
+        assert max_new_tokens > 0, f"a prompt of {length} positions does not fit the context of {spec.context}"
         shape = (1, spec.kv_heads, length + max_new_tokens, spec.head_dim)
         caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(spec.layers)]
         tokens: list[int] = []

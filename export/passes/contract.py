@@ -53,6 +53,6 @@ def is_weight(value: ir.Value | None) -> bool:
 def initializer(model: ir.Model, name: str, array: object) -> ir.Value:
     """Adds a tensor to the graph under `name` and returns its value."""
     tensor = ir.tensor(array, name=name)  # type: ignore[arg-type]
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value

@@ -47,7 +47,7 @@ def _fold_transposes(model: ir.Model) -> PassResult:
 def _transposed(weight: ir.Value) -> ir.Value:
     assert weight.const_value is not None, "checked by the caller"
     tensor = ir.tensor(np.ascontiguousarray(weight.const_value.numpy().T), name=weight.name)
-    weight.const_value, weight.shape = tensor, ir.Shape(tensor.shape)
+    weight.const_value, weight.shape = tensor, ir.Shape(tensor.shape.numpy())
     return weight
 
 

@@ -118,7 +118,11 @@ def _expect(ok: bool, manifest: Path, message: str) -> None:
 def _parse(folder: Path, data: Any) -> Bundle:
     manifest = folder / MANIFEST
     _expect(isinstance(data, dict) and data.get("format") == FORMAT, manifest, f'"format" is not "{FORMAT}"')
-    _expect(data.get("version") == VERSION, manifest, f"format version is {data.get('version')!r:.20}, this runtime reads {VERSION}")
+    _expect(
+        type(data.get("version")) is int and data["version"] == VERSION,
+        manifest,
+        f"format version is {data.get('version')!r:.20}, this runtime reads {VERSION}",
+    )
     _expect(set(data) == _FIELDS, manifest, f"fields differ from the format: {sorted(set(data) ^ _FIELDS)!s:.200}")
     try:
         spec = ModelSpec.from_json(data["spec"])

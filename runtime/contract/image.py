@@ -46,13 +46,16 @@ def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
         raise ImageError(f"image {where} does not exist; check the path") from None
     except (OSError, ValueError) as error:
         raise ImageError(f"image {where} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        info = os.fstat(file.fileno())
+    try:
+        info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
             raise ImageError(f"image {where} is not a regular file; give a JPEG, PNG, WebP or BMP file, or - for standard input")
         if info.st_size > MAX_BYTES:
             raise ImageError(f"image {where} has {info.st_size} bytes, at most {MAX_BYTES} are read; scale it down first")
-        return file.read(MAX_BYTES + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
 
 
 def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:

@@ -1,0 +1,82 @@
+"""Small real things shared by the tests: a two-layer model with grouped-query attention, its checkpoint, and bundles built from it once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.pipeline import BuildOptions, build
+from export.schemes import SCHEMES
+from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
+from trainer.checkpoint import save_checkpoint
+from trainer.datasets.scene_text import corpus
+from trainer.datasets.scenes import draw_scene
+from trainer.model import InfMLLM
+from trainer.tokenize import build_tokenizer
+
+TINY = ModelSpec(
+    name="tiny",
+    vision=VisionSpec(image_size=32, patch_size=8, width=32, layers=2, heads=4, mlp_width=64),
+    decoder=DecoderSpec(vocab_size=960, hidden=64, layers=2, heads=4, kv_heads=2, mlp_width=96, context=128),
+    pool_sizes=(4, 2),
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor write the user's cache, and leave a core for the rest of the machine."""
+    os.environ["INFMLLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(2)
+    yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer_json() -> str:
+    return build_tokenizer(corpus()).to_str()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_checkpoint(path, InfMLLM(TINY, torch.Generator().manual_seed(5)), tokenizer_json, {"recipe": "random"})
+    return path
+
+
+@pytest.fixture(scope="session")
+def built(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`built(scheme)` is the tiny checkpoint's bundle in that precision, built once. Do not change it; copy it with `copied`."""
+    done: dict[str, Path] = {}
+
+    def get(scheme: str) -> Path:
+        if scheme not in done:
+            out = tmp_path_factory.mktemp("bundle") / scheme
+            build(BuildOptions(tiny_checkpoint, SCHEMES[scheme], "cpu", out))
+            done[scheme] = out
+        return done[scheme]
+
+    return get
+
+
+@pytest.fixture
+def copied(built: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A private copy of the fp32 bundle, to be damaged."""
+    return Path(shutil.copytree(built("fp32"), tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def scene_png(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "scene.png"
+    draw_scene(np.random.default_rng(3)).image.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def scene_image(scene_png: Path) -> Image.Image:
+    return Image.open(scene_png).convert("RGB")

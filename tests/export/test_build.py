@@ -1,0 +1,163 @@
+"""Builds: every scheme is proved equal to PyTorch within its bound, the gate fails what drifts, and no failure touches the previous bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from export import pipeline
+from export.inspect import describe_bundle, format_description
+from export.passes.weights import quantize_per_channel
+from export.pipeline import STEPS, BuildOptions, build
+from export.schemes import SCHEMES, LinearScheme, find_scheme
+from export.verify import compare_with_checkpoint, make_goldens
+from runtime.contract.bundle import DECODER, VISION, read_bundle
+from runtime.contract.errors import BundleError, ParityError, UsageError
+from runtime.contract.spec import key_cache, present
+from runtime.selftest import replay
+from runtime.session import load
+from trainer.checkpoint import load_checkpoint
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_verified_and_far_from_its_bound(scheme: str, built: Callable[[str], Path], tiny_checkpoint: Path) -> None:
+    session = load(built(scheme))
+    assert session.bundle.verdict == "VERIFIED"
+    for stage in [*replay(session, SCHEMES[scheme].tolerance), *compare_with_checkpoint(session, load_checkpoint(tiny_checkpoint), 3)]:
+        assert stage.passed and stage.error < 0.8 * stage.tolerance, stage
+        if scheme == "fp32" and stage.agreement is not None:
+            assert stage.agreement == 1.0
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "fp16", "int8"])
+def test_what_is_stored_is_what_the_scheme_says(scheme: str, built: Callable[[str], Path]) -> None:
+    description = describe_bundle(read_bundle(built(scheme)))
+    for graph in description["graphs"].values():
+        stored = {kind: row["parameters"] for kind, row in graph["storage"].items()}
+        main = max(stored, key=lambda kind: stored[kind])
+        assert main == {"fp32": "float", "fp16": "float16", "int8": "int8"}[scheme], stored
+    operators = description["graphs"][DECODER]["operators"]
+    assert operators["GroupQueryAttention"] == 2 and "Attention" not in operators
+    if scheme == "int8":
+        assert "MatMul" not in operators and operators["MatMulInteger"] == 15
+        assert description["graphs"][VISION]["operators"]["MatMul"] == 1  # the pooling matrix, which is no weight
+    text = format_description(description)
+    assert "VERIFIED" in text and "parity vision" in text
+
+
+def test_int8_and_fp16_bundles_are_smaller(built: Callable[[str], Path]) -> None:
+    weights = {s: sum((built(s) / f"{g}.weights").stat().st_size for g in ("vision", "decoder")) for s in SCHEMES}
+    assert weights["fp16"] < 0.65 * weights["fp32"] and weights["int8"] < 0.55 * weights["fp32"]
+
+
+def test_weight_names_survive_capture(built: Callable[[str], Path], tiny_checkpoint: Path) -> None:
+    parameters = {name for name, tensor in load_checkpoint(tiny_checkpoint).model.named_parameters() if tensor.ndim == 2}
+    names = {name for graph in (VISION, DECODER) for name in ir.load(built("fp32") / graph).graph.initializers}
+    assert parameters - names == {"decoder.embed_tokens.weight"}
+
+
+def test_the_decoder_updates_its_cache_in_place(built: Callable[[str], Path]) -> None:
+    graph = onnx.load(built("fp32") / DECODER, load_external_data=False).graph
+    fused = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    assert [node.input[3] for node in fused] == [key_cache(layer) for layer in range(2)]
+    assert [node.output[1] for node in fused] == [present(key_cache(layer)) for layer in range(2)]
+
+
+def test_a_build_can_be_dumped_and_repeated(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = BuildOptions(tiny_checkpoint, SCHEMES["fp32"], "cpu", tmp_path / "b", dump=tmp_path / "dump")
+    steps: list[str] = []
+    first = build(options, steps.append)
+    assert steps == [name for name, _ in STEPS]
+    dumped = {path.name for path in (tmp_path / "dump").glob("*.onnx")}
+    assert {"vision.00-capture.onnx", "decoder.00-capture.onnx"} < dumped and any("group_query_attention" in name for name in dumped)
+    before = snapshot(tmp_path / "b")
+    build(replace(options, dump=None))
+    after = snapshot(tmp_path / "b")
+    assert {n for n in before if before[n] != after[n]} <= {"goldens.npz", "manifest.json"}  # zip members carry a time
+    assert first.counts and all(result.modified >= 0 for _, _, result in first.counts)
+
+
+@pytest.mark.parametrize("name", ["capture graphs", "verify against PyTorch"])
+def test_a_failure_in_a_step_leaves_the_previous_bundle(copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before = snapshot(copied)
+
+    def fail(state: pipeline.Build) -> pipeline.Build:
+        raise RuntimeError("killed here")
+
+    monkeypatch.setattr(pipeline, "STEPS", [(step, fail if step == name else run) for step, run in STEPS])
+    with pytest.raises(RuntimeError, match="killed here"):
+        build(BuildOptions(tiny_checkpoint, SCHEMES["fp32"], "cpu", copied))
+    assert snapshot(copied) == before
+    assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+
+
+def test_the_gate_refuses_a_wrong_graph_and_names_the_stage(
+    copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(state: pipeline.Build) -> pipeline.Build:
+        assert state.graphs
+        norm = state.graphs.decoder.graph.initializers["decoder.norm.weight"]
+        assert norm.const_value is not None
+        norm.const_value = ir.tensor(norm.const_value.numpy() * np.linspace(0.5, 1.5, 64, dtype=np.float32), name=norm.name)
+        return state
+
+    before = snapshot(copied)
+    steps = [(n, s) for n, s in STEPS]
+    monkeypatch.setattr(pipeline, "STEPS", [*steps[:5], ("break", broken), *steps[5:]])
+    options = BuildOptions(tiny_checkpoint, SCHEMES["fp32"], "cpu", copied)
+    with pytest.raises(ParityError, match=r"(prefill|decode) differs from PyTorch"):
+        build(options)
+    assert snapshot(copied) == before
+    assert build(replace(options, allow_unverified=True)).verdict == "UNVERIFIED"
+    assert read_bundle(copied).verdict == "UNVERIFIED"
+
+
+def test_a_bundle_is_not_compared_with_another_checkpoint(built: Callable[[str], Path], tiny_checkpoint: Path) -> None:
+    other = replace(load_checkpoint(tiny_checkpoint), sha256="0" * 64)
+    with pytest.raises(BundleError, match="built from checkpoint"):
+        compare_with_checkpoint(load(built("fp32")), other, 1)
+
+
+def test_unknown_names_list_the_choices(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="int8"):
+        find_scheme("int3")
+    with pytest.raises(UsageError, match="cpu"):
+        build(BuildOptions(tiny_checkpoint, SCHEMES["fp32"], "abacus", tmp_path / "b"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_schemes_choose_by_the_longest_prefix() -> None:
+    scheme = replace(SCHEMES["int8"], parts={"": LinearScheme("int8", "int8"), "decoder.lm_head": LinearScheme("fp16")})
+    assert scheme.linear("decoder.lm_head.weight").weight == "fp16" and scheme.linear("decoder.layers.0.x").weight == "int8"
+
+
+def test_per_channel_quantisation_is_within_half_a_step() -> None:
+    weight = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32) * np.logspace(-3, 2, 8, dtype=np.float32)
+    weight[:, 3] = 0
+    integers, scale = quantize_per_channel(weight)
+    assert integers.dtype == np.int8 and np.abs(integers.astype(int)).max() == 127
+    assert (np.abs(integers * scale - weight) <= scale / 2 * 1.0001).all()
+
+
+def test_goldens_come_from_the_uncached_model(tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    (golden,) = make_goldens(checkpoint.model, checkpoint.tokenizer, 1)
+    model = checkpoint.model
+    ids = [*golden.after.tolist(), *golden.tokens.tolist()]
+    with torch.no_grad():
+        logits = model.logits(model.sequence(golden.before.tolist(), torch.from_numpy(golden.image_embeds), ids))[0]
+    assert np.allclose(logits[-1 - len(golden.tokens)].numpy(), golden.prefill, atol=1e-4)
+    assert np.allclose(logits[-len(golden.tokens) :].numpy(), golden.steps, atol=1e-4)
+    assert json.dumps(golden.tokens.tolist())

@@ -1,0 +1,155 @@
+"""Each of our passes: matches, declines, reports what it modified, is idempotent, and preserves numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from export.capture import capture
+from export.passes import SIMPLIFY, run_passes
+from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
+from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, ONNXSIM, REWRITE
+from export.passes.weights import apply_scheme
+from export.pipeline import _quiet
+from export.schemes import SCHEMES
+from runtime.contract.pooling import pool_matrix
+from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, POSITION_IDS, present
+from tests.conftest import TINY
+from trainer.model import InfMLLM
+
+RNG = np.random.default_rng(0)
+PIX = RNG.normal(size=(2, 3, 32, 32)).astype(np.float32)
+EMBEDS = RNG.normal(size=(2, 5, 64)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Callable[[], tuple[ir.Model, ir.Model]]]:
+    """Copies of the captured graphs of one model."""
+    model = InfMLLM(TINY, torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(12))
+    with _quiet():
+        graphs = capture(model)
+    protos = ir.to_proto(graphs.vision), ir.to_proto(graphs.decoder)
+    yield lambda: (ir.from_proto(protos[0]), ir.from_proto(protos[1]))
+
+
+def run_vision(model: ir.Model) -> np.ndarray:
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run([IMAGE_EMBEDS], {PIXELS: PIX, POOL: pool_matrix(4, 2)})[0]
+
+
+def run_decoder(model: ir.Model) -> list[np.ndarray]:
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    names = {value.name for value in session.get_inputs()}
+    feed: dict[str, np.ndarray] = {INPUTS_EMBEDS: EMBEDS}
+    caches = sorted(name for name in names if "cache" in name)
+    feed |= {name: np.zeros((2, 2, 8, 16), np.float32) for name in caches}
+    if POSITION_IDS in names:
+        feed[POSITION_IDS] = np.tile(np.arange(5), (2, 1))
+    else:
+        feed |= {"seqlens_k": np.full(2, 4, np.int32), "total_sequence_length": np.array(5, np.int32)}
+    found = session.run([LOGITS, *(present(name) for name in caches)], feed)
+    return [found[0], *(cache[:, :, :5] for cache in found[1:])]
+
+
+def test_simplification_preserves_numbers_and_shrinks(fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    vision, decoder = fresh()
+    expected = run_vision(vision), run_decoder(decoder)
+    sizes = len(vision.graph), len(decoder.graph)
+    with _quiet():
+        for model in (vision, decoder):
+            run_passes(model, SIMPLIFY)
+    assert len(vision.graph) < 0.5 * sizes[0] and len(decoder.graph) < 0.5 * sizes[1]
+    assert np.allclose(run_vision(vision), expected[0], atol=1e-5)
+    assert all(np.allclose(a, b, atol=1e-5) for a, b in zip(run_decoder(decoder), expected[1], strict=True))
+
+
+@pytest.mark.parametrize("step", [INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWRITE, CLEAN, ONNXSIM], ids=lambda s: s.name)
+def test_each_step_is_idempotent_and_keeps_parameter_names(step: object, fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    for model in fresh():
+        named = {name for name, value in model.graph.initializers.items() if value.uses() and "." in name and len(value.shape or ()) == 2}
+        with _quiet():
+            for earlier in SIMPLIFY[: SIMPLIFY.index(step) + 1]:  # type: ignore[arg-type]
+                earlier(model)
+            again = step(model)  # type: ignore[operator]
+        assert again.modified == 0, step
+        assert named <= set(model.graph.initializers)
+
+
+def test_fold_transposes_reports_its_matches(fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    vision, decoder = fresh()
+    assert FOLD_TRANSPOSES(vision).modified == 2 * 4 + 2 and FOLD_TRANSPOSES(decoder).modified == 2 * 7 + 1
+    assert not any(node.op_type == "Gemm" for node in decoder.graph)
+
+
+def test_fold_transposes_declines_a_weight_used_twice() -> None:
+    weight = ir.Value(name="w", const_value=ir.tensor(np.eye(3, 4, dtype=np.float32), name="w"), shape=ir.Shape([3, 4]))
+    x = ir.Value(name="x", shape=ir.Shape([2, 4]), type=ir.TensorType(ir.DataType.FLOAT))
+    turned = ir.node("Transpose", [weight], {"perm": [1, 0]})
+    product = ir.node("MatMul", [x, turned.outputs[0]])
+    both = ir.node("MatMul", [product.outputs[0], weight])
+    graph = ir.Graph([x], [both.outputs[0]], nodes=[turned, product, both], initializers=[weight], opset_imports={"": 23})
+    assert FOLD_TRANSPOSES(ir.Model(graph, ir_version=10)).modified == 0 and len(graph) == 3
+
+
+def test_attention_is_fused_with_equal_numbers(fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    _, decoder = fresh()
+    with _quiet():
+        run_passes(decoder, SIMPLIFY)
+    expected = run_decoder(decoder)
+    result = GROUP_QUERY_ATTENTION(decoder)
+    assert result.modified == 2 and not result.refused
+    assert [value.name for value in decoder.graph.inputs][:3] == [INPUTS_EMBEDS, "seqlens_k", "total_sequence_length"]
+    for found, wanted in zip(run_decoder(decoder), expected, strict=True):
+        assert np.allclose(found, wanted, atol=1e-5)
+    assert GROUP_QUERY_ATTENTION(decoder).modified == 0
+
+
+def test_attention_that_looks_different_is_declined_with_a_reason(fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    vision, decoder = fresh()
+    with _quiet():
+        run_passes(vision, SIMPLIFY)
+        run_passes(decoder, SIMPLIFY)
+    refused = GROUP_QUERY_ATTENTION(vision)  # plain self-attention, no cache
+    assert refused.modified == 0 and "expected RotaryEmbedding" in refused.refused[0]
+    attention = next(node for node in decoder.graph if node.op_type == "Attention")
+    attention.replace_input_with(0, decoder.graph.inputs[0])
+    before = len(decoder.graph)
+    refused = GROUP_QUERY_ATTENTION(decoder)
+    assert refused.modified == 0 and refused.refused and len(decoder.graph) == before
+
+
+@pytest.mark.parametrize(("scheme", "bound"), [("fp16", 2e-3), ("int8", 0.06)])
+def test_schemes_change_every_linear_once_and_little(scheme: str, bound: float, fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    vision, decoder = fresh()
+    with _quiet():
+        for model in (vision, decoder):
+            run_passes(model, SIMPLIFY)
+    expected = run_vision(vision), run_decoder(decoder)[0]
+    step = apply_scheme(SCHEMES[scheme])
+    counts = step(vision).modified, step(decoder).modified
+    assert counts[1] == (15 if scheme == "int8" else 17)  # fp16 also stores the two rotary tables
+    assert counts[0] >= 10
+    for found, wanted in ((run_vision(vision), expected[0]), (run_decoder(decoder)[0], expected[1])):
+        assert 0 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < bound
+    assert step(vision).modified == 0 and step(decoder).modified == 0
+
+
+def test_a_weight_with_nan_is_refused_with_its_name(fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    _, decoder = fresh()
+    with _quiet():
+        run_passes(decoder, SIMPLIFY)
+    value = decoder.graph.initializers["decoder.lm_head.weight"]
+    assert value.const_value is not None
+    array = value.const_value.numpy().copy()
+    array[0, 0] = np.nan
+    value.const_value = ir.tensor(array, name=value.name)
+    result = apply_scheme(SCHEMES["int8"])(decoder)
+    assert result.modified == 14 and "decoder.lm_head.weight has NaN" in result.refused[0]

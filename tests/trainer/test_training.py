@@ -1,0 +1,183 @@
+"""Training: packing is single-turn training, stages train what their table says, a resumed run equals an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer as RawTokenizer
+
+from runtime.contract.errors import CheckpointError, UsageError
+from runtime.contract.image import to_pixels
+from runtime.contract.tokenizer import Tokenizer
+from tests.conftest import TINY
+from trainer.batch import IGNORE, block_mask, collate, pack
+from trainer.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint
+from trainer.config import PRESETS, STAGES, StageRun, find_preset
+from trainer.datasets import open_source
+from trainer.datasets.scene_text import SceneSource, chat_samples, scene_samples
+from trainer.datasets.scenes import draw_scene
+from trainer.loss import AnswerLoss
+from trainer.model import InfMLLM
+from trainer.train import TrainOptions, learning_rate, train
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_json: str) -> Tokenizer:
+    return Tokenizer(RawTokenizer.from_str(tokenizer_json), TINY)
+
+
+def tiny_model(seed: int = 0) -> InfMLLM:
+    return InfMLLM(TINY, torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_packed_row_gives_each_pair_its_single_turn_logits(tokenizer: Tokenizer, chat: bool) -> None:
+    rng, model = np.random.default_rng(1), tiny_model().eval()
+    scene = draw_scene(rng, 3)
+    samples = chat_samples(scene, rng) if chat else scene_samples(scene, rng)
+    row, pixels = pack(samples, tokenizer, 4), to_pixels(scene.image, TINY)
+    batch = collate([row, pack(samples[:1], tokenizer, 4)], [pixels, pixels], 2)  # a shorter second row, for padding
+    embeds = model.embed_image(batch.pixels, 2)
+    inputs = model.decoder.embed_tokens(batch.ids.clamp_min(0)).masked_scatter(batch.image_slots[..., None], embeds)
+    hidden, _ = model.decoder(inputs, batch.positions, block_mask(batch.segments))
+    packed = model.decoder.lm_head(hidden)[0]
+    assert int((batch.labels[0] != IGNORE).sum()) == sum(len(tokenizer.encode((" " if s.task != "ground" else "") + s.answer)) + 1 for s in samples)
+    for index, sample in enumerate(samples, 1):
+        before, after = tokenizer.encode_prompt(sample.prompt())
+        inside = batch.segments[0] == index
+        fed = batch.ids[0][inside].tolist()
+        assert fed[: len(after)] == after
+        alone = model.logits(model.sequence(before, embeds[0], fed))[0, -len(fed) :]
+        assert torch.allclose(packed[inside], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_trains_exactly_what_its_table_says(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = tiny_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    train(model, tokenizer, SceneSource(), (StageRun(name, 2, 4, 1e-2, warmup=1),), TrainOptions(tmp_path, workers=0))
+    changed = {
+        key.split(".")[0] if "self_attn" not in key else key for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+    }
+    parts = {part for part in changed if "." not in part}
+    attention = {key.split(".")[-2] for key in changed if "self_attn" in key}
+    expected = {
+        "dense": ({"vision_tower"}, set()),
+        "scratch": ({"pool_adapter", "decoder"}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        "joint": ({"vision_tower", "pool_adapter", "decoder"}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        "alignment": ({"pool_adapter"}, set()),
+        "multitask": ({"vision_tower", "pool_adapter"}, {"q_proj", "v_proj"}),
+        "instruction": ({"pool_adapter", "decoder"}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+    }
+    assert (parts, attention) == expected[name]
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    recipe = (StageRun("dense", 3, 4, 1e-3, warmup=1), StageRun("joint", 4, 4, 1e-3, warmup=1, chat_share=0.5))
+    whole = tiny_model()
+    train(whole, tokenizer, SceneSource(), recipe, TrainOptions(tmp_path / "whole", workers=0))
+    for stop in (2, 3, 5):
+        model = tiny_model()
+        folder = tmp_path / f"parts{stop}"
+        train(model, tokenizer, SceneSource(), recipe, TrainOptions(folder, stop_after=stop, workers=0))
+        model = tiny_model(99)
+        train(model, tokenizer, SceneSource(), recipe, TrainOptions(folder, resume=True, workers=0))
+        assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), model.state_dict().values(), strict=True)), stop
+
+
+def test_resuming_with_another_recipe_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    train(tiny_model(), tokenizer, SceneSource(), (StageRun("dense", 1, 2, 1e-3),), TrainOptions(tmp_path, workers=0))
+    with pytest.raises(CheckpointError, match="another recipe"):
+        train(tiny_model(), tokenizer, SceneSource(), (StageRun("dense", 2, 2, 1e-3),), TrainOptions(tmp_path, resume=True, workers=0))
+
+
+def test_training_lowers_the_loss(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    train(tiny_model(), tokenizer, SceneSource(), (StageRun("scratch", 60, 8, 3e-3, warmup=10),), TrainOptions(tmp_path, workers=0))
+    losses = [json.loads(line)["answer"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_learning_rate_warms_up_and_ends_on_the_floor() -> None:
+    run = StageRun("joint", 100, 8, 1.0, warmup=10, floor=0.1)
+    rates = [learning_rate(run, step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates[100] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_coordinates_near_the_truth_cost_less(tokenizer: Tokenizer) -> None:
+    loss = AnswerLoss(tokenizer, TINY.decoder.vocab_size)
+
+    def cost(guess: str, truth: str) -> float:
+        logits = torch.zeros(1, TINY.decoder.vocab_size)
+        logits[0, tokenizer.encode(guess)[0]] = 8.0
+        return float(loss(logits, torch.tensor(tokenizer.encode(truth))))
+
+    assert cost("0.50", "0.50") < cost("0.51", "0.50") < cost("0.60", "0.50") == pytest.approx(cost(",0.50", "0.50"))
+    assert cost(" red", " red") < 0.5 < cost(" blue", " red")
+
+
+def test_jsonl_lines_about_one_picture_are_packed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "task": "vqa", "question": f"what is {i}?", "answer": str(i)} for i in range(3)]
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    example = open_source(str(tmp_path / "d.jsonl")).draw(np.random.default_rng(0), False, 4)
+    assert len(example.load()[1]) == 3
+    train(
+        tiny_model(), tokenizer, open_source(str(tmp_path / "d.jsonl")), (StageRun("alignment", 2, 2, 1e-3),), TrainOptions(tmp_path / "s", workers=0)
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_consistent(name: str) -> None:
+    preset = find_preset(name)
+    assert preset.spec.name == name and all(run.stage in STAGES for run in preset.recipe)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in InfMLLM(preset.spec).parameters())
+    low, high = {"nano": (3e6, 7e6), "edge": (1.2e9, 1.6e9), "7b": (7.5e9, 7.9e9)}[name]
+    assert low < count < high
+    with pytest.raises(UsageError, match="nano"):
+        find_preset("mega")
+
+
+def damage(path: Path, how: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(path / WEIGHTS)
+    name = sorted(weights)[0]
+    if how == "missing":
+        del weights[name]
+    elif how == "unknown":
+        weights["extra"] = torch.zeros(1)
+    elif how == "shape":
+        weights[name] = torch.zeros(3)
+    elif how == "nan":
+        weights[name][...] = float("nan")
+    save_file(weights, path / WEIGHTS)
+
+
+@pytest.mark.parametrize("how", ["missing", "unknown", "shape", "nan", "truncated", "none", "config", "pickle"])
+def test_checkpoints_are_read_strictly(how: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    path = Path(shutil.copytree(tiny_checkpoint, tmp_path / "ck"))
+    assert load_checkpoint(path).card == json.loads((path / CARD).read_text())
+    if how == "truncated":
+        (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-7])
+    elif how == "none":
+        shutil.rmtree(path)
+    elif how == "config":
+        (path / CONFIG).write_text('{"name": "x"}')
+    elif how == "pickle":
+        torch.save({}, path / "pytorch_model.bin")
+        (path / WEIGHTS).unlink()
+    else:
+        damage(path, how)
+    with pytest.raises(Exception) as caught:
+        load_checkpoint(path)
+    assert type(caught.value).__name__ in ("CheckpointError", "SpecError") and "\n" not in str(caught.value)
