@@ -56,6 +56,7 @@ def run(
     self_test: Annotated[bool, typer.Option("--self-test", help="Replay the bundle's golden inputs on this machine and compare.")] = False,
 ) -> None:
     """Answers one question about one picture."""
+    from runtime.contract.image import MAX_BYTES, open_image
     from runtime.session import load
 
     session = load(bundle or default_bundle(), threads=threads, context=context)
@@ -66,7 +67,7 @@ def run(
         return
     if image is None or prompt is None:
         raise UsageError('give an image and a prompt, for example: infmllm-run photo.jpg "describe"')
-    picture = _read(image)
+    picture = sys.stdin.buffer.read(MAX_BYTES + 1) if image == "-" else image
     stream = session.stream(picture, prompt, task, visual_tokens, max_new_tokens)
     for piece in stream:
         if not as_json:
@@ -74,20 +75,12 @@ def run(
     answer = stream.answer
     assert answer is not None, "a finished stream has its answer"
     if draw:
-        _draw(picture, answer, draw)
+        _draw(open_image(picture), answer, draw)
     if as_json:
         print(json.dumps(_as_json(session, answer), ensure_ascii=False))
     else:
         print(flush=True)
         _summary(answer)
-
-
-def _read(image: str) -> Image.Image:
-    from runtime.contract.image import MAX_BYTES, open_image
-
-    if image == "-":
-        return open_image(sys.stdin.buffer.read(MAX_BYTES + 1), name="standard input")
-    return open_image(image)
 
 
 def _as_json(session: Session, answer: Answer) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from runtime.contract.errors import ContextError, EngineError
 from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, SEQLENS_K, TOTAL_LENGTH, key_cache, present, value_cache
 from runtime.engines import EngineOptions
 
-__all__ = ["OrtEngine"]
+__all__ = ["OrtEngine", "session_options"]
 
 _ERRORS = 3  # ONNX Runtime log level
 
@@ -27,15 +27,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _session(path: Path, options: EngineOptions) -> ort.InferenceSession:
+def session_options(threads: int | None) -> ort.SessionOptions:
+    """ONNX Runtime settings every session here uses; `threads` None means all cores this process may use."""
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = options.threads or _cores()
+    settings.intra_op_num_threads = threads or _cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = _ERRORS
     # x86 CPUs without VNNI saturate in the unsigned-by-signed 8-bit kernel; this makes ONNX Runtime take the exact one there (and only there).
     settings.add_session_config_entry("session.x64quantprecision", "1")
+    return settings
+
+
+def _session(path: Path, options: EngineOptions) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), session_options(options.threads), providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise EngineError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]:.300}; re-export the bundle for this version") from None
 

@@ -40,13 +40,20 @@ def fresh() -> Iterator[Callable[[], tuple[ir.Model, ir.Model]]]:
     yield lambda: (ir.from_proto(protos[0]), ir.from_proto(protos[1]))
 
 
+def opened(model: ir.Model, exact: bool = True) -> ort.InferenceSession:
+    settings = ort.SessionOptions()
+    if exact:
+        settings.add_session_config_entry("session.x64quantprecision", "1")
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
 def run_vision(model: ir.Model) -> np.ndarray:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = opened(model)
     return session.run([IMAGE_EMBEDS], {PIXELS: PIX, POOL: pool_matrix(4, 2)})[0]
 
 
 def run_decoder(model: ir.Model) -> list[np.ndarray]:
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = opened(model)
     names = {value.name for value in session.get_inputs()}
     feed: dict[str, np.ndarray] = {INPUTS_EMBEDS: EMBEDS}
     caches = sorted(name for name in names if "cache" in name)
@@ -153,3 +160,19 @@ def test_a_weight_with_nan_is_refused_with_its_name(fresh: Callable[[], tuple[ir
     value.const_value = ir.tensor(array, name=value.name)
     result = apply_scheme(SCHEMES["int8"])(decoder)
     assert result.modified == 14 and "decoder.lm_head.weight has NaN" in result.refused[0]
+
+
+def test_the_engine_asks_for_exact_integer_products() -> None:
+    """x86 without VNNI saturates in unsigned-by-signed products; the engine's setting must give exact sums on any CPU."""
+    from runtime.engines.ort import session_options
+
+    rows, columns = np.full((4, 256), 255, np.uint8), np.full((256, 16), 127, np.int8)
+    a = ir.Value(name="a", shape=ir.Shape([4, 256]), type=ir.TensorType(ir.DataType.UINT8))
+    b = ir.Value(name="b", shape=ir.Shape([256, 16]), type=ir.TensorType(ir.DataType.INT8), const_value=ir.tensor(columns, name="b"))
+    zero = ir.Value(name="z", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.UINT8), const_value=ir.tensor(np.array(128, np.uint8), name="z"))
+    node = ir.node("MatMulInteger", [a, b, zero])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT32)
+    graph = ir.Graph([a], node.outputs, nodes=[node], initializers=[b, zero], opset_imports={"": 23})
+    proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    (found,) = ort.InferenceSession(proto, session_options(1), providers=["CPUExecutionProvider"]).run(None, {"a": rows})
+    assert (found == (255 - 128) * 127 * 256).all()

@@ -45,7 +45,7 @@ def test_standard_input(bundle: Path, scene_png: Path) -> None:
     piped = run("-", "describe", "--bundle", bundle, stdin=scene_png.read_bytes())
     assert piped.returncode == 0 and piped.stdout == run(scene_png, "describe", "--bundle", bundle).stdout
     empty = run("-", "describe", "--bundle", bundle)
-    assert empty.returncode == 1 and b"standard input is empty" in empty.stderr
+    assert empty.returncode == 1 and b"image is empty (0 bytes)" in empty.stderr
 
 
 def test_control_strings_are_plain_text(bundle: Path, scene_png: Path) -> None:

@@ -1,0 +1,99 @@
+"""The shipped demo checkpoint is held to its card, and its bundles to the checkpoint. Slow, and CI runs it: this guards the promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from export.pipeline import BuildOptions, build
+from export.schemes import SCHEMES
+from runtime.contract.evaluation import evaluate
+from runtime.contract.metrics import vqa_right
+from runtime.evaluate import BundleAnswerer
+from runtime.session import load
+from trainer.checkpoint import DEMO, load_checkpoint
+from trainer.datasets.held_out import held_out_scenes
+from trainer.evaluate import CheckpointAnswerer
+
+COUNT = 500
+GOALS = {"vqa": 82.0, "ground": 50.0, "caption": 45.0}  # percent, at the larger number of visual tokens
+INT8_DROP = 0.5  # points
+SAME_TOKENS = 200
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def card() -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
+    return json.loads((DEMO / "card.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("demo")
+    for scheme in ("fp32", "int8"):
+        build(BuildOptions(DEMO, SCHEMES[scheme], "cpu", folder / scheme))
+    return {scheme: folder / scheme for scheme in ("fp32", "int8")}
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in DEMO.iterdir()) <= 14e6
+
+
+def test_the_shipped_file_scores_what_its_card_says(card: dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]) -> None:
+    """Kernels differ between CPUs, so a sample or two may flip; the card's figures are otherwise exact."""
+    answerer = CheckpointAnswerer(DEMO)
+    sizes = [p * p for p in answerer.checkpoint.model.spec.pool_sizes]
+    assert sorted(card["metrics"]) == sorted(map(str, sizes)) and len(sizes) >= 2
+    figures = evaluate(answerer, held_out_scenes(COUNT), sizes[0])[0].figures()
+    for task, row in card["metrics"][str(sizes[0])]["tasks"].items():
+        assert figures[task]["accuracy"] == pytest.approx(row["accuracy"], abs=0.8), task
+    for task, goal in GOALS.items():
+        assert figures[task]["accuracy"] >= goal
+
+
+@pytest.mark.parametrize("visual_tokens", [64, 16])
+def test_int8_loses_at_most_half_a_point(
+    visual_tokens: int, bundles: dict[str, Path], card: dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]
+) -> None:
+    figures = evaluate(BundleAnswerer(bundles["int8"]), held_out_scenes(COUNT), visual_tokens)[0].figures()
+    for task, row in card["metrics"][str(visual_tokens)]["tasks"].items():
+        assert figures[task]["accuracy"] >= row["accuracy"] - INT8_DROP - 1e-9, (task, figures[task], row)
+
+
+def test_fp32_bundle_gives_pytorchs_tokens_on_every_sample(bundles: dict[str, Path]) -> None:
+    answerer, session = CheckpointAnswerer(DEMO), load(bundles["fp32"])
+    compared = 0
+    for index, example in enumerate(held_out_scenes(SAME_TOKENS)):
+        image, samples = example.load()
+        sample, visual_tokens = samples[index % len(samples)], (64, 16)[index % 2]
+        expected = answerer.answer_ids(image, sample, visual_tokens)
+        answer = session.answer_prompt(image, sample.prompt(), sample.task, sample.text, visual_tokens)
+        assert list(answer.tokens) == expected, (example.name, sample)
+        compared += 1
+    assert compared >= SAME_TOKENS
+
+
+def test_the_sample_image_is_described_correctly(bundles: dict[str, Path]) -> None:
+    environment = os.environ | {"INFMLLM_BUNDLE": str(bundles["int8"])}
+    code = "from runtime.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", code, str(DEMO / "sample.png"), "describe"], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and vqa_right(result.stdout, "a large green cross, a small blue square and a large orange circle")
+
+
+def test_a_real_photograph_goes_through(bundles: dict[str, Path]) -> None:
+    photo = Path(__file__).parents[2] / "shared" / "data" / "bccd" / "JPEGImages" / "BloodImage_00001.jpg"
+    if not photo.exists():
+        pytest.skip(f"{photo} is absent")
+    answer = load(bundles["int8"]).ask(photo, "describe")
+    assert answer.text and answer.finish_reason in ("stop", "length")
+
+
+def test_the_card_is_of_the_shipped_weights(card: dict[str, object]) -> None:
+    checkpoint = load_checkpoint(DEMO)
+    assert checkpoint.model.spec.name == card["preset"] and card["training_minutes"]
