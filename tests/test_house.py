@@ -80,7 +80,7 @@ def test_readme_tree_names_what_there_is() -> None:
         listed.add("".join(folders))
     tracked = subprocess.run(["git", "ls-files", *ROOMS, "tests", "benchmarks", "docs"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     wanted = {path for path in tracked if not path.endswith("__init__.py")}
-    wanted |= {f"{folder}/" for path in wanted for folder in map(str, Path(path).parents) if folder != "."}
+    wanted |= {f"{folder}/" for path in tracked for folder in map(str, Path(path).parents) if folder != "."}
     shown = {path for path in listed if path.split("/")[0] in (*ROOMS, "tests", "benchmarks", "docs")}
     assert shown == wanted
 

@@ -55,11 +55,15 @@ class DenseHead(nn.Module):
     to tell shapes apart, and asking it there ends the long plateau at chance on shapes.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, generator: torch.Generator) -> None:
         super().__init__()
         self._parts = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 4, DENSE_SUB**2)
         self.linear = nn.Linear(width, sum(self._parts))
         self.early = nn.Linear(width, DENSE_SUB**2)
+        with torch.no_grad():
+            for layer in (self.linear, self.early):
+                layer.weight.normal_(0.0, width**-0.5, generator=generator)
+                layer.bias.zero_()
 
     def loss(self, patches_NPC: Tensor, early_NPC: Tensor, labels_NPD: Tensor) -> tuple[Tensor, Tensor]:
         """(scalar loss, share of covered patches with colour, shape and size all right)."""

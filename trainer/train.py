@@ -59,9 +59,9 @@ def learning_rate(run: StageRun, step: int) -> float:
 class _Trainer:
     """Model, read-out head and losses of one run."""
 
-    def __init__(self, model: InfMLLM, tokenizer: Tokenizer, world: World) -> None:
+    def __init__(self, model: InfMLLM, tokenizer: Tokenizer, world: World, seed: int) -> None:
         self.model, self.tokenizer, self.world = model, tokenizer, world
-        self.head = DenseHead(model.spec.vision.width)
+        self.head = DenseHead(model.spec.vision.width, torch.Generator().manual_seed(seed))
         self.answer_loss = AnswerLoss(tokenizer, model.spec.decoder.vocab_size)
 
     def loss(self, batch: Batch, stage: Stage) -> tuple[Tensor, dict[str, float]]:
@@ -176,7 +176,7 @@ class _Log:
 def train(model: InfMLLM, tokenizer: Tokenizer, source: ExampleSource, recipe: Sequence[StageRun], options: TrainOptions) -> float:
     """Runs the recipe on `model` in place; returns the seconds spent, earlier sittings included. State goes to `options.state_dir`."""
     world = World()
-    trainer = _Trainer(model, tokenizer, world)
+    trainer = _Trainer(model, tokenizer, world, options.seed)
     options.state_dir.mkdir(parents=True, exist_ok=True)
     path, recipe_json = options.state_dir / "state.pt", [asdict(run) for run in recipe]
     start = _load(path, recipe_json) if options.resume and path.exists() else None
