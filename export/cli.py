@@ -89,8 +89,7 @@ def inspect(
     from runtime.contract.bundle import read_bundle
 
     opened = read_bundle(bundle or default_bundle())
-    if verify:
-        opened.verify()
+    opened.verify() if verify else opened.verify_once()
     description = describe_bundle(opened)
     print(json.dumps(description) if as_json else format_description(description))
 

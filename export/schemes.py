@@ -16,7 +16,10 @@ __all__ = ["SCHEMES", "LinearScheme", "Scheme", "find_scheme"]
 
 @dataclass(frozen=True)
 class LinearScheme:
-    """Storage of a weight (fp32, fp16, int8 per output channel) and precision of the activation it meets (float, or int8 with a scale per row)."""
+    """Storage of a weight (fp32, fp16, int8 per output channel) and precision of the activation it meets.
+
+    Activations: "float", "int8-row" (a symmetric scale per token) or "int8-tensor" (one range for all tokens of a call).
+    """
 
     weight: str = "fp32"
     activation: str = "float"
@@ -24,7 +27,12 @@ class LinearScheme:
 
 FLOAT = LinearScheme()
 HALF = LinearScheme("fp16")
-W8A8 = LinearScheme("int8", "int8")
+ROWS = LinearScheme("int8", "int8-row")
+TENSOR = LinearScheme("int8", "int8-tensor")
+
+# The tower sees many tokens in every call and takes a scale per token. The decoder's hot call is one token, where one range is a scale per token
+# already and a single fused operator; its prefill has more, which the parity gate watches.
+W8A8 = {"": ROWS, "decoder.": TENSOR}
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         Scheme("fp32", {"": FLOAT}, "fp32", {"vision": 2e-5, "prefill": 5e-5, "decode": 5e-5}, "exact: the same tokens as PyTorch"),
         Scheme("fp16", {"": HALF}, "fp16", {"vision": 3e-3, "prefill": 5e-3, "decode": 5e-3}, "half-size weights, float arithmetic"),
-        Scheme("int8", {"": W8A8}, "fp16", {"vision": 0.06, "prefill": 0.08, "decode": 0.08}, "8-bit weights and activations (W8A8)"),
+        Scheme("int8", W8A8, "fp16", {"vision": 0.06, "prefill": 0.08, "decode": 0.08}, "8-bit weights and activations (W8A8)"),
     )
 }
 

@@ -1,7 +1,7 @@
 """The bundle: a folder with `manifest.json`, graphs, weights, token table, tokenizer and goldens, all named and hashed by the manifest.
 
-`read_bundle` checks names, kinds, sizes and where graphs point before anything is allocated; `verify` checks every byte. A full check runs the
-first time a bundle is used on a machine and is remembered under the files' identity, so later loads only compare that.
+`read_bundle` checks names, kinds and sizes before anything is allocated; `verify` checks every byte, and where graphs point before an ONNX parser
+sees them. A full check runs the first time a bundle is used on a machine and is remembered under the files' identity, so later loads only compare that.
 """
 
 from __future__ import annotations
@@ -60,11 +60,15 @@ class Bundle:
         return VERIFIED if self.parity.get("verdict") == VERIFIED else UNVERIFIED
 
     def verify(self) -> None:
-        """Hashes every file. Raises `BundleError` naming the first that differs."""
+        """Hashes every file and checks that graphs refer to no data outside. Raises `BundleError` naming the first that fails."""
         for name, (_, expected) in self.files.items():
             found = sha256_file(self.path / name)
             if found != expected:
                 raise BundleError(f"{self.path / name} has sha256 {found[:12]}…, manifest says {expected[:12]}…; re-export or copy the bundle again")
+        for graph in (VISION, DECODER):
+            outside = external_locations(self.path / graph) - set(self.files)
+            if outside:
+                raise BundleError(f"{self.path / graph} refers to data outside the bundle: {min(outside)!r:.80}; do not use it")
 
     def verify_once(self) -> None:
         """`verify`, unless these very files (inode, size, time) already passed on this machine."""
@@ -156,10 +160,6 @@ def _check_files(bundle: Bundle) -> None:
             raise BundleError(f"{path} is a link or not a regular file; bundles hold plain files only, copy it again")
         if info.st_size != size:
             raise BundleError(f"{path} has {info.st_size} bytes, manifest says {size}; re-export or copy the bundle again")
-    for graph in (VISION, DECODER):
-        outside = external_locations(bundle.path / graph) - set(bundle.files)
-        if outside:
-            raise BundleError(f"{bundle.path / graph} refers to data outside the bundle: {sorted(outside)[0]!r:.80}; do not use it")
 
 
 def write_manifest(

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from runtime.contract.bundle import MANIFEST, read_bundle
 from runtime.contract.errors import BundleError
+from runtime.contract.files import sha256_file
 from runtime.contract.onnx_guard import external_locations
 from runtime.session import load
 
@@ -163,9 +164,10 @@ def test_a_graph_that_points_outside_is_refused(copied: Path) -> None:
             if entry.key == "location":
                 entry.value = "../../etc/passwd"
     (copied / "decoder.onnx").write_bytes(model.SerializeToString())
-    edit(copied, lambda d: d["files"]["decoder.onnx"].update(bytes=(copied / "decoder.onnx").stat().st_size))
+    changed = {"bytes": (copied / "decoder.onnx").stat().st_size, "sha256": sha256_file(copied / "decoder.onnx")}
+    edit(copied, lambda d: d["files"]["decoder.onnx"].update(changed))
     with pytest.raises(BundleError, match="outside the bundle"):
-        read_bundle(copied)
+        load(copied)
 
 
 def test_the_guard_survives_every_truncation(built: Callable[[str], Path], tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_unknown_names_list_the_choices(tiny_checkpoint: Path, tmp_path: Path) -
 
 
 def test_schemes_choose_by_the_longest_prefix() -> None:
-    scheme = replace(SCHEMES["int8"], parts={"": LinearScheme("int8", "int8"), "decoder.lm_head": LinearScheme("fp16")})
+    scheme = replace(SCHEMES["int8"], parts={"": LinearScheme("int8", "int8-row"), "decoder.lm_head": LinearScheme("fp16")})
     assert scheme.linear("decoder.lm_head.weight").weight == "fp16" and scheme.linear("decoder.layers.0.x").weight == "int8"
 
 
