@@ -7,28 +7,33 @@ SAMPLE := trainer/demo/sample.png
 .PHONY: run test lint bench clean
 
 # torch is installed first and pinned, so that a CPU build at hand is taken and no other one is fetched later.
-$(VENV)/.ready: pyproject.toml
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+$(VENV)/.export: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[export]"
 	touch $@
 
-run: $(VENV)/.ready
+$(VENV)/.dev: $(VENV)/.export
+	$(PIP) -e ".[dev]"
+	touch $@
+
+run: $(VENV)/.export
 	$(BIN)/infmllm-export build --precision int8
 	$(BIN)/infmllm-run $(SAMPLE) "describe"
 	$(BIN)/infmllm-bench
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(VENV)/.ready lint
+test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/.ready
+bench: run
 	$(BIN)/python benchmarks/startup.py
-	$(BIN)/infmllm-bench
 
 clean:
 	rm -rf $(VENV) infmllm-bundle

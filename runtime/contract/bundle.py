@@ -1,7 +1,7 @@
 """The bundle: a folder with `manifest.json`, graphs, weights, token table, tokenizer and goldens, all named and hashed by the manifest.
 
 `read_bundle` checks names, kinds and sizes before anything is allocated; `verify` checks every byte, and where graphs point before an ONNX parser
-sees them. A full check runs the first time a bundle is used on a machine and is remembered under the files' identity, so later loads only compare that.
+sees them. A full check runs the first time a bundle is used on a machine and is remembered under the files' identity; later loads only compare that.
 """
 
 from __future__ import annotations

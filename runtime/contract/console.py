@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-import typer
+from runtime.contract.errors import InfMLLMError, UsageError
 
-from runtime.contract.errors import InfMLLMError
+if TYPE_CHECKING:
+    import typer
 
-__all__ = ["command_app", "note", "run_command", "track"]
+__all__ = ["OneLineParser", "command_app", "note", "positive", "run_command", "track"]
 
 T = TypeVar("T")
 _INTERRUPTED = 130
@@ -18,7 +20,25 @@ _INTERRUPTED = 130
 
 def command_app(help: str) -> typer.Typer:
     """A typer application in the house's style."""
+    import typer
+
     return typer.Typer(help=help, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False, no_args_is_help=False)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser whose faults are `UsageError`s, one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `argparse.ArgumentParser.error`."""
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
 
 
 def note(text: str) -> None:

@@ -98,6 +98,8 @@ def test_bad_requests_give_one_line(bundle: Path, scene_png: Path, tmp_path: Pat
     check_fault(run(scene_png, "describe", "--bundle", bundle, "--visual-tokens", 9), "16, 4")
     check_fault(run(scene_png, "describe", "--bundle", bundle, "--task", "sing"), "caption")
     check_fault(run("--bundle", bundle), "give an image and a prompt")
+    check_fault(run(scene_png, "describe", "--threads", "0"), "less than 1")
+    check_fault(run(scene_png, "describe", "--colour", "red"), "infmllm-run --help")
 
 
 def test_damaged_bundles_give_one_line(bundle: Path, scene_png: Path, tmp_path: Path) -> None:
