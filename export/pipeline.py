@@ -24,7 +24,7 @@ from export.passes import LOWERING, SIMPLIFY, GraphPass, PassResult, run_passes
 from export.passes.weights import apply_scheme
 from export.schemes import Scheme
 from export.verify import gate, make_goldens, verdict_json
-from runtime.contract.bundle import DECODER, EMBEDDINGS, GOLDENS, TOKENIZER, UNVERIFIED, VERIFIED, VISION, write_manifest
+from runtime.contract.bundle import DECODER, EMBEDDINGS, GOLDENS, MANIFEST, TOKENIZER, UNVERIFIED, VERIFIED, VISION, write_manifest
 from runtime.contract.errors import BuildError, UsageError
 from runtime.contract.files import staged_folder
 from runtime.selftest import StageError, replay, write_goldens
@@ -107,7 +107,10 @@ def _pack(build: Build) -> Build:
     for name, graph in ((VISION, build.graphs.vision), (DECODER, build.graphs.decoder)):
         ir.save(graph, folder / name, external_data=name.replace(".onnx", ".weights"))
     dtype = np.float16 if build.options.scheme.embeddings == "fp16" else np.float32
-    np.save(folder / EMBEDDINGS, model.decoder.embed_tokens.weight.detach().numpy().astype(dtype))
+    table = model.decoder.embed_tokens.weight.detach().numpy()
+    if np.abs(table).max() > np.finfo(dtype).max:
+        raise BuildError(f"token embeddings exceed what {np.dtype(dtype)} holds; build with --precision fp32")
+    np.save(folder / EMBEDDINGS, table.astype(dtype))
     shutil.copyfile(build.checkpoint.path / TOKENIZER, folder / TOKENIZER)
     write_goldens(folder / GOLDENS, make_goldens(model, build.checkpoint.tokenizer))
     _write_manifest(build)
@@ -123,7 +126,7 @@ def _verify(build: Build) -> Build:
     else:
         stages, verdict = gate(session, tolerance), VERIFIED
     build = replace(build, stages=tuple(stages), verdict=verdict)
-    (build.folder / "manifest.json").unlink()
+    (build.folder / MANIFEST).unlink()
     _write_manifest(build)
     return build
 
@@ -143,7 +146,7 @@ def build(options: BuildOptions, progress: Callable[[str], None] = lambda step: 
     """Builds a bundle at `options.out`. Raises `BuildError`s and `CheckpointError`s; on any error the previous bundle is untouched."""
     if options.target not in LOWERING:
         raise UsageError(f"unknown target {options.target!r}; choose one of: {', '.join(LOWERING)}")
-    with staged_folder(options.out) as folder:
+    with staged_folder(options.out, MANIFEST) as folder:
         state = Build(options, folder)
         for name, step in STEPS:
             progress(name)

@@ -18,7 +18,7 @@ import typer
 from PIL import Image
 
 from runtime.cli import default_bundle
-from runtime.contract.console import command_app, note, run_command, track
+from runtime.contract.console import check_output, command_app, note, run_command, track
 
 __all__ = ["main", "measure"]
 
@@ -106,6 +106,8 @@ def run(
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the stage table here.")] = None,
 ) -> None:
     """Prints a table of stages; medians of warm answers, so compare only figures of one run on a quiet machine."""
+    check_output(json_file)
+    check_output(csv_file)
     report = measure(bundle or default_bundle(), repetitions, warmup, new_tokens, visual_tokens, threads)
     _print_table(report)
     if json_file:

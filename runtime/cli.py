@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.contract.console import OneLineParser, note, positive, run_command
+from runtime.contract.console import OneLineParser, check_output, note, positive, run_command
 from runtime.contract.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def run() -> None:
     from runtime.contract.image import MAX_BYTES, open_image
     from runtime.session import load
 
+    check_output(given.draw)
     session = load(given.bundle or default_bundle(), threads=given.threads, context=given.context)
     if session.bundle.verdict != "VERIFIED":
         note("warning: this bundle is UNVERIFIED: its build did not prove it equal to PyTorch")

@@ -13,7 +13,7 @@ import typer
 from PIL import Image
 
 from runtime.contract.bundle import MANIFEST
-from runtime.contract.console import command_app, run_command, track
+from runtime.contract.console import check_output, command_app, run_command, track
 from runtime.contract.errors import UsageError
 from runtime.contract.evaluation import ANSWERERS, Answerer, evaluate, find_plugin, open_examples
 from runtime.contract.metrics import METRIC_NAMES
@@ -62,6 +62,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Write every answer to this jsonl file.")] = None,
 ) -> None:
     """Prints accuracy per task."""
+    check_output(out)
     examples = open_examples(data)
     tasks, kinds, rows = evaluate(open_answerer(model), track(examples, len(examples), "answering"), visual_tokens)
     if out:

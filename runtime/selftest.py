@@ -5,6 +5,8 @@ The build uses this as its parity gate; `infmllm-run --self-test` repeats it on 
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,8 @@ from numpy.typing import NDArray
 from runtime.contract.bundle import GOLDENS
 from runtime.contract.errors import BundleError
 from runtime.contract.pooling import pool_matrix
+from runtime.contract.spec import ModelSpec
+from runtime.kv_cache import CacheBudget
 from runtime.session import Session
 
 __all__ = ["Golden", "StageError", "read_goldens", "replay", "replay_goldens", "write_goldens"]
@@ -66,21 +70,49 @@ def read_goldens(path: Path) -> list[Golden]:
         with np.load(path, allow_pickle=False) as data:
             count = len({name.split(".")[0] for name in data.files})
             cases = [{name: data[f"{i}.{name}"] for name in Golden.__dataclass_fields__} for i in range(count)]
-            return [Golden(**case | {"pool_size": int(case["pool_size"])}) for case in cases]
-    except (OSError, ValueError, KeyError, EOFError, TypeError) as error:
+            goldens = [Golden(**case | {"pool_size": int(case["pool_size"])}) for case in cases]
+    except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise BundleError(f"{path} is damaged ({error}); re-export the bundle") from None
+    if not goldens:
+        raise BundleError(f"{path} holds no golden cases; re-export the bundle")
+    return goldens
+
+
+def _check(golden: Golden, spec: ModelSpec, where: Path) -> None:
+    """Raises `BundleError` unless a case fits the model and holds at least one decoding step."""
+    size, hidden, vocabulary = spec.vision.image_size, spec.decoder.hidden, spec.decoder.vocab_size
+    steps, p = len(np.atleast_1d(golden.tokens)), golden.pool_size
+    shapes = {
+        "pixels": (1, 3, size, size),
+        "image_embeds": (p * p, hidden),
+        "prefill": (vocabulary,),
+        "steps": (steps, vocabulary),
+        "tokens": (steps,),
+    }
+    wrong = [name for name, shape in shapes.items() if getattr(golden, name).shape != shape]
+    wrong += [name for name in ("pixels", "image_embeds", "prefill", "steps") if getattr(golden, name).dtype != np.float32]
+    for name in ("before", "after", "tokens"):
+        ids = getattr(golden, name)
+        if ids.ndim != 1 or ids.dtype != np.int64 or (ids.size and not 0 <= ids.min() <= ids.max() < vocabulary):
+            wrong.append(name)
+    if wrong or p not in spec.pool_sizes or steps == 0:
+        raise BundleError(f"{where}: golden case does not fit the model ({', '.join(wrong) or 'pool size or steps'}); re-export the bundle")
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """Norm of the difference over the norm of the reference; infinity when the result is not finite."""
-    if not np.isfinite(found).all():
+    """Norm of the difference over the norm of the reference; infinity when anything is not finite or shapes differ."""
+    if found.shape != expected.shape or not np.isfinite(found).all() or not np.isfinite(expected).all():
         return float("inf")
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
 
 
 def replay(session: Session, tolerance: Mapping[str, float]) -> list[StageError]:
     """Replays the bundle's own golden cases; see `replay_goldens`."""
-    return replay_goldens(session, read_goldens(session.bundle.file(GOLDENS)), tolerance)
+    path = session.bundle.file(GOLDENS)
+    goldens = read_goldens(path)
+    for golden in goldens:
+        _check(golden, session.spec, path)
+    return replay_goldens(session, goldens, tolerance)
 
 
 def replay_goldens(session: Session, goldens: Sequence[Golden], tolerance: Mapping[str, float]) -> list[StageError]:
@@ -91,6 +123,8 @@ def replay_goldens(session: Session, goldens: Sequence[Golden], tolerance: Mappi
         pool = pool_matrix(session.spec.vision.grid, golden.pool_size)
         embeds = session.engine.embed_image(golden.pixels, pool)[0]
         worst["vision"] = max(worst["vision"], relative_error(embeds, golden.image_embeds))
+        text = len(golden.before) + len(golden.after)
+        CacheBudget(session.engine.capacity, text + len(golden.tokens), golden.pool_size**2).allow(1)
         inputs = session.embed_prompt(golden.before.tolist(), golden.image_embeds, golden.after.tolist())
         _compare(session.engine.forward(inputs, 0), golden.prefill, "prefill", worst, agreed)
         for index, token in enumerate(golden.tokens.tolist()):

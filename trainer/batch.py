@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.contract.errors import DataError
 from runtime.contract.prompt import TASKS
 from runtime.contract.sample import Sample
 from runtime.contract.tokenizer import Tokenizer
@@ -57,8 +58,8 @@ def answer_ids(tokenizer: Tokenizer, sample: Sample) -> list[int]:
     return [*tokenizer.encode(TASKS[sample.task].answer_prefix + sample.answer), tokenizer.eos_id]
 
 
-def pack(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int) -> PackedRow:
-    """Packs samples that share one picture and one text before the image."""
+def pack(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int, context: int) -> PackedRow:
+    """Packs samples that share one picture and one text before the image. Raises `DataError` for one longer than the model's context."""
     prompts = [sample.prompt() for sample in samples]
     assert len({prompt.before for prompt in prompts}) == 1, "packed samples must share the text before the image"
     prefix = [*tokenizer.encode_prompt(prompts[0])[0], *[_SLOT] * visual_tokens]
@@ -66,6 +67,9 @@ def pack(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int) ->
     for index, (sample, prompt) in enumerate(zip(samples, prompts, strict=True), 1):
         question, answer = tokenizer.encode(prompt.after), answer_ids(tokenizer, sample)
         inputs = [*question, *answer[:-1]]
+        if len(prefix) + len(inputs) > context:
+            total = len(prefix) + len(inputs)
+            raise DataError(f"sample {sample.text!r:.40} with its answer takes {total} positions, the model's context has {context}; shorten it")
         ids += inputs
         labels += [IGNORE] * (len(question) - 1) + answer
         segments += [index] * len(inputs)

@@ -60,7 +60,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tokenizer = Tokenizer.load(path / TOKENIZER, spec)
     except BundleError as error:
         raise CheckpointError(str(error)) from None
-    card = json.loads((path / CARD).read_text()) if (path / CARD).is_file() else {}
+    try:
+        card = json.loads((path / CARD).read_bytes()) if (path / CARD).is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / CARD} is not valid JSON ({error}); copy the checkpoint again") from None
     return Checkpoint(path, model, tokenizer, card, _identity(path, shards))
 
 
@@ -115,8 +118,11 @@ def _fault(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
 
 def save_checkpoint(path: Path, model: InfMLLM, tokenizer_json: str, card: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
     """Writes a checkpoint atomically, weights as `dtype` (values are rounded; evaluate what was saved, not what was trained)."""
-    with staged_folder(path) as folder:
-        weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    bad = sorted(name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all()))
+    if bad:
+        raise CheckpointError(f"{', '.join(bad[:3])} hold values that are not finite as {dtype}; nothing was written to {path}")
+    with staged_folder(path, CONFIG) as folder:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / TOKENIZER).write_text(tokenizer_json)
         (folder / CONFIG).write_text(json.dumps(model.spec.to_json(), indent=2) + "\n")

@@ -62,7 +62,7 @@ def run(
     source, world = open_source(data), World()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.size))
     model, tokenizer, tokenizer_json = _start(chosen.spec, start_from, seed)
-    options = TrainOptions(out.parent / f".{out.name}.training", seed, resume)
+    options = TrainOptions(out.parent / f".{out.name}.training", seed, json.dumps(_data_card(data)), resume)
     seconds = train(model, tokenizer, source, recipe, options)
     if world.is_main:
         recipe_card = {"preset": preset, "data": _data_card(data), "seed": seed, "processes": world.size, "recipe": [asdict(r) for r in recipe]}

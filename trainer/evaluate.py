@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from runtime.contract.errors import ContextError
 from runtime.contract.image import to_pixels
 from runtime.contract.prompt import TASKS
 from runtime.contract.sample import Sample
@@ -31,6 +32,9 @@ class CheckpointAnswerer:
         if self._last is None or self._last[0] is not image or self._last[1] != p:
             self._last = (image, p, model.embed_image(torch.from_numpy(to_pixels(image, model.spec)), p)[0])
         before, after = tokenizer.encode_prompt(sample.prompt())
+        total = len(before) + len(after) + p * p
+        if total > model.spec.decoder.context:
+            raise ContextError(f"the prompt takes {total} positions, the model's context has {model.spec.decoder.context}; shorten it")
         return model.generate(model.sequence(before, self._last[2], after), TASKS[sample.task].max_new_tokens)
 
     def answer(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from runtime.contract.errors import CheckpointError
+from runtime.contract.errors import CheckpointError, UsageError
+from runtime.contract.files import sync_file
 from runtime.contract.tokenizer import Tokenizer
 from trainer.batch import IGNORE, Batch, block_mask
 from trainer.config import STAGES, Stage, StageRun
@@ -42,6 +44,7 @@ class TrainOptions:
 
     state_dir: Path
     seed: int = 0
+    data: str = ""  # what identifies the data, so that a resumed run has the same
     resume: bool = False
     save_seconds: float = 120.0
     stop_after: int | None = None  # total optimiser steps in this process, for tests of resuming
@@ -125,7 +128,7 @@ class _State:
     stage: int
     step: int
     seconds: float
-    recipe: list[dict[str, Any]]
+    run: dict[str, Any]
     model: dict[str, Tensor]
     head: dict[str, Tensor]
     optimiser: dict[str, Any]
@@ -135,16 +138,18 @@ def _save(path: Path, state: _State) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     torch.save(vars(state), temporary)
+    sync_file(temporary)
     os.replace(temporary, path)
 
 
-def _load(path: Path, recipe: list[dict[str, Any]]) -> _State:
+def _load(path: Path, run: dict[str, Any]) -> _State:
     try:
         state = _State(**torch.load(path, weights_only=True))
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"training state {path} cannot be read ({error}); start again without --resume") from None
-    if state.recipe != recipe:
-        raise CheckpointError(f"training state {path} belongs to another recipe; use the same options or start again without --resume")
+    if state.run != run:
+        differs = ", ".join(key for key in run if state.run.get(key) != run[key])
+        raise CheckpointError(f"training state {path} belongs to another run ({differs}); use the same options or start again without --resume")
     return state
 
 
@@ -176,10 +181,22 @@ class _Log:
 def train(model: InfMLLM, tokenizer: Tokenizer, source: ExampleSource, recipe: Sequence[StageRun], options: TrainOptions) -> float:
     """Runs the recipe on `model` in place; returns the seconds spent, earlier sittings included. State goes to `options.state_dir`."""
     world = World()
+    dense = [run.stage for run in recipe if STAGES[run.stage].objective == "dense"]
+    if dense and not source.has_dense_labels:
+        raise UsageError(
+            f"stage {dense[0]} needs labels per patch, which only synthetic data have; choose another --stage and a checkpoint to --start-from"
+        )
     trainer = _Trainer(model, tokenizer, world, options.seed)
     options.state_dir.mkdir(parents=True, exist_ok=True)
-    path, recipe_json = options.state_dir / "state.pt", [asdict(run) for run in recipe]
-    start = _load(path, recipe_json) if options.resume and path.exists() else None
+    path = options.state_dir / "state.pt"
+    identity = {
+        "recipe": [asdict(run) for run in recipe],
+        "seed": options.seed,
+        "data": options.data,
+        "processes": world.size,
+        "spec": model.spec.to_json(),
+    }
+    start = _load(path, identity) if options.resume and path.exists() else None
     if start:
         model.load_state_dict(start.model)
         trainer.head.load_state_dict(start.head)
@@ -201,7 +218,7 @@ def train(model: InfMLLM, tokenizer: Tokenizer, source: ExampleSource, recipe: S
                 stop = taken == options.stop_after
                 if world.is_main and (stop or step + 1 == run.steps or time.monotonic() - saved > options.save_seconds):
                     saved = time.monotonic()
-                    state = _State(index, step + 1, saved - began, recipe_json, model.state_dict(), trainer.head.state_dict(), optimiser.state_dict())
+                    state = _State(index, step + 1, saved - began, identity, model.state_dict(), trainer.head.state_dict(), optimiser.state_dict())
                     _save(path, state)
                 if stop:
                     return time.monotonic() - began

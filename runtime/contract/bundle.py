@@ -78,7 +78,7 @@ class Bundle:
             identity.update(f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}\n".encode())
         marks = _cache_folder() / "verified"
         mark = marks / identity.hexdigest()
-        if mark.exists():
+        if _is_file(mark):
             return
         self.verify()
         try:
@@ -101,17 +101,25 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Reads and checks a bundle's manifest and the presence, kind and size of its files. Raises `BundleError`."""
     folder = Path(path)
     manifest = folder / MANIFEST
-    if not manifest.is_file():
+    if not _is_file(manifest):
         raise BundleError(f"no bundle at {folder} ({MANIFEST} not found); build one with: infmllm-export build -o {folder}")
     if manifest.stat().st_size > _MAX_MANIFEST:
         raise BundleError(f"{manifest} is larger than {_MAX_MANIFEST} bytes; this is no manifest of ours")
     try:
         data = json.loads(manifest.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{manifest} is not valid JSON ({error}); re-export the bundle") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{manifest} cannot be read as JSON ({error}); re-export the bundle") from None
     bundle = _parse(folder, data)
     _check_files(bundle)
     return bundle
+
+
+def _is_file(path: Path) -> bool:
+    """False also for paths the system refuses to look at (too long, forbidden)."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _expect(ok: bool, manifest: Path, message: str) -> None:
@@ -136,6 +144,8 @@ def _parse(folder: Path, data: Any) -> Bundle:
     for name in ("schemes", "files", "provenance", "parity"):
         _expect(isinstance(data[name], dict), manifest, f"{name} is not an object")
     _expect(all(isinstance(v, str) for v in data["schemes"].values()), manifest, "a scheme is not text")
+    tolerance = data["parity"].get("tolerance", {})
+    _expect(isinstance(tolerance, dict) and all(type(v) in (int, float) for v in tolerance.values()), manifest, "a parity tolerance is no number")
     _expect(len(data["files"]) <= _MAX_FILES, manifest, f"lists more than {_MAX_FILES} files")
     files: dict[str, tuple[int, str]] = {}
     for name, entry in data["files"].items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from runtime.contract.errors import InfMLLMError, UsageError
@@ -12,7 +14,7 @@ from runtime.contract.errors import InfMLLMError, UsageError
 if TYPE_CHECKING:
     import typer
 
-__all__ = ["OneLineParser", "command_app", "note", "positive", "run_command", "track"]
+__all__ = ["OneLineParser", "check_output", "command_app", "note", "positive", "run_command", "track"]
 
 T = TypeVar("T")
 _INTERRUPTED = 130
@@ -46,10 +48,10 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def run_command(app: Callable[[], object]) -> None:
+def run_command(app: Callable[..., object]) -> None:
     """Runs a command line; an `InfMLLMError` becomes one line and its exit code, an interrupt exit code 130."""
     try:
-        app()
+        app(standalone_mode=False) if hasattr(app, "registered_commands") else app()  # typer would print a box of its own
     except InfMLLMError as error:
         note(f"error: {' '.join(str(error).split())}")
         sys.exit(error.exit_code)
@@ -59,6 +61,17 @@ def run_command(app: Callable[[], object]) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors have it; anything else is a fault of ours
+            raise
+        note(f"error: {' '.join(str(error.format_message()).split())} See --help")
+        sys.exit(UsageError.exit_code)
+
+
+def check_output(path: Path | None) -> None:
+    """Raises `UsageError` now if a file cannot be written there later, after the work is done."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise UsageError(f"cannot write {path}; choose a file in a writable folder")
 
 
 def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:

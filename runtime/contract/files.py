@@ -43,62 +43,96 @@ def sync_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
+def staged_folder(target: Path, marker: str) -> Iterator[Path]:
     """Yields an empty folder beside `target`; on a clean exit it becomes `target`, on an error `target` is untouched.
 
-    Raises `BusyError` when another process stages the same target, `BuildError` when the disk refuses (full, read-only).
+    An existing `target` is replaced only if it is empty or holds the file `marker`, the sign that we wrote it; a link is followed. Raises
+    `BusyError` when another process stages the same target, `BuildError` when the target is not ours or the disk refuses (full, read-only).
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))
     staging = target.parent / f".{target.name}.staging"
+    swapped = False
     try:
-        staging.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            _restore(target)
+            _check_ours(target, marker)
+            _remove(staging)
+            staging.mkdir()
+            try:
+                yield staging
+                for path in staging.iterdir():
+                    sync_file(path)
+                sync_file(staging)
+                _swap(staging, target)
+                swapped = True
+                sync_file(target.parent)
+            finally:
+                _remove(staging)
     except OSError as error:
-        raise BuildError(f"cannot write to {target.parent}: {error.strerror}; choose another output folder") from None
-    lock = os.open(staging, os.O_RDONLY)
+        state = "the new content is in place, but was not flushed to disk" if swapped else "the previous content is unchanged"
+        reason = error.strerror or str(error)
+        raise BuildError(f"cannot write {target}: {reason}; {state}. Free space, or choose another output folder") from None
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Holds `.NAME.lock` beside the target. The file goes away with the lock; who opened it earlier finds another inode."""
+    path = target.parent / f".{target.name}.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            current = path.stat().st_ino == os.fstat(lock).st_ino
         except OSError:
-            raise BusyError(f"another process is building {target}; wait for it, or choose another output folder") from None
-        _clear(staging)
+            current = False
+        if not current:
+            raise BusyError(f"another process is building {target}; wait for it, or choose another output folder")
         try:
-            yield staging
-            for path in staging.iterdir():
-                sync_file(path)
-            sync_file(staging)
-            _swap(staging, target)
-            sync_file(target.parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-                raise BuildError(f"cannot write {target}: {os.strerror(error.errno)}; the previous content is unchanged") from None
-            raise
+            yield
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            path.unlink(missing_ok=True)
     finally:
         os.close(lock)
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def _check_ours(target: Path, marker: str) -> None:
+    if target.exists() and not target.is_dir():
+        raise BuildError(f"{target} exists and is not a folder; choose another output folder")
+    if target.is_dir() and not (target / marker).is_file() and any(target.iterdir()):
+        raise BuildError(f"{target} holds other files (no {marker} among them) and is not replaced; choose another output folder")
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _aside(target: Path) -> Path:
+    return target.parent / f".{target.name}.previous"
+
+
+def _restore(target: Path) -> None:
+    """Brings back a folder that a killed writer had moved aside (only where names cannot be exchanged in one step)."""
+    if _aside(target).is_dir() and not target.exists():
+        os.rename(_aside(target), target)
 
 
 def _swap(staging: Path, target: Path) -> None:
     """Gives `staging` the name `target`; a previous `target` takes the staging name. One atomic step where the file system can."""
     if not target.exists():
         os.rename(staging, target)
-    elif not target.is_dir():
-        raise BuildError(f"{target} exists and is not a folder; choose another output folder")
     elif not _exchange(staging, target):
-        aside = target.parent / f".{target.name}.previous"
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(target, aside)
+        _remove(_aside(target))
+        os.rename(target, _aside(target))
         try:
             os.rename(staging, target)
         except BaseException:
-            os.rename(aside, target)
+            os.rename(_aside(target), target)
             raise
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(_aside(target))
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -8,8 +8,10 @@ runtime share `to_pixels`, so what a model saw in training is bit for bit what i
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
+import struct
 import warnings
 from pathlib import Path
 
@@ -71,7 +73,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         raise ImageError(f"{where} has more than {MAX_BYTES} bytes; scale it down first")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # bombs are checked below; damaged metadata is nothing a user must read
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.size, where)
             image.load()
@@ -80,7 +82,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
         raise ImageError(f"{where} declares more than {MAX_PIXELS} pixels; scale it down first") from None
     except UnidentifiedImageError:
         raise ImageError(f"{where} is not a JPEG, PNG, WebP or BMP image (by its content); convert it first") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, MemoryError, struct.error, AttributeError) as error:
         # Pillow's decoders raise any of these on damaged files.
         raise ImageError(f"{where} is truncated or damaged ({error}); copy or convert it again") from None
 
@@ -106,6 +108,18 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _padded(image: Image.Image) -> Image.Image:
+    """Centred on a square of the mean colour. Extremely long pictures are shrunk first, so that the square stays within the pixel limit."""
+    longest = math.isqrt(MAX_PIXELS)
+    if max(image.size) > longest:
+        scale = longest / max(image.size)
+        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), MEAN_COLOUR)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
 def to_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.float32]:
     """An RGB picture as the vision graph's `pixels`: [1, 3, S, S] float32, normalised with the CLIP mean and deviation.
 
@@ -113,10 +127,7 @@ def to_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.float32]:
     """
     size = spec.vision.image_size
     if spec.image_mode == "pad" and image.width != image.height:
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), MEAN_COLOUR)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
+        image = _padded(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     bytes_HWC = np.asarray(image)

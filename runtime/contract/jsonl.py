@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.contract.errors import DataError
+from runtime.contract.errors import DataError, PromptError
 from runtime.contract.prompt import Message
 from runtime.contract.sample import Example, Sample
 
@@ -74,12 +74,14 @@ def _read_line(line: str, path: Path, number: int) -> Example:
         if not isinstance(row, dict):
             raise ValueError("the line is no JSON object")
         task = row.get("task")
-        if task not in _READERS:
+        if not isinstance(task, str) or task not in _READERS:
             raise ValueError(f'"task" is {task!r:.40}, expected one of {", ".join(_READERS)}')
         image = path.parent / _text(row, "image")
         sample = _READERS[task](row)
-    except (ValueError, RecursionError) as error:
+        prompt = sample.prompt()
+        (prompt.before + prompt.after + sample.answer).encode("utf-8")
+        if not image.is_file():
+            raise ValueError(f"image {image} does not exist")
+    except (ValueError, OverflowError, OSError, RecursionError, PromptError) as error:
         raise DataError(f"{where}: {error}") from None
-    if not image.is_file():
-        raise DataError(f"{where}: image {image} does not exist")
     return Example(image, (sample,), name=where)

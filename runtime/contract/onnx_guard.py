@@ -55,6 +55,8 @@ def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]
     """(field number, start, end) of every length-delimited field; others are skipped."""
     while at < end:
         key, at = _varint(data, at, end)
+        if key >= 1 << 32 or key < 8:  # readers differ in what they make of such tags
+            raise ValueError("malformed tag")
         number, kind = key >> 3, key & 7
         if kind == _VARINT:
             _, at = _varint(data, at, end)

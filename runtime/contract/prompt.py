@@ -109,11 +109,12 @@ def detect_task(text: str) -> tuple[str, str]:
 
     "where is the red circle?" gives ("ground", "red circle"); "describe ..." a caption; a question VQA; anything else chat.
     """
-    if match := _LOCATE.match(text):
+    folded = " ".join(text.split())  # also keeps the patterns linear
+    if match := _LOCATE.match(folded):
         return "ground", match.group(1)
-    if _DESCRIBE.match(text):
+    if _DESCRIBE.match(folded):
         return "caption", text
-    if _QUESTION.match(text):
+    if _QUESTION.match(folded):
         return "vqa", text
     return "chat", text
 

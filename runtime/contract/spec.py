@@ -58,6 +58,7 @@ def present(cache_name: str) -> str:
 
 _MAX_DIM = 1 << 20
 _MAX_LAYERS = 512
+_MAX_FLOAT = 1e12
 IMAGE_MODES = ("stretch", "pad")
 
 T = TypeVar("T")
@@ -85,13 +86,14 @@ def _read(cls: type[T], data: object, where: str) -> T:
     values: dict[str, Any] = {}
     for name in names:
         value, hint = data[name], hints[name]
-        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        if hint is float and type(value) is int and abs(value) <= _MAX_FLOAT:
             value = float(value)
         if hint == tuple[int, ...]:
             ok = isinstance(value, list | tuple) and len(value) <= 64 and all(type(v) is int for v in value)
             value = tuple(value) if ok else value
         else:
             ok = type(value) is hint or not isinstance(hint, type)
+            ok = ok and (hint is not float or 0 < value <= _MAX_FLOAT)
         _require(ok, f"{where}.{name} is {value!r:.60}, expected {getattr(hint, '__name__', hint)}")
         values[name] = value
     return cls(**values)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
 
-from runtime.contract.errors import BundleError
+from runtime.contract.errors import BundleError, PromptError
 from runtime.contract.prompt import Prompt
 from runtime.contract.spec import ModelSpec
 
@@ -41,14 +41,20 @@ class Tokenizer:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception
             raise BundleError(f"{path} cannot be read as a tokenizer ({error}); re-create the checkpoint or bundle") from None
-        size = inner.get_vocab_size(with_added_tokens=True)
-        if size > spec.decoder.vocab_size:
-            raise BundleError(f"{path} has {size} tokens, the model's vocabulary has {spec.decoder.vocab_size}; they do not belong together")
+        highest = max(inner.get_vocab(with_added_tokens=True).values(), default=0)
+        if highest >= spec.decoder.vocab_size:
+            raise BundleError(f"{path} has token id {highest}, the model's vocabulary has {spec.decoder.vocab_size}; they do not belong together")
+        plain = [token.content for token in inner.get_added_tokens_decoder().values() if not token.special]
+        if plain:
+            raise BundleError(f"{path} has added tokens that user text could match, such as {plain[0]!r:.40}; mark them special")
         return cls(inner, spec)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, no control tokens added."""
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        try:
+            return list(self._inner.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise PromptError(f"the tokenizer cannot encode {text!r:.40} ({error}); use other words, or repair tokenizer.json") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens left out."""

@@ -6,7 +6,9 @@ one row copy and one `run`.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract.bundle import DECODER, VISION, Bundle
-from runtime.contract.errors import ContextError, EngineError
+from runtime.contract.errors import BundleError, ContextError, EngineError
 from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, SEQLENS_K, TOTAL_LENGTH, key_cache, present, value_cache
 from runtime.engines import EngineOptions
 
@@ -45,6 +47,40 @@ def _session(path: Path, options: EngineOptions) -> ort.InferenceSession:
         raise EngineError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]:.300}; re-export the bundle for this version") from None
 
 
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+    """ONNX Runtime's exceptions share no public base class; the first line of any becomes an `EngineError`."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"ONNX Runtime failed: {str(error).splitlines()[0]:.300}; run infmllm-run --self-test, or re-export the bundle") from None
+
+
+def _check_contract(bundle: Bundle, vision: ort.InferenceSession, decoder: ort.InferenceSession) -> None:
+    """Raises `BundleError` unless both graphs have the inputs and outputs the spec calls for, with its static dimensions."""
+    tower, spec = bundle.spec.vision, bundle.spec.decoder
+    cache = (None, spec.kv_heads, None, spec.head_dim)
+    caches = {name: cache for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))}
+    pixels = (None, 3, tower.image_size, tower.image_size)
+    lengths: dict[str, tuple[int | None, ...]] = {SEQLENS_K: (None,), TOTAL_LENGTH: ()}
+    wanted = (
+        (VISION, vision.get_inputs(), {PIXELS: pixels, POOL: (None, tower.grid**2)}),
+        (VISION, vision.get_outputs(), {IMAGE_EMBEDS: (None, None, spec.hidden)}),
+        (DECODER, decoder.get_inputs(), {INPUTS_EMBEDS: (None, None, spec.hidden), **lengths, **caches}),
+        (DECODER, decoder.get_outputs(), {LOGITS: (None, spec.vocab_size), **{present(name): cache for name in caches}}),
+    )
+    for file, values, expected in wanted:
+        found = {value.name: value for value in values}
+        for name in sorted(set(found) ^ set(expected)):
+            raise BundleError(
+                f"{bundle.path / file}: {name} is {'unexpected' if name in found else 'missing'}; graph and manifest do not belong together"
+            )
+        for name, shape in expected.items():
+            dims = found[name].shape
+            if len(dims) != len(shape) or any(isinstance(d, int) and w is not None and d != w for d, w in zip(dims, shape, strict=True)):
+                raise BundleError(f"{bundle.path / file}: {name} is {dims}, the manifest's spec makes it {list(shape)}; re-export the bundle")
+
+
 class OrtEngine:
     """Both graphs of a `cpu` bundle in ONNX Runtime."""
 
@@ -53,7 +89,8 @@ class OrtEngine:
         self.capacity = min(options.context or spec.context, spec.context)
         self._vision = _session(bundle.file(VISION), options)
         self._decoder = _session(bundle.file(DECODER), options)
-        self._hidden, self._caches = spec.hidden, {}
+        _check_contract(bundle, self._vision, self._decoder)
+        self._caches: dict[str, ort.OrtValue] = {}
         try:
             for layer in range(spec.layers):
                 for name in (key_cache(layer), value_cache(layer)):
@@ -79,7 +116,8 @@ class OrtEngine:
 
     def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `Engine.embed_image`."""
-        (embeds,) = self._vision.run([IMAGE_EMBEDS], {PIXELS: pixels, POOL: pool})
+        with _engine_errors():
+            (embeds,) = self._vision.run([IMAGE_EMBEDS], {PIXELS: pixels, POOL: pool})
         return np.asarray(embeds, np.float32)
 
     def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
@@ -94,6 +132,7 @@ class OrtEngine:
             binding = self._row_binding
         else:
             binding = self._bind(np.ascontiguousarray(inputs_embeds, np.float32))
-        self._decoder.run_with_iobinding(binding)
+        with _engine_errors():
+            self._decoder.run_with_iobinding(binding)
         logits: NDArray[np.float32] = self._logits[0]
         return logits

@@ -50,6 +50,11 @@ def test_all_four_tasks_read(data: Path) -> None:
         ('{"image": "a.png", "task": "vqa", "question": "x", "answer": 3}', "answer"),
         ('{"image": "a.png", "task": "ground", "phrase": "x", "box": [1, 2, 3]}', "box"),
         ('{"image": "a.png", "task": "chat", "messages": [{"role": "user", "content": "x"}]}', "alternate"),
+        ('{"image": "a.png", "task": []}', "task"),
+        ('{"image": "' + "a" * 5000 + '", "task": "caption", "answer": "x"}', "image|long"),
+        ('{"image": "a.png", "task": "ground", "phrase": "x", "box": [1, 2, 3, ' + "9" * 400 + "]}", "large"),
+        ('{"image": "a.png", "task": "vqa", "question": "!!", "answer": "x"}', "no words"),
+        ('{"image": "a.png", "task": "caption", "answer": "\\ud800"}', "surrogate"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(data: Path, line: str, words: str) -> None:

@@ -28,7 +28,7 @@ def write_new(folder: Path) -> None:
 def test_replaces_a_folder_whole(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
     for text in (b"one", b"two"):
-        with staged_folder(target) as folder:
+        with staged_folder(target, "file") as folder:
             (folder / "file").write_bytes(text)
         assert content(target) == {"file": text}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -36,9 +36,9 @@ def test_replaces_a_folder_whole(tmp_path: Path) -> None:
 
 def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "bundle"
-    with staged_folder(target) as folder:
+    with staged_folder(target, "file") as folder:
         (folder / "file").write_bytes(b"old")
-    with pytest.raises(ValueError), staged_folder(target) as folder:
+    with pytest.raises(ValueError), staged_folder(target, "file") as folder:
         write_new(folder)
         raise ValueError("no")
     assert content(target) == {"file": b"old"} and [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -49,7 +49,7 @@ def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
 def test_every_system_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, code: int) -> None:
     """Fails the N-th fsync or rename for N = 1, 2, ... until a run gets through."""
     target = tmp_path / "bundle"
-    with staged_folder(target) as folder:
+    with staged_folder(target, "file") as folder:
         (folder / "file").write_bytes(b"old")
     real = {name: getattr(os, name) for name in ("fsync", "rename")}
     if not exchange:
@@ -68,7 +68,7 @@ def test_every_system_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for name in real:
             monkeypatch.setattr(os, name, lambda *a, name=name: counted(name, *a))
         try:
-            with staged_folder(target) as folder:
+            with staged_folder(target, "file") as folder:
                 write_new(folder)
         except BuildError as error:
             failures += 1
@@ -86,23 +86,23 @@ def test_every_system_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_second_writer_is_told(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "bundle"), pytest.raises(BusyError, match="another process"), staged_folder(tmp_path / "bundle"):
+    with staged_folder(tmp_path / "bundle", "file"), pytest.raises(BusyError, match="another process"), staged_folder(tmp_path / "bundle", "file"):
         pass
 
 
 def test_a_file_in_the_way_and_an_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(BuildError, match="not a folder"), staged_folder(tmp_path / "file") as folder:
+    with pytest.raises(BuildError, match="not a folder"), staged_folder(tmp_path / "file", "file") as folder:
         write_new(folder)
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(BuildError, match="cannot write"), staged_folder(tmp_path / "file" / "below"):
+    with pytest.raises(BuildError, match="cannot write"), staged_folder(tmp_path / "file" / "below", "file"):
         pass
 
 
 @pytest.mark.parametrize("when", ["in the middle", "before the swap"])
 def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path: Path, when: str) -> None:
     target = tmp_path / "bundle"
-    with staged_folder(target) as folder:
+    with staged_folder(target, "file") as folder:
         (folder / "file").write_bytes(b"old")
     code = f"""
         import os, signal
@@ -111,7 +111,7 @@ def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_pa
         die = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
         if {when!r} == "before the swap":
             files._swap = die
-        with files.staged_folder(Path({str(target)!r})) as folder:
+        with files.staged_folder(Path({str(target)!r}), "file") as folder:
             (folder / "half").write_bytes(b"x")
             if {when!r} == "in the middle":
                 die()
@@ -119,7 +119,52 @@ def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_pa
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2])
     assert result.returncode == -9
     assert content(target) == {"file": b"old"}
-    with staged_folder(target) as folder:
+    with staged_folder(target, "file") as folder:
         assert not list(folder.iterdir())
         (folder / "file").write_bytes(b"new")
     assert content(target) == {"file": b"new"} and [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("years of work")
+    with pytest.raises(BuildError, match="holds other files"), staged_folder(tmp_path / "thesis", "file") as folder:
+        write_new(folder)
+    assert content(tmp_path / "thesis") == {"chapter": b"years of work"}
+    (tmp_path / "empty").mkdir()
+    with staged_folder(tmp_path / "empty", "file") as folder:
+        write_new(folder)
+    assert len(content(tmp_path / "empty")) == 3
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for text in (b"one", b"two"):
+        with staged_folder(tmp_path / "link", "file") as folder:
+            (folder / "file").write_bytes(text)
+        assert content(tmp_path / "real") == {"file": text} and (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_a_writer_killed_between_two_renames_is_undone(tmp_path: Path) -> None:
+    """Where names cannot be exchanged, the old folder stands aside for a moment; the next writer brings it back."""
+    (tmp_path / ".bundle.previous").mkdir()
+    (tmp_path / ".bundle.previous" / "file").write_bytes(b"old")
+    with pytest.raises(ValueError), staged_folder(tmp_path / "bundle", "file"):
+        raise ValueError("no")
+    assert content(tmp_path / "bundle") == {"file": b"old"}
+
+
+def test_the_lock_is_held_until_everything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, told = files.sync_file, []
+
+    def intrude(path: Path) -> None:
+        real(path)
+        with pytest.raises(BusyError) as caught, staged_folder(tmp_path / "bundle", "file"):
+            pass
+        told.append(str(caught.value))
+
+    monkeypatch.setattr(files, "sync_file", intrude)
+    with staged_folder(tmp_path / "bundle", "file") as folder:
+        (folder / "file").write_bytes(b"x")
+    assert len(told) == 3 and content(tmp_path / "bundle") == {"file": b"x"}

@@ -132,6 +132,11 @@ def test_stretch_fills_and_pad_keeps_the_aspect() -> None:
     assert np.abs(padded[0, :, 1, 16]).max() < 0.02  # the mean colour is next to zero
 
 
+def test_padding_an_extremely_long_picture_takes_bounded_memory() -> None:
+    pixels = to_pixels(Image.new("RGB", (60000, 4), (255, 255, 255)), replace(TINY, image_mode="pad"))
+    assert pixels.shape == (1, 3, 32, 32) and np.isfinite(pixels).all()
+
+
 def test_pixels_equal_the_formula_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)

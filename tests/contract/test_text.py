@@ -63,6 +63,7 @@ def test_bad_prompts(task: str, text: str) -> None:
 )
 def test_detect_task(text: str, expected: tuple[str, str]) -> None:
     assert detect_task(text) == expected
+    assert detect_task(text.replace(" ", " " * 3000)) != ("chat", text) or expected[0] == "chat"  # and returns at once
     assert expected[0] in TASKS
 
 

@@ -61,7 +61,7 @@ def test_self_test(bundle: Path) -> None:
 def test_drawing(bundle: Path, scene_png: Path, tmp_path: Path) -> None:
     assert run(scene_png, "where is the circle?", "--bundle", bundle, "--draw", tmp_path / "out.png").returncode == 0
     assert Image.open(tmp_path / "out.png").size == Image.open(scene_png).size
-    assert b"choose another --draw" in run(scene_png, "describe", "--bundle", bundle, "--draw", tmp_path / "no" / "out.png").stderr
+    check_fault(run(scene_png, "describe", "--bundle", bundle, "--draw", tmp_path / "no" / "out.png"), "writable folder")
 
 
 def jpeg() -> bytes:
@@ -133,6 +133,9 @@ def test_eval_and_bench(bundle: Path, tiny_checkpoint: Path, scene_png: Path, tm
     assert "boxes with IoU" in text and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 9
     check_fault(command("runtime.evaluate", tmp_path, "synthetic:3"), "neither a bundle")
     check_fault(command("runtime.evaluate", bundle, "synthetic:x"), "positive number")
+    check_fault(command("runtime.evaluate", bundle, "synthetic:1", "--out", tmp_path / "no" / "x"), "writable folder")
+    check_fault(command("runtime.evaluate"), "--help")
+    check_fault(command("runtime.bench", bundle, "--repetitions", "0"), "repetitions")
     result = command("runtime.bench", bundle, "--repetitions", 2, "--json", tmp_path / "b.json", "--csv", tmp_path / "b.csv")
     report = json.loads((tmp_path / "b.json").read_text())
     assert result.returncode == 0 and report["stages_ms"]["prefill"]["p50"] > 0 and report["conditions"]["repetitions"] == 2

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer as RawTokenizer
 
-from runtime.contract.errors import CheckpointError, UsageError
+from runtime.contract.errors import CheckpointError, DataError, UsageError
 from runtime.contract.image import to_pixels
+from runtime.contract.sample import Sample
 from runtime.contract.tokenizer import Tokenizer
 from tests.conftest import TINY
 from trainer.batch import IGNORE, block_mask, collate, pack
-from trainer.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint
+from trainer.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint, save_checkpoint
 from trainer.config import PRESETS, STAGES, StageRun, find_preset
 from trainer.datasets import open_source
 from trainer.datasets.scene_text import SceneSource, chat_samples, scene_samples
@@ -41,8 +42,8 @@ def test_a_packed_row_gives_each_pair_its_single_turn_logits(tokenizer: Tokenize
     rng, model = np.random.default_rng(1), tiny_model().eval()
     scene = draw_scene(rng, 3)
     samples = chat_samples(scene, rng) if chat else scene_samples(scene, rng)
-    row, pixels = pack(samples, tokenizer, 4), to_pixels(scene.image, TINY)
-    batch = collate([row, pack(samples[:1], tokenizer, 4)], [pixels, pixels], 2)  # a shorter second row, for padding
+    row, pixels = pack(samples, tokenizer, 4, 512), to_pixels(scene.image, TINY)
+    batch = collate([row, pack(samples[:1], tokenizer, 4, 512)], [pixels, pixels], 2)  # a shorter second row, for padding
     embeds = model.embed_image(batch.pixels, 2)
     inputs = model.decoder.embed_tokens(batch.ids.clamp_min(0)).masked_scatter(batch.image_slots[..., None], embeds)
     hidden, _ = model.decoder(inputs, batch.positions, block_mask(batch.segments))
@@ -93,8 +94,30 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(tokenizer: Tokeniz
 
 def test_resuming_with_another_recipe_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     train(tiny_model(), tokenizer, SceneSource(), (StageRun("dense", 1, 2, 1e-3),), TrainOptions(tmp_path, workers=0))
-    with pytest.raises(CheckpointError, match="another recipe"):
-        train(tiny_model(), tokenizer, SceneSource(), (StageRun("dense", 2, 2, 1e-3),), TrainOptions(tmp_path, resume=True, workers=0))
+    for options, steps in ((TrainOptions(tmp_path, resume=True, workers=0), 2), (TrainOptions(tmp_path, seed=1, resume=True, workers=0), 1)):
+        with pytest.raises(CheckpointError, match="another run"):
+            train(tiny_model(), tokenizer, SceneSource(), (StageRun("dense", steps, 2, 1e-3),), options)
+    (tmp_path / "state.pt").write_bytes(b"\x80\x04.")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        train(tiny_model(), tokenizer, SceneSource(), (StageRun("dense", 1, 2, 1e-3),), TrainOptions(tmp_path, resume=True, workers=0))
+
+
+def test_an_overlong_sample_is_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="context has 128"):
+        pack([Sample("caption", "describe", "word " * 200)], tokenizer, 4, 128)
+
+
+def test_weights_that_overflow_are_not_saved_over_a_good_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    path = Path(shutil.copytree(tiny_checkpoint, tmp_path / "ck"))
+    before = (path / WEIGHTS).read_bytes()
+    model = tiny_model()
+    with torch.no_grad():
+        model.decoder.lm_head.weight[0, 0] = 1e6
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_checkpoint(path, model, "{}", {})
+    assert (path / WEIGHTS).read_bytes() == before
 
 
 def test_training_lowers_the_loss(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -133,6 +156,13 @@ def test_jsonl_lines_about_one_picture_are_packed(tmp_path: Path, tokenizer: Tok
     )
 
 
+def test_files_without_patch_labels_cannot_train_the_dense_stage(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "d.jsonl").write_text('{"image": "a.png", "task": "caption", "answer": "x"}')
+    with pytest.raises(UsageError, match="labels per patch"):
+        train(tiny_model(), tokenizer, open_source(str(tmp_path / "d.jsonl")), (StageRun("dense", 1, 2, 1e-3),), TrainOptions(tmp_path / "s"))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_consistent(name: str) -> None:
     preset = find_preset(name)
@@ -161,7 +191,7 @@ def damage(path: Path, how: str) -> None:
     save_file(weights, path / WEIGHTS)
 
 
-@pytest.mark.parametrize("how", ["missing", "unknown", "shape", "nan", "truncated", "none", "config", "pickle"])
+@pytest.mark.parametrize("how", ["card", "missing", "unknown", "shape", "nan", "truncated", "none", "config", "pickle"])
 def test_checkpoints_are_read_strictly(how: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -169,6 +199,8 @@ def test_checkpoints_are_read_strictly(how: str, tiny_checkpoint: Path, tmp_path
     assert load_checkpoint(path).card == json.loads((path / CARD).read_text())
     if how == "truncated":
         (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-7])
+    elif how == "card":
+        (path / CARD).write_bytes(b"\xff{")
     elif how == "none":
         shutil.rmtree(path)
     elif how == "config":

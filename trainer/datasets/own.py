@@ -18,6 +18,8 @@ _MAX_PACKED = 8
 class JsonlSource:
     """Draws pictures of a jsonl file uniformly, each with up to 8 of its samples. Raises `DataError` on creation for bad lines."""
 
+    has_dense_labels = False
+
     def __init__(self, path: Path) -> None:
         grouped: dict[Path, list[Sample]] = defaultdict(list)
         for example in read_jsonl(path):

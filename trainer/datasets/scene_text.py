@@ -193,6 +193,8 @@ def corpus() -> Iterator[str]:
 class SceneSource:
     """Endless fresh scenes as training examples."""
 
+    has_dense_labels = True
+
     def draw(self, rng: np.random.Generator, chat: bool, grid: int) -> Example:
         """A new scene with its samples and dense labels."""
         scene = draw_scene(rng)

@@ -21,6 +21,8 @@ __all__ = ["BatchStream", "ExampleSource"]
 class ExampleSource(Protocol):
     """Draws training examples. `chat` asks for a conversation rather than the three short tasks, where the source has any."""
 
+    has_dense_labels: bool
+
     def draw(self, rng: np.random.Generator, chat: bool, grid: int) -> Example:
         """One example; `grid` is the patch grid for dense labels."""
         ...
@@ -44,7 +46,7 @@ class BatchStream(Dataset[Batch]):
         chat = bool(rng.random() < self.chat_share)  # whole batches, since conversations are longer and would only be padding to the rest
         examples = [self.source.draw(rng, chat, grid) for _ in range(self.batch)]
         loaded = [example.load() for example in examples]
-        rows = [pack(_same_opening(samples), self.tokenizer, p * p) for _, samples in loaded]
+        rows = [pack(_same_opening(samples), self.tokenizer, p * p, self.spec.decoder.context) for _, samples in loaded]
         dense = [example.dense for example in examples if isinstance(example.dense, np.ndarray)]
         pixels = [to_pixels(image, self.spec) for image, _ in loaded]
         return collate(rows, pixels, p, dense if len(dense) == self.batch else None)
