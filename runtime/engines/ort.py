@@ -29,20 +29,24 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def session_options(threads: int | None) -> ort.SessionOptions:
-    """ONNX Runtime settings every session here uses; `threads` None means all cores this process may use."""
+def session_options(threads: int | None, spinning: bool = True) -> ort.SessionOptions:
+    """ONNX Runtime settings every session here uses; `threads` None means all cores this process may use.
+
+    `spinning` lets idle worker threads wait busily for the next operator.
+    """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads or _cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = _ERRORS
     # x86 CPUs without VNNI saturate in the unsigned-by-signed 8-bit kernel; this makes ONNX Runtime take the exact one there (and only there).
     settings.add_session_config_entry("session.x64quantprecision", "1")
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     return settings
 
 
-def _session(path: Path, options: EngineOptions) -> ort.InferenceSession:
+def _session(path: Path, options: EngineOptions, spinning: bool = True) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(str(path), session_options(options.threads), providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), session_options(options.threads, spinning), providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise EngineError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]:.300}; re-export the bundle for this version") from None
 
@@ -87,7 +91,8 @@ class OrtEngine:
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         spec = bundle.spec.decoder
         self.capacity = min(options.context or spec.context, spec.context)
-        self._vision = _session(bundle.file(VISION), options)
+        # The tower's threads would otherwise go on spinning on the cores that prefill and decode need.
+        self._vision = _session(bundle.file(VISION), options, spinning=False)
         self._decoder = _session(bundle.file(DECODER), options)
         _check_contract(bundle, self._vision, self._decoder)
         self._caches: dict[str, ort.OrtValue] = {}
