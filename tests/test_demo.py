@@ -14,10 +14,11 @@ import pytest
 from export.pipeline import BuildOptions, build
 from export.schemes import SCHEMES
 from runtime.contract.evaluation import evaluate
+from runtime.contract.files import sha256_file
 from runtime.contract.metrics import vqa_right
 from runtime.evaluate import BundleAnswerer
 from runtime.session import load
-from trainer.checkpoint import DEMO, load_checkpoint
+from trainer.checkpoint import DEMO, WEIGHTS, load_checkpoint
 from trainer.datasets.held_out import held_out_scenes
 from trainer.evaluate import CheckpointAnswerer
 
@@ -101,5 +102,5 @@ def test_a_real_photograph_goes_through(bundles: dict[str, Path]) -> None:
 
 
 def test_the_card_is_of_the_shipped_weights(card: Card) -> None:
-    checkpoint = load_checkpoint(DEMO)
-    assert checkpoint.model.spec.name == card["preset"] and card["training_minutes"]
+    assert card["weights_sha256"] == sha256_file(DEMO / WEIGHTS)
+    assert load_checkpoint(DEMO).model.spec.name == card["preset"] and 0 < card["training_minutes"] <= 45

@@ -46,7 +46,8 @@ def run(
 
     import torch
 
-    from trainer.checkpoint import load_checkpoint, save_checkpoint
+    from runtime.contract.files import sha256_file
+    from trainer.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
     from trainer.config import STAGES, StageRun, find_preset
     from trainer.datasets import open_source
     from trainer.distributed import World
@@ -69,7 +70,8 @@ def run(
         card = recipe_card | {"training_minutes": round(seconds / 60, 1), "start_from": start_from.name if start_from else None, "val": val}
         save_checkpoint(out, model, tokenizer_json, card)
         scored = load_checkpoint(out)
-        save_checkpoint(out, scored.model, tokenizer_json, card | {"metrics": _metrics(out, val)})
+        measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": _metrics(out, val)}
+        save_checkpoint(out, scored.model, tokenizer_json, card | measured)
         note(f"wrote {out}")
     world.wait()
 

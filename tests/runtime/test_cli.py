@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from runtime.contract.files import sha256_file
 from tests.contract.test_image import png_header
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +165,7 @@ def test_training_from_the_command_line(tmp_path: Path) -> None:
     arguments = ("--steps", 2, "--batch", 2, "--val", "synthetic:2", "--threads", 2, "--out", out)
     assert command("trainer.cli", *arguments).returncode == 0
     card = json.loads((out / "card.json").read_text())
+    assert card["weights_sha256"] == sha256_file(out / "model.safetensors")
     assert set(card["metrics"]) == {"64", "16"} and [run["stage"] for run in card["recipe"]] == ["dense", "scratch", "joint"]
     again = command("trainer.cli", *arguments, "--stage", "alignment", "--start-from", out, "--out", tmp_path / "next")
     assert again.returncode == 0 and json.loads((tmp_path / "next" / "card.json").read_text())["start_from"] == "ck"
