@@ -12,7 +12,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,7 +59,6 @@ class Build:
     counts: tuple[tuple[str, str, PassResult], ...] = ()
     stages: tuple[StageError, ...] = ()
     verdict: str = UNVERIFIED
-    notes: tuple[str, ...] = field(default=())
 
 
 def _load(build: Build) -> Build:

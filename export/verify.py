@@ -78,8 +78,7 @@ def compare_with_checkpoint(session: Session, checkpoint: Checkpoint, cases: int
             f"{checkpoint.path} is {checkpoint.sha256[:12]}…; name the checkpoint it was built from"
         )
     goldens = make_goldens(checkpoint.model, checkpoint.tokenizer, cases, _FRESH_SEED)
-    tolerance = session.bundle.parity.get("tolerance")
-    return replay_goldens(session, goldens, tolerance if isinstance(tolerance, dict) else {})
+    return replay_goldens(session, goldens, session.bundle.tolerance)
 
 
 def verdict_json(verdict: str, stages: Sequence[StageError], tolerance: dict[str, float]) -> dict[str, Any]:

@@ -118,8 +118,7 @@ def _draw(picture: Image.Image, answer: Answer, path: Path) -> None:
 def _self_test(session: Session, as_json: bool) -> None:
     from runtime.selftest import replay
 
-    tolerance = session.bundle.parity.get("tolerance")
-    stages = replay(session, tolerance if isinstance(tolerance, dict) else {})
+    stages = replay(session, session.bundle.tolerance)
     if as_json:
         print(json.dumps({"verdict": session.bundle.verdict, "stages": [asdict(s) | {"passed": s.passed} for s in stages]}))
     else:

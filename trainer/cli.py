@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from runtime.contract.console import command_app, note, run_command
 from runtime.contract.errors import UsageError
+from runtime.contract.files import sha256_file
 
 __all__ = ["main"]
 
@@ -46,7 +46,6 @@ def run(
 
     import torch
 
-    from runtime.contract.files import sha256_file
     from trainer.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
     from trainer.config import STAGES, StageRun, find_preset
     from trainer.datasets import open_source
@@ -96,7 +95,7 @@ def _start(spec: Any, start_from: Path | None, seed: int) -> tuple[Any, Any, str
 
 def _data_card(data: str) -> dict[str, str]:
     path = Path(data)
-    return {"name": data} if not path.is_file() else {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"name": data} if not path.is_file() else {"name": path.name, "sha256": sha256_file(path)}
 
 
 def _metrics(out: Path, val: str) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def _metrics(out: Path, val: str) -> dict[str, Any]:
     figures = {}
     for p in answerer.checkpoint.model.spec.pool_sizes:
         tasks, kinds, _ = evaluate(answerer, track(examples, len(examples), f"scoring {p * p} visual tokens"), p * p)
-        figures[str(p * p)] = json.loads(json.dumps({"tasks": tasks.figures(), "kinds": kinds.figures()}))
+        figures[str(p * p)] = {"tasks": tasks.figures(), "kinds": kinds.figures()}
     return figures
 
 

@@ -59,6 +59,12 @@ class Bundle:
         """ "VERIFIED" if the build proved the graphs equal to PyTorch, else "UNVERIFIED"."""
         return VERIFIED if self.parity.get("verdict") == VERIFIED else UNVERIFIED
 
+    @property
+    def tolerance(self) -> Mapping[str, float]:
+        """Bounds of the parity stages; empty if the build stored none, so that nothing passes."""
+        tolerance: Mapping[str, float] = self.parity.get("tolerance", {})
+        return tolerance
+
     def verify(self) -> None:
         """Hashes every file and checks that graphs refer to no data outside. Raises `BundleError` naming the first that fails."""
         for name, (_, expected) in self.files.items():

@@ -60,13 +60,13 @@ def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
         os.close(descriptor)
 
 
-def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Image.Image:
+def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
     """Reads a picture as displayed: RGB, 8 bit, EXIF orientation applied. First frame of animations.
 
-    `source` is a path or the file's bytes; `name` stands for bytes in messages. Raises `ImageError`.
+    `source` is a path or the file's bytes. Raises `ImageError`.
     """
     data = source if isinstance(source, bytes) else read_image_bytes(source)
-    where = name or ("image" if isinstance(source, bytes) else f"image {os.fspath(source)}")
+    where = "image" if isinstance(source, bytes) else f"image {os.fspath(source)}"
     if not data:
         raise ImageError(f"{where} is empty (0 bytes); give a JPEG, PNG, WebP or BMP file")
     if len(data) > MAX_BYTES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from runtime.contract.boxes import Box, iou, parse_box
 
-__all__ = ["IOU_HIT", "Scoreboard", "Scored", "caption_right", "score", "vqa_right"]
+__all__ = ["IOU_HIT", "METRIC_NAMES", "Scoreboard", "Scored", "caption_right", "score", "vqa_right"]
 
 IOU_HIT = 0.5
 """A predicted box counts when its IoU with the true one reaches this (RefCOCO convention)."""
