@@ -23,7 +23,7 @@ _SIGMA = 0.012  # of the picture's side
 
 
 class AnswerLoss:
-    """Mean cross-entropy over answer tokens."""
+    """Weighted mean cross-entropy over answer tokens."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         matches = [(i, m) for i in range(tokenizer.vocab_size) if (m := _COORDINATE.fullmatch(tokenizer.decode([i])))]
@@ -37,15 +37,15 @@ class AnswerLoss:
             self._targets[:, ids] = bell / bell.sum(1, keepdim=True)
             self._row_of[ids] = torch.arange(len(matches))
 
-    def __call__(self, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-        """Scalar loss of logits [N, V] at positions whose labels [N] are token ids (none ignored)."""
+    def __call__(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
+        """Scalar loss of logits [N, V] at positions whose labels [N] are token ids (none ignored), each with its weight [N]."""
         assert bool((labels_N != IGNORE).all()), "gather answer positions before computing logits"
         rows = self._row_of[labels_N]
         plain, ordered = rows < 0, rows >= 0
-        total = F.cross_entropy(logits_NV[plain], labels_N[plain], reduction="sum")
+        total = F.cross_entropy(logits_NV[plain], labels_N[plain], reduction="none") @ weights_N[plain]
         if bool(ordered.any()):
-            total = total + F.cross_entropy(logits_NV[ordered], self._targets[rows[ordered]], reduction="sum")
-        return total / labels_N.numel()
+            total = total + F.cross_entropy(logits_NV[ordered], self._targets[rows[ordered]], reduction="none") @ weights_N[ordered]
+        return total / weights_N.sum()
 
 
 class DenseHead(nn.Module):

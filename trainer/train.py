@@ -90,7 +90,7 @@ class _Trainer:
         embeds = embeds.masked_scatter(batch.image_slots[..., None], images)
         hidden, _ = model.decoder(embeds, batch.positions, block_mask(batch.segments))
         answers = batch.labels != IGNORE
-        return self.answer_loss(model.decoder.lm_head(hidden[answers]), batch.labels[answers])
+        return self.answer_loss(model.decoder.lm_head(hidden[answers]), batch.labels[answers], batch.weights[answers])
 
     def optimiser(self, run: StageRun) -> torch.optim.AdamW:
         """AdamW over what the stage trains; each group keeps its learning-rate factor."""
@@ -229,7 +229,7 @@ def train(model: InfMLLM, tokenizer: Tokenizer, source: ExampleSource, recipe: S
 def _batches(trainer: _Trainer, source: ExampleSource, run: StageRun, index: int, first: int, options: TrainOptions) -> Iterator[tuple[int, Batch]]:
     """(step, batch) from `first` to the end of the stage; every process of a world draws its own batches."""
     world = trainer.world
-    stream = BatchStream(source, trainer.model.spec, trainer.tokenizer, run.batch, options.seed * 1000 + index, run.chat_share)
+    stream = BatchStream(source, trainer.model.spec, trainer.tokenizer, run.batch, options.seed * 1000 + index, run.chat_share, world.size)
     draws = range(first * world.size + world.rank, run.steps * world.size, world.size)
     loader = DataLoader(stream, batch_size=None, sampler=draws, num_workers=options.workers, prefetch_factor=3 if options.workers else None)
     yield from zip(range(first, run.steps), loader, strict=True)

@@ -139,7 +139,8 @@ def test_coordinates_near_the_truth_cost_less(tokenizer: Tokenizer) -> None:
     def cost(guess: str, truth: str) -> float:
         logits = torch.zeros(1, TINY.decoder.vocab_size)
         logits[0, tokenizer.encode(guess)[0]] = 8.0
-        return float(loss(logits, torch.tensor(tokenizer.encode(truth))))
+        labels = torch.tensor(tokenizer.encode(truth))
+        return float(loss(logits, labels, torch.ones(len(labels))))
 
     assert cost("0.50", "0.50") < cost("0.51", "0.50") < cost("0.60", "0.50") == pytest.approx(cost(",0.50", "0.50"))
     assert cost(" red", " red") < 0.5 < cost(" blue", " red")

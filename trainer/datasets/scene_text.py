@@ -5,7 +5,7 @@ Every sentence is true by construction and every phrase that must name one thing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,6 +32,10 @@ def _listed(parts: Sequence[str]) -> str:
 def caption(scene: Scene) -> str:
     """All things from left to right with size, colour and shape."""
     return _listed([f"a {_full(thing)}" for thing in scene.things])
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
 
 
 def _names(thing: Thing) -> Iterator[str]:
@@ -99,12 +103,12 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
 def _ask_existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     if rng.random() < 0.5:
         thing = scene.things[int(rng.integers(len(scene.things)))]
-        return f"is there a {thing.colour} {thing.shape}?", "yes"
+        return f"is there {_article(thing.colour)} {thing.colour} {thing.shape}?", "yes"
     for _ in range(20):
         colour, shape = pick(rng, list(COLOURS)), pick(rng, SHAPES)
         near = any(t.colour == colour or t.shape == shape for t in scene.things)
         if not any(t.colour == colour and t.shape == shape for t in scene.things) and (near or rng.random() < 0.5):
-            return f"is there a {colour} {shape}?", "no"
+            return f"is there {_article(colour)} {colour} {shape}?", "no"
     return None
 
 
@@ -130,6 +134,8 @@ QUESTIONS: dict[str, Question] = {
     "existence": _ask_existence,
     "relation": _ask_relation,
 }
+_TRAINING_SHARES = {"colour": 2.0, "shape": 1.0, "size": 1.0, "count": 1.0, "existence": 2.0, "relation": 3.0}
+"""How often each kind is tried first in training: kinds that were learnt last come up more. Held-out questions are drawn evenly."""
 
 
 def caption_sample(scene: Scene, rng: np.random.Generator, prompt: str | None = None) -> Sample:
@@ -137,9 +143,10 @@ def caption_sample(scene: Scene, rng: np.random.Generator, prompt: str | None = 
     return Sample("caption", prompt or pick(rng, CAPTION_PROMPTS), caption(scene), kind="caption")
 
 
-def vqa_sample(scene: Scene, rng: np.random.Generator) -> Sample:
-    """A question of a random kind that this scene allows (a count always is)."""
-    for kind in rng.permutation(list(QUESTIONS)):
+def vqa_sample(scene: Scene, rng: np.random.Generator, shares: Mapping[str, float] | None = None) -> Sample:
+    """A question of a random kind that this scene allows (a count always is); `shares` says how likely each kind is tried first."""
+    odds = np.array([shares[kind] for kind in QUESTIONS]) if shares else np.ones(len(QUESTIONS))
+    for kind in rng.choice(list(QUESTIONS), len(QUESTIONS), replace=False, p=odds / odds.sum()):
         if asked := QUESTIONS[str(kind)](scene, rng):
             return Sample("vqa", *asked, kind=str(kind))
     raise AssertionError("counting is always possible")
@@ -151,10 +158,10 @@ def ground_sample(scene: Scene, rng: np.random.Generator) -> Sample | None:
     return Sample("ground", named[1], format_box(named[0].box), box=named[0].box, kind="ground") if named else None
 
 
-def scene_samples(scene: Scene, rng: np.random.Generator, questions: int = 3, phrases: int = 2) -> list[Sample]:
+def scene_samples(scene: Scene, rng: np.random.Generator, questions: int = 4, phrases: int = 2) -> list[Sample]:
     """One caption, several distinct questions and phrases."""
     found = [caption_sample(scene, rng)]
-    found += [vqa_sample(scene, rng) for _ in range(questions)]
+    found += [vqa_sample(scene, rng, _TRAINING_SHARES) for _ in range(questions)]
     found += [sample for _ in range(phrases) if (sample := ground_sample(scene, rng))]
     return list({(s.task, s.text): s for s in found}.values())
 
@@ -186,7 +193,7 @@ def corpus() -> Iterator[str]:
     yield from CAPTION_PROMPTS
     yield from DESCRIBE
     yield from (text.format("red circle") for text in LOCATE)
-    yield "is the circle left of the square? is it right of, above, below, under, the cross? yes no 0 1 2 3 4 Yes No There is The"
+    yield "is the circle left of the square? is it right of, is there an orange circle? above, below, under, the cross? yes no 0 1 2 3 4 Yes No There is The"
     yield "what is in the picture? find locate caption image photo scene background color colour big tiny none two three one four"
 
 

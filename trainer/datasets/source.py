@@ -30,7 +30,7 @@ class ExampleSource(Protocol):
 
 @dataclass
 class BatchStream(Dataset[Batch]):
-    """A map from step to batch, for a `DataLoader` without its own batching."""
+    """A map from the index of a micro-batch (step * parts + part) to the batch, for a `DataLoader` without its own batching."""
 
     source: ExampleSource
     spec: ModelSpec
@@ -38,12 +38,14 @@ class BatchStream(Dataset[Batch]):
     batch: int
     seed: int
     chat_share: float = 0.0
+    parts: int = 1  # micro-batches of one optimiser step, over all processes
 
-    def __getitem__(self, step: int) -> Batch:
-        rng = np.random.default_rng((self.seed, step))
-        p = self.spec.pool_sizes[int(rng.integers(len(self.spec.pool_sizes)))]
-        grid = self.spec.vision.grid
-        chat = bool(rng.random() < self.chat_share)  # whole batches, since conversations are longer and would only be padding to the rest
+    def __getitem__(self, index: int) -> Batch:
+        # p and chat are drawn per optimiser step: processes then take equally long, and conversations are no padding to short questions.
+        shared = np.random.default_rng((self.seed, 1 << 32, index // self.parts))
+        p = self.spec.pool_sizes[int(shared.integers(len(self.spec.pool_sizes)))]
+        chat = bool(shared.random() < self.chat_share)
+        rng, grid = np.random.default_rng((self.seed, index)), self.spec.vision.grid
         examples = [self.source.draw(rng, chat, grid) for _ in range(self.batch)]
         loaded = [example.load() for example in examples]
         rows = [pack(_same_opening(samples), self.tokenizer, p * p, self.spec.decoder.context) for _, samples in loaded]
