@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,12 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from runtime.contract.console import command_app, note, run_command
+from runtime.contract.data_source import parse_source
 from runtime.contract.errors import UsageError
 from runtime.contract.files import sha256_file
+from trainer.datasets import DATASETS
 
 __all__ = ["main"]
 
 app = command_app("Train a compact InfMLLM checkpoint.")
+_DATA_HELP = "synthetic, a .jsonl file, or NAME:PATH,option=value with NAME one of: coco, vqav2, refcoco, llava, voc."
 _EXAMPLES = """
 Examples:
 
@@ -31,10 +35,13 @@ Examples:
 def run(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path("checkpoints/nano"),
     preset: Annotated[str, typer.Option(help="Model shape and recipe.")] = "nano",
-    data: Annotated[str, typer.Option(help="synthetic, or a .jsonl file.")] = "synthetic",
-    val: Annotated[str, typer.Option(help="Data for the card's figures: synthetic[:COUNT] or a .jsonl file.")] = "synthetic:500",
-    stage: Annotated[str, typer.Option(help="all (the preset's recipe) or one stage by name.")] = "all",
+    data: Annotated[list[str] | None, typer.Option(help=f"{_DATA_HELP} Repeat to mix. Default: synthetic.")] = None,
+    val: Annotated[str, typer.Option(help="Data for the card's figures, named likewise.")] = "synthetic:500",
+    stage: Annotated[str, typer.Option(help="all (the preset's recipe), adapt, published, or stages separated by commas.")] = "all",
     start_from: Annotated[Path | None, typer.Option(help="Checkpoint to continue from, with its tokenizer.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="With --start-from: side of the square picture; positions are resized.")] = None,
+    new_words: Annotated[bool, typer.Option("--new-words", help="With --start-from: let the tokenizer learn the data's words.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows and count them, instead of stopping.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of every stage. Default: the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per step and process. Default: the recipe's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data.")] = 0,
@@ -47,64 +54,60 @@ def run(
     import torch
 
     from trainer.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
-    from trainer.config import STAGES, StageRun, find_preset
+    from trainer.config import find_preset, find_recipe
     from trainer.datasets import open_source
     from trainer.distributed import World
+    from trainer.start import new_start
+    from trainer.start import start_from as start_from_checkpoint
     from trainer.train import TrainOptions, train
 
     chosen = find_preset(preset)
-    if stage != "all" and stage not in STAGES:
-        raise UsageError(f"unknown stage {stage!r}; choose all or one of: {', '.join(STAGES)}")
-    recipe = chosen.recipe if stage == "all" else tuple(r for r in chosen.recipe if r.stage == stage) or (StageRun(stage, 500, 16, 3e-4),)
-    if not recipe:
-        raise UsageError(f"preset {preset} has no recipe of its own; name a --stage and a checkpoint to --start-from")
-    recipe = tuple(replace(r, steps=steps or r.steps, batch=batch or r.batch) for r in recipe)
-    source, world = open_source(data), World()
+    if start_from is None and (image_size or new_words):
+        raise UsageError("--image-size and --new-words change a checkpoint; name one with --start-from")
+    recipe = tuple(replace(r, steps=steps or r.steps, batch=batch or r.batch) for r in find_recipe(chosen, stage))
+    source, world = open_source(data or ["synthetic"], skip_bad), World()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.size))
-    model, tokenizer, tokenizer_json = _start(chosen.spec, start_from, seed)
-    options = TrainOptions(out.parent / f".{out.name}.training", seed, json.dumps(_data_card(data)), resume)
-    seconds = train(model, tokenizer, source, recipe, options)
+    start = start_from_checkpoint(start_from, image_size, None, source.texts() if new_words else ()) if start_from else new_start(chosen.spec, seed)
+    data_card = _data_card(data or ["synthetic"])
+    options = TrainOptions(out.parent / f".{out.name}.training", seed, json.dumps(data_card), resume)
+    seconds = train(start.model, start.tokenizer, source, recipe, options)
     if world.is_main:
-        recipe_card = {"preset": preset, "data": _data_card(data), "seed": seed, "processes": world.size, "recipe": [asdict(r) for r in recipe]}
-        card = recipe_card | {"training_minutes": round(seconds / 60, 1), "start_from": start_from.name if start_from else None, "val": val}
-        save_checkpoint(out, model, tokenizer_json, card)
+        recipe_card = {"preset": preset, "data": data_card, "seed": seed, "processes": world.size, "recipe": [asdict(r) for r in recipe]}
+        card = recipe_card | {
+            "training_minutes": round(seconds / 60, 1),
+            "start_from": start_from.name if start_from else None,
+            "val": _data_card([val])[0]["name"],
+        }
+        save_checkpoint(out, start.model, start.tokenizer_json, card)
         scored = load_checkpoint(out)
-        measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": _metrics(out, val)}
-        save_checkpoint(out, scored.model, tokenizer_json, card | measured)
+        measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": _metrics(out, val, skip_bad)}
+        save_checkpoint(out, scored.model, start.tokenizer_json, card | measured)
         note(f"wrote {out}")
     world.wait()
 
 
-def _start(spec: Any, start_from: Path | None, seed: int) -> tuple[Any, Any, str]:
-    """(model, tokenizer, tokenizer.json text): new from the seed, or a checkpoint's."""
-    import torch
-
-    from runtime.contract.tokenizer import Tokenizer
-    from trainer.checkpoint import TOKENIZER, load_checkpoint
-    from trainer.datasets.scene_text import corpus
-    from trainer.model import InfMLLM
-    from trainer.tokenize import build_tokenizer
-
-    if start_from:
-        checkpoint = load_checkpoint(start_from)
-        checkpoint.model.train()
-        return checkpoint.model, checkpoint.tokenizer, (start_from / TOKENIZER).read_text()
-    inner = build_tokenizer(corpus())
-    return InfMLLM(spec, torch.Generator().manual_seed(seed)), Tokenizer(inner, spec), inner.to_str()
+def _data_card(texts: Sequence[str]) -> list[dict[str, str]]:
+    """Each data argument with folders left out, and the hash of the file it names (of a VOC split's listing)."""
+    rows = []
+    for text in texts:
+        source = parse_source(text, DATASETS)
+        options = ",".join(f"{key}={Path(value).name}" for key, value in source.options.items())
+        row = {"name": ":".join(part for part in (source.name, source.path.name) if part) + (f",{options}" if options else "")}
+        listing = source.path / "ImageSets" / "Main" / f"{source.options.get('split', 'train')}.txt"
+        for path in (source.path, listing):
+            if path.is_file():
+                row["sha256"] = sha256_file(path)
+        rows.append(row)
+    return rows
 
 
-def _data_card(data: str) -> dict[str, str]:
-    path = Path(data)
-    return {"name": data} if not path.is_file() else {"name": path.name, "sha256": sha256_file(path)}
-
-
-def _metrics(out: Path, val: str) -> dict[str, Any]:
+def _metrics(out: Path, val: str, skip_bad: bool) -> dict[str, Any]:
     """Figures of the saved checkpoint for every number of visual tokens it serves."""
     from runtime.contract.console import track
     from runtime.contract.evaluation import evaluate, open_examples
     from trainer.evaluate import CheckpointAnswerer
 
-    answerer, examples = CheckpointAnswerer(out), open_examples(val)
+    answerer, examples = CheckpointAnswerer(out), open_examples(val, skip_bad)
     figures = {}
     for p in answerer.checkpoint.model.spec.pool_sizes:
         tasks, kinds, _ = evaluate(answerer, track(examples, len(examples), f"scoring {p * p} visual tokens"), p * p)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from runtime.contract.errors import UsageError
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 
-__all__ = ["PRESETS", "STAGES", "Preset", "Stage", "StageRun", "find_preset"]
+__all__ = ["PRESETS", "RECIPES", "STAGES", "Preset", "Stage", "StageRun", "find_preset", "find_recipe"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,18 @@ class StageRun:
     chat_share: float = 0.0
 
 
+RECIPES: dict[str, tuple[StageRun, ...]] = {
+    # From a trained small model to other pictures, everything trained; the data need labels per patch (scenes or boxes).
+    "adapt": (StageRun("dense", steps=400, batch=16, lr=1e-3), StageRun("joint", steps=1000, batch=16, lr=1e-3)),
+    # The published three, for models with pretrained parts. Lengths and rates are ours: the paper's are unknown.
+    "published": (
+        StageRun("alignment", steps=2000, batch=16, lr=1e-3, warmup=100),
+        StageRun("multitask", steps=8000, batch=16, lr=1e-4, warmup=500),
+        StageRun("instruction", steps=2000, batch=16, lr=2e-5, warmup=100, chat_share=0.5),
+    ),
+}
+
+
 @dataclass(frozen=True)
 class Preset:
     """A named model shape with the recipe that trains it (empty where weights come from elsewhere)."""
@@ -114,3 +126,19 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
+    """The runs of `all` (the preset's own), of a named recipe, or of stages separated by commas. Raises `UsageError`."""
+    if text == "all":
+        if not preset.recipe:
+            raise UsageError(f"preset {preset.spec.name} has no recipe of its own; name a --stage ({', '.join([*RECIPES, *STAGES])})")
+        return preset.recipe
+    if text in RECIPES:
+        return RECIPES[text]
+    known = {run.stage: run for recipe in (*RECIPES.values(), preset.recipe) for run in recipe}
+    names = text.split(",")
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise UsageError(f"unknown stage {unknown[0]!r}; choose all, one of the recipes {', '.join(RECIPES)}, or stages of: {', '.join(STAGES)}")
+    return tuple(known[name] for name in names)

@@ -7,6 +7,7 @@ usual one-hot target.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from runtime.contract.tokenizer import Tokenizer
 from trainer.batch import IGNORE
-from trainer.datasets.scenes import COLOURS, DENSE_SUB, SHAPES, SIZES
+from trainer.datasets.detection import DENSE_SUB
 
 __all__ = ["AnswerLoss", "DenseHead"]
 
@@ -49,15 +50,17 @@ class AnswerLoss:
 
 
 class DenseHead(nn.Module):
-    """Linear read-outs of colour, shape, size, box and outline per patch; used while training the tower, never shipped.
+    """Linear read-outs of classes, box and outline per patch; used while training the tower, never shipped.
+
+    `classes` counts the classes of each label, such as colour, shape and size; class 0 is nothing.
 
     The outline (which of a patch's cells a thing covers) is also read from an early block: it is a local question whose answer later blocks need
     to tell shapes apart, and asking it there ends the long plateau at chance on shapes.
     """
 
-    def __init__(self, width: int, generator: torch.Generator) -> None:
+    def __init__(self, width: int, classes: Sequence[int], generator: torch.Generator) -> None:
         super().__init__()
-        self._parts = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1, 4, DENSE_SUB**2)
+        self._parts = (*classes, 4, DENSE_SUB**2)
         self.linear = nn.Linear(width, sum(self._parts))
         self.early = nn.Linear(width, DENSE_SUB**2)
         with torch.no_grad():
@@ -66,7 +69,8 @@ class DenseHead(nn.Module):
                 layer.bias.zero_()
 
     def loss(self, patches_NPC: Tensor, early_NPC: Tensor, labels_NPD: Tensor) -> tuple[Tensor, Tensor]:
-        """(scalar loss, share of covered patches with colour, shape and size all right)."""
+        """(scalar loss, share of covered patches with every class right)."""
+        count = len(self._parts) - 2
         *classes, box, outline = self.linear(patches_NPC).split(self._parts, dim=-1)
         covered = labels_NPD[..., 0] > 0
         weight = torch.where(covered, 1.0, 0.3)
@@ -77,8 +81,9 @@ class DenseHead(nn.Module):
             losses = F.cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="none").view_as(weight)
             total = total + (losses * weight).sum() / weight.sum()
             right &= scores.argmax(-1) == target
-        total = total + 10 * F.smooth_l1_loss(box[covered], labels_NPD[..., 3:7][covered], beta=0.05)
-        cells = labels_NPD[..., 7:]
+        if bool(covered.any()):
+            total = total + 10 * F.smooth_l1_loss(box[covered], labels_NPD[..., count : count + 4][covered], beta=0.05)
+        cells = labels_NPD[..., count + 4 :]
         for logits in (outline, self.early(early_NPC)):
             total = total + 2 * F.binary_cross_entropy_with_logits(logits, cells)
-        return total, right.sum() / covered.sum()
+        return total, right.sum() / covered.sum().clamp_min(1)

@@ -26,7 +26,8 @@ from runtime.contract.files import sync_file
 from runtime.contract.tokenizer import Tokenizer
 from trainer.batch import IGNORE, Batch, block_mask
 from trainer.config import STAGES, Stage, StageRun
-from trainer.datasets.source import BatchStream, ExampleSource
+from trainer.datasets.draw import ExampleSource
+from trainer.datasets.source import BatchStream
 from trainer.distributed import World
 from trainer.loss import AnswerLoss, DenseHead
 from trainer.model import InfMLLM
@@ -62,9 +63,9 @@ def learning_rate(run: StageRun, step: int) -> float:
 class _Trainer:
     """Model, read-out head and losses of one run."""
 
-    def __init__(self, model: InfMLLM, tokenizer: Tokenizer, world: World, seed: int) -> None:
+    def __init__(self, model: InfMLLM, tokenizer: Tokenizer, world: World, classes: Sequence[int], seed: int) -> None:
         self.model, self.tokenizer, self.world = model, tokenizer, world
-        self.head = DenseHead(model.spec.vision.width, torch.Generator().manual_seed(seed))
+        self.head = DenseHead(model.spec.vision.width, classes, torch.Generator().manual_seed(seed))
         self.answer_loss = AnswerLoss(tokenizer, model.spec.decoder.vocab_size)
 
     def loss(self, batch: Batch, stage: Stage) -> tuple[Tensor, dict[str, float]]:
@@ -182,11 +183,9 @@ def train(model: InfMLLM, tokenizer: Tokenizer, source: ExampleSource, recipe: S
     """Runs the recipe on `model` in place; returns the seconds spent, earlier sittings included. State goes to `options.state_dir`."""
     world = World()
     dense = [run.stage for run in recipe if STAGES[run.stage].objective == "dense"]
-    if dense and not source.has_dense_labels:
-        raise UsageError(
-            f"stage {dense[0]} needs labels per patch, which only synthetic data have; choose another --stage and a checkpoint to --start-from"
-        )
-    trainer = _Trainer(model, tokenizer, world, options.seed)
+    if dense and not source.dense_classes:
+        raise UsageError(f"stage {dense[0]} needs labels per patch, which only scenes and voc data have; choose another --stage")
+    trainer = _Trainer(model, tokenizer, world, source.dense_classes, options.seed)
     options.state_dir.mkdir(parents=True, exist_ok=True)
     path = options.state_dir / "state.pt"
     identity = {

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image
 
-from runtime.contract.errors import DataError, UsageError
-from runtime.contract.jsonl import read_jsonl
+from runtime.contract.errors import UsageError
 from runtime.contract.metrics import Scoreboard, score
 from runtime.contract.sample import Example, Sample
 
 __all__ = ["ANSWERERS", "DATASETS", "Answerer", "evaluate", "find_plugin", "open_examples"]
 
 ANSWERERS, DATASETS = "infmllm.answerers", "infmllm.datasets"
-SYNTHETIC_COUNT = 200
 
 
 class Answerer(Protocol):
@@ -41,15 +38,10 @@ def find_plugin(group: str, name: str) -> Any:
     raise UsageError(f"{name} is not available in this installation; run: pip install 'infmllm-edge[train]'")
 
 
-def open_examples(data: str) -> list[Example]:
-    """Examples of a jsonl file, or of a registered data set as NAME or NAME:COUNT (COUNT samples of each task)."""
-    name, _, count = data.partition(":")
-    names = sorted(entry.name for entry in entry_points(group=DATASETS))
-    if name in names and not Path(data).exists():
-        if count and (not count.isascii() or not count.isdigit() or int(count) < 1):
-            raise DataError(f"{data!r}: the count is {count!r}, expected a positive number such as {name}:500")
-        return list(find_plugin(DATASETS, name)(int(count or SYNTHETIC_COUNT)))
-    return read_jsonl(Path(data))
+def open_examples(data: str, skip_bad: bool = False) -> list[Example]:
+    """Examples of a data argument (see `data_source`), read by whatever package registered readers. Raises `DataError` or `UsageError`."""
+    examples: list[Example] = find_plugin(DATASETS, "readers")(data, skip_bad)
+    return examples
 
 
 def evaluate(

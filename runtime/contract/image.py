@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from runtime.contract.errors import ImageError
 from runtime.contract.spec import ModelSpec
 
-__all__ = ["MEAN_COLOUR", "open_image", "read_image_bytes", "to_pixels"]
+__all__ = ["MEAN_COLOUR", "image_size", "open_image", "read_image_bytes", "to_pixels", "to_square"]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -33,6 +33,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 4
+_ORIENTATION, _QUARTER_TURNS = 0x0112, 5  # EXIF tag; values from 5 on exchange width and height
 
 # (value / 255 - mean) / std for every byte value and channel: [3, 256] float32.
 _NORMALISE = ((np.arange(256, dtype=np.float64) / 255.0)[None, :] - np.array(MEAN)[:, None]) / np.array(STD)[:, None]
@@ -120,17 +121,31 @@ def _padded(image: Image.Image) -> Image.Image:
     return square
 
 
-def to_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.float32]:
-    """An RGB picture as the vision graph's `pixels`: [1, 3, S, S] float32, normalised with the CLIP mean and deviation.
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) as displayed, from the file's header alone. Raises `ImageError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                turned = image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNS
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise ImageError(f"image {path} is damaged or no JPEG, PNG, WebP or BMP image ({error}); copy or convert it again") from None
+    return (height, width) if turned else (width, height)
 
-    Mode "stretch" resizes to S x S; mode "pad" first centres the picture on a square of the mean colour. Bicubic with antialiasing.
-    """
+
+def to_square(image: Image.Image, spec: ModelSpec) -> Image.Image:
+    """The picture at S x S: stretched, or first centred on a square of the mean colour (mode "pad"). Bicubic with antialiasing."""
     size = spec.vision.image_size
     if spec.image_mode == "pad" and image.width != image.height:
         image = _padded(image)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    bytes_HWC = np.asarray(image)
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def to_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.float32]:
+    """An RGB picture as the vision graph's `pixels`: [1, 3, S, S] float32, made square and normalised with the CLIP mean and deviation."""
+    size = spec.vision.image_size
+    bytes_HWC = np.asarray(to_square(image, spec))
     pixels = np.empty((1, 3, size, size), np.float32)
     for channel in range(3):
         np.take(_LOOKUP[channel], bytes_HWC[:, :, channel], out=pixels[0, channel])

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from runtime.contract.errors import DataError, PromptError
+from runtime.contract.errors import DataError
+from runtime.contract.faults import Faults
 from runtime.contract.prompt import Message
 from runtime.contract.sample import Example, Sample
 
@@ -51,37 +52,36 @@ def _chat(row: dict[str, Any]) -> Sample:
 _READERS: dict[str, Callable[[dict[str, Any]], Sample]] = {"caption": _caption, "vqa": _vqa, "ground": _ground, "chat": _chat}
 
 
-def read_jsonl(path: Path) -> list[Example]:
-    """Examples in file order, one per line; images are opened later. Raises `DataError` at the first bad line."""
+def read_jsonl(path: Path, faults: Faults | None = None) -> list[Example]:
+    """Examples in file order, one per line; images are opened later. Raises `DataError` at the first bad line, unless `faults` says to go on."""
+    faults = faults or Faults()
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"data file {path} cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
         raise DataError(f"data file {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    examples = [_read_line(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            with faults.row(f"{path}:{number}"):
+                examples.append(_read_line(line, path, number))
     if not examples:
         raise DataError(f"data file {path} has no samples; expected one JSON object a line")
     return examples
 
 
 def _read_line(line: str, path: Path, number: int) -> Example:
-    where = f"{path}:{number}"
-    try:
-        if len(line) > _MAX_LINE:
-            raise ValueError(f"line is longer than {_MAX_LINE} characters")
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError("the line is no JSON object")
-        task = row.get("task")
-        if not isinstance(task, str) or task not in _READERS:
-            raise ValueError(f'"task" is {task!r:.40}, expected one of {", ".join(_READERS)}')
-        image = path.parent / _text(row, "image")
-        sample = _READERS[task](row)
-        prompt = sample.prompt()
-        (prompt.before + prompt.after + sample.answer).encode("utf-8")
-        if not image.is_file():
-            raise ValueError(f"image {image} does not exist")
-    except (ValueError, OverflowError, OSError, RecursionError, PromptError) as error:
-        raise DataError(f"{where}: {error}") from None
-    return Example(image, (sample,), name=where)
+    if len(line) > _MAX_LINE:
+        raise ValueError(f"line is longer than {_MAX_LINE} characters")
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("the line is no JSON object")
+    task = row.get("task")
+    if not isinstance(task, str) or task not in _READERS:
+        raise ValueError(f'"task" is {task!r:.40}, expected one of {", ".join(_READERS)}')
+    image = path.parent / _text(row, "image")
+    sample = _READERS[task](row).checked()
+    if not image.is_file():
+        raise ValueError(f"image {image} does not exist")
+    return Example(image, (sample,), name=f"{path}:{number}")

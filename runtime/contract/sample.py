@@ -21,7 +21,8 @@ class Sample:
 
     `text` is the prompt, question, phrase or instruction; `answer` the expected text (for grounding the box as text); `box` is in [0, 1] of the
     displayed picture. For a conversation `messages` holds all turns but the last answer, and `text` repeats its last user turn. `kind` names a
-    finer class for reports. `pixel_box` stands in for `box` until the picture's size is known.
+    finer class for reports. `pixel_box` stands in for `box` until the picture's size is known. `references` are several people's answers, where a
+    data set has them; `answer` is then the one trained on.
     """
 
     task: str
@@ -31,10 +32,17 @@ class Sample:
     messages: tuple[Message, ...] = ()
     kind: str = ""
     pixel_box: Box | None = None
+    references: tuple[str, ...] = ()
 
     def prompt(self) -> Prompt:
         """The rendered prompt."""
         return render_chat(self.messages) if self.messages else render(self.task, self.text)
+
+    def checked(self) -> Sample:
+        """Itself, if its prompt renders and its texts are valid Unicode; raises `PromptError` or `ValueError`."""
+        prompt = self.prompt()
+        (prompt.before + prompt.after + self.answer).encode("utf-8")
+        return self
 
     def placed(self, width: int, height: int, where: str) -> Sample:
         """With `box` and `answer` set from `pixel_box`; raises `DataError` when it lies outside a width x height picture."""

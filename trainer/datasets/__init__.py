@@ -1,30 +1,93 @@
-"""Data sets for training. `DATASETS` names the sources; anything else given as data is a jsonl file."""
+"""Data sets, one file each: `DATASETS` names the readers, and every one yields `Sample`s. Needs numpy and Pillow only.
+
+A data argument is `NAME:PATH,option=value,...` or the path of a .jsonl file; several are mixed by their `weight` option.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from trainer.datasets.source import ExampleSource
+from runtime.contract.console import note
+from runtime.contract.data_source import DataSource, parse_source
+from runtime.contract.errors import DataError, UsageError
+from runtime.contract.faults import Faults
+from runtime.contract.jsonl import read_jsonl
+from runtime.contract.sample import Example
+from trainer.datasets import coco, held_out, llava, refcoco, scene_text, voc, vqav2
+from trainer.datasets.augment import find_augmentation
+from trainer.datasets.draw import ExampleSource, ListedSource, Mixture
 
-__all__ = ["DATASETS", "open_source"]
+__all__ = ["DATASETS", "DataSet", "open_source", "read_examples"]
+
+Reader = Callable[[DataSource, Faults], list[Example]]
+_COMMON = ("weight", "augment")
 
 
-def _synthetic() -> ExampleSource:
-    from trainer.datasets.scene_text import SceneSource
+@dataclass(frozen=True)
+class DataSet:
+    """How one kind of data is read. `read` lists examples in file order; `source` draws for training where a plain list will not do."""
 
-    return SceneSource()
+    read: Reader
+    options: tuple[str, ...] = ()
+    augment: str = "none"
+    source: Callable[[DataSource, Faults, str], ExampleSource] | None = None
 
 
-DATASETS: dict[str, Callable[[], ExampleSource]] = {"synthetic": _synthetic}
+DATASETS: dict[str, DataSet] = {
+    "jsonl": DataSet(lambda source, faults: read_jsonl(source.path, faults)),
+    "coco": DataSet(coco.read, ("images",), "crop"),
+    "vqav2": DataSet(vqav2.read, ("images", "answers"), "crop"),
+    "refcoco": DataSet(refcoco.read, ("images",), "crop"),
+    "llava": DataSet(llava.read, ("images",)),
+    "voc": DataSet(voc.read, ("split", "names", "scene"), "photo", voc.open_source),
+    "synthetic": DataSet(held_out.read, source=lambda source, faults, augment: scene_text.SceneSource()),
+}
 
 
-def open_source(data: str) -> ExampleSource:
-    """A named source, or the jsonl file at that path. Raises `DataError`."""
-    if data in DATASETS:
-        return DATASETS[data]()
-    from trainer.datasets.own import JsonlSource
+def _parsed(text: str) -> tuple[DataSource, DataSet]:
+    source = parse_source(text, DATASETS)
+    row = DATASETS[source.name]
+    source.check_options((*row.options, *_COMMON))
+    return source, row
 
-    return JsonlSource(Path(data))
+
+def read_examples(text: str, skip_bad: bool = False) -> list[Example]:
+    """All examples of one data argument, for evaluation. Raises `DataError` or `UsageError`."""
+    source, row = _parsed(text)
+    faults = Faults(skip_bad)
+    examples = row.read(source, faults)
+    if summary := faults.summary():
+        note(f"{text}: {summary}")
+    if not examples:
+        raise DataError(f"data {text!r} has no samples left; check the file and its format")
+    return examples
+
+
+def _weight(source: DataSource) -> float:
+    text = source.options.get("weight", "1")
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise UsageError(f"data {source.text!r}: weight is {text!r}, expected a positive number")
+    return value
+
+
+def open_source(texts: Sequence[str], skip_bad: bool = False) -> ExampleSource:
+    """What training draws from: one data set, or several mixed by weight. Raises `DataError` or `UsageError`."""
+    sources: list[ExampleSource] = []
+    weights: list[float] = []
+    for text in texts:
+        source, row = _parsed(text)
+        augment, faults = source.options.get("augment", row.augment), Faults(skip_bad)
+        find_augmentation(augment)
+        made = row.source(source, faults, augment) if row.source else ListedSource(row.read(source, faults), augment, text, skip_bad)
+        if summary := faults.summary():
+            note(f"{text}: {summary}")
+        sources.append(made)
+        weights.append(_weight(source))
+    if len(sources) == 1:
+        return sources[0]
+    return Mixture(sources, weights)

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from runtime.contract.data_source import DataSource
+from runtime.contract.errors import DataError
+from runtime.contract.faults import Faults
 from runtime.contract.sample import Example
 from trainer.datasets.scene_text import caption_sample, ground_sample, vqa_sample
 from trainer.datasets.scenes import draw_scene
 
-__all__ = ["HELD_OUT_SEED", "held_out_scenes"]
+__all__ = ["HELD_OUT_SEED", "held_out_scenes", "read"]
+
+DEFAULT_COUNT = 200
 
 HELD_OUT_SEED = 0x48454C44
 """First word of the generator seeds; training seeds are (1000 * seed + stage, step) and stay far below it."""
@@ -29,3 +34,11 @@ def held_out_scenes(count: int) -> Iterator[Example]:
             grounded += 1
         yield Example(scene.image, tuple(samples), name=f"scene {index}")
         index += 1
+
+
+def read(source: DataSource, faults: Faults) -> list[Example]:
+    """The held-out scenes of `synthetic[:COUNT]`, COUNT samples of each task. Raises `DataError`."""
+    count = source.argument or str(DEFAULT_COUNT)
+    if not count.isascii() or not count.isdigit() or int(count) < 1:
+        raise DataError(f"{source.text!r}: the count is {count!r}, expected a positive number such as synthetic:500")
+    return list(held_out_scenes(int(count)))

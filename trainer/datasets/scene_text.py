@@ -12,6 +12,7 @@ import numpy as np
 from runtime.contract.boxes import format_box
 from runtime.contract.prompt import Message
 from runtime.contract.sample import Example, Sample
+from runtime.contract.spec import ModelSpec
 from trainer.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, dense_labels, draw_scene, pick
 
 __all__ = ["CAPTION_PROMPTS", "QUESTIONS", "SceneSource", "caption", "chat_samples", "corpus", "scene_samples"]
@@ -193,17 +194,22 @@ def corpus() -> Iterator[str]:
     yield from CAPTION_PROMPTS
     yield from DESCRIBE
     yield from (text.format("red circle") for text in LOCATE)
-    yield "is the circle left of the square? is it right of, is there an orange circle? above, below, under, the cross? yes no 0 1 2 3 4 Yes No There is The"
+    yield "is the circle left of the square? is it right of, above, below, under, the cross? yes no 0 1 2 3 4"
+    yield "Yes No There is The, is there an orange circle?"
     yield "what is in the picture? find locate caption image photo scene background color colour big tiny none two three one four"
 
 
 class SceneSource:
     """Endless fresh scenes as training examples."""
 
-    has_dense_labels = True
+    dense_classes: tuple[int, ...] = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
 
-    def draw(self, rng: np.random.Generator, chat: bool, grid: int) -> Example:
-        """A new scene with its samples and dense labels."""
+    def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
+        """A new scene with its samples and labels per patch."""
         scene = draw_scene(rng)
         samples = chat_samples(scene, rng) if chat else scene_samples(scene, rng)
-        return Example(scene.image, tuple(samples), dense=dense_labels(scene, grid))
+        return Example(scene.image, tuple(samples), dense=dense_labels(scene, spec.vision.grid))
+
+    def texts(self) -> list[str]:
+        """See `ExampleSource.texts`."""
+        return list(corpus())

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from runtime.contract.boxes import Box
+from trainer.datasets.detection import DENSE_SUB
 
-__all__ = ["COLOURS", "DENSE_SUB", "SHAPES", "SIZES", "Scene", "Thing", "dense_labels", "draw_scene", "pick"]
+__all__ = ["COLOURS", "SHAPES", "SIZES", "Scene", "Thing", "dense_labels", "draw_scene", "pick"]
 
 COLOURS = {
     "red": (215, 30, 35),
@@ -33,7 +34,6 @@ MAX_THINGS = 4
 _CANVAS = (128, 208)
 _MAX_ASPECT = 1.6
 _MAX_TILT = math.radians(12)
-DENSE_SUB = 8  # label samples per patch side
 _DENSE_COVER = 8  # of 64 samples that make a patch belong to a thing
 
 

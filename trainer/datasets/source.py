@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from runtime.contract.image import to_pixels
-from runtime.contract.sample import Example, Sample
+from runtime.contract.sample import Sample
 from runtime.contract.spec import ModelSpec
 from runtime.contract.tokenizer import Tokenizer
 from trainer.batch import Batch, collate, pack
+from trainer.datasets.draw import ExampleSource
 
-__all__ = ["BatchStream", "ExampleSource"]
-
-
-class ExampleSource(Protocol):
-    """Draws training examples. `chat` asks for a conversation rather than the three short tasks, where the source has any."""
-
-    has_dense_labels: bool
-
-    def draw(self, rng: np.random.Generator, chat: bool, grid: int) -> Example:
-        """One example; `grid` is the patch grid for dense labels."""
-        ...
+__all__ = ["BatchStream"]
 
 
 @dataclass
@@ -45,8 +35,8 @@ class BatchStream(Dataset[Batch]):
         shared = np.random.default_rng((self.seed, 1 << 32, index // self.parts))
         p = self.spec.pool_sizes[int(shared.integers(len(self.spec.pool_sizes)))]
         chat = bool(shared.random() < self.chat_share)
-        rng, grid = np.random.default_rng((self.seed, index)), self.spec.vision.grid
-        examples = [self.source.draw(rng, chat, grid) for _ in range(self.batch)]
+        rng = np.random.default_rng((self.seed, index))
+        examples = [self.source.draw(rng, chat, self.spec) for _ in range(self.batch)]
         loaded = [example.load() for example in examples]
         rows = [pack(_same_opening(samples), self.tokenizer, p * p, self.spec.decoder.context) for _, samples in loaded]
         dense = [example.dense for example in examples if isinstance(example.dense, np.ndarray)]

@@ -1,0 +1,53 @@
+"""How data sets are named on the command line: `NAME:PATH,option=value,...`, or just the path of a .jsonl file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime.contract.errors import UsageError
+
+__all__ = ["DataSource", "parse_source"]
+
+OWN = "jsonl"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A parsed data argument: which reader, what it reads, and its options. `text` is the argument as given."""
+
+    name: str
+    argument: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    text: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The argument as a path."""
+        return Path(self.argument)
+
+    def folder(self, option: str) -> Path:
+        """The folder an option names; that of the file itself by default."""
+        return Path(self.options[option]) if option in self.options else self.path.parent
+
+    def check_options(self, allowed: Collection[str]) -> None:
+        """Raises `UsageError` for an option the reader does not know."""
+        unknown = sorted(set(self.options) - set(allowed))
+        if unknown:
+            raise UsageError(f"data {self.text!r}: {self.name} has no option {unknown[0]!r}; it has: {', '.join(sorted(allowed)) or 'none'}")
+
+
+def parse_source(text: str, names: Collection[str]) -> DataSource:
+    """Reads a data argument; `names` are the known readers. What names none of them is the path of a jsonl file. Raises `UsageError`."""
+    first, *rest = text.split(",")
+    name, _, argument = first.partition(":")
+    if name not in names or Path(first).exists():
+        name, argument = OWN, first
+    options: dict[str, str] = {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if not equals or not key or not value:
+            raise UsageError(f"data {text!r}: {part!r} is no option=value; write for example voc:FOLDER,split=train")
+        options[key] = value
+    return DataSource(name, argument, options, text)

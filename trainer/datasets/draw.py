@@ -1,0 +1,154 @@
+"""What training draws from: a list of examples, or several sources mixed, each draw a function of the generator alone.
+
+A draw returns a picture that is augmented and already square, so that what comes after is the same for every source.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from runtime.contract.boxes import Box, format_box
+from runtime.contract.console import note
+from runtime.contract.errors import DataError, ImageError
+from runtime.contract.image import open_image, to_square
+from runtime.contract.sample import Example, Sample
+from runtime.contract.spec import ModelSpec
+from trainer.datasets.augment import Augmentation, find_augmentation
+
+__all__ = ["ExampleSource", "ListedSource", "Mixture", "PictureCache"]
+
+_MAX_PACKED = 8
+_CACHE_BYTES = 256 << 20
+_MAX_TRIES = 100
+
+
+class ExampleSource(Protocol):
+    """Draws training examples. `dense_classes` counts the classes of each label per patch (empty: there are none)."""
+
+    dense_classes: tuple[int, ...]
+
+    def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
+        """One example for a model of that spec; `chat` asks for conversations rather than short tasks, where there are any."""
+        ...
+
+    def texts(self) -> list[str]:
+        """Texts a tokenizer should know words of."""
+        ...
+
+
+class PictureCache:
+    """Opened pictures, kept until a number of bytes is reached (the first ones stay, so that drawing at random keeps hitting them)."""
+
+    def __init__(self, limit: int = _CACHE_BYTES) -> None:
+        self._limit, self._bytes = limit, 0
+        self._kept: dict[Path, Image.Image] = {}
+
+    def open(self, path: Path) -> Image.Image:
+        """The picture. Raises `ImageError`."""
+        if path in self._kept:
+            return self._kept[path]
+        image = open_image(path)
+        size = image.width * image.height * 3
+        if self._bytes + size <= self._limit:
+            self._bytes += size
+            self._kept[path] = image
+        return image
+
+
+class ListedSource:
+    """Draws pictures of a list uniformly, each with up to 8 of its samples. With `skip_bad` a picture that cannot be used is drawn again."""
+
+    dense_classes: tuple[int, ...] = ()
+
+    def __init__(self, examples: Sequence[Example], augment: str = "none", name: str = "data", skip_bad: bool = False) -> None:
+        grouped: dict[Path, list[Sample]] = defaultdict(list)
+        for example in examples:
+            assert isinstance(example.picture, Path), "listed examples refer to files"
+            grouped[example.picture].extend(example.samples)
+        if not grouped:
+            raise DataError(f"{name} has no samples; check the file and its format")
+        self._short, self._chat = self._groups(grouped, chat=False), self._groups(grouped, chat=True)
+        self._augment, self._skip = augment, skip_bad
+        self._pictures, self._noted = PictureCache(), set[str]()
+
+    @staticmethod
+    def _groups(grouped: dict[Path, list[Sample]], chat: bool) -> list[tuple[Path, list[Sample]]]:
+        kept = ((path, [s for s in samples if (s.task == "chat") == chat]) for path, samples in grouped.items())
+        return [(path, samples) for path, samples in kept if samples]
+
+    def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
+        """See `ExampleSource.draw`; falls back to the other kind when there is only one."""
+        groups = (self._chat if chat else self._short) or self._short or self._chat
+        for _ in range(_MAX_TRIES):
+            path, samples = groups[int(rng.integers(len(groups)))]
+            chosen = [samples[int(i)] for i in rng.permutation(len(samples))[:_MAX_PACKED]]
+            try:
+                return self._load(path, chosen, rng, spec)
+            except (DataError, ImageError) as error:
+                if not self._skip:
+                    raise
+                if str(path) not in self._noted:
+                    self._noted.add(str(path))
+                    note(f"left out: {error}")
+        raise DataError(f"{_MAX_TRIES} pictures in a row could not be used, the last {path}; check the data")
+
+    def _load(self, path: Path, chosen: list[Sample], rng: np.random.Generator, spec: ModelSpec) -> Example:
+        image = self._pictures.open(path)
+        placed = [_retold(sample.placed(*image.size, str(path)), rng) for sample in chosen]
+        moved, placed = move_samples(find_augmentation(self._augment), image, placed, rng)
+        square = find_augmentation(self._augment).finish(to_square(moved, spec), rng)
+        return Example(square, tuple(placed), name=str(path))
+
+    def texts(self) -> list[str]:
+        """See `ExampleSource.texts`."""
+        return [text for _, samples in [*self._short, *self._chat] for s in samples for text in (s.text, s.answer, *s.references)]
+
+
+def _retold(sample: Sample, rng: np.random.Generator) -> Sample:
+    """A caption in the words of one of its people."""
+    if sample.task != "caption" or len(sample.references) < 2:
+        return sample
+    return replace(sample, answer=sample.references[int(rng.integers(len(sample.references)))])
+
+
+def move_samples(
+    augmentation: Augmentation, image: Image.Image, samples: Sequence[Sample], rng: np.random.Generator
+) -> tuple[Image.Image, list[Sample]]:
+    """Crops the picture around the samples' boxes (all in [0, 1]) and rewrites boxes and box answers."""
+    width, height = image.size
+    boxes: list[Box] = [(s.box[0] * width, s.box[1] * height, s.box[2] * width, s.box[3] * height) for s in samples if s.box]
+    keep = (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)) if boxes else None
+    image, moved = augmentation.move(image, boxes, rng, keep)
+    following = iter(moved)
+    return image, [_reboxed(sample, next(following), image.size) if sample.box else sample for sample in samples]
+
+
+def _reboxed(sample: Sample, pixels: Box, size: tuple[int, int]) -> Sample:
+    width, height = size
+    box = tuple(min(1.0, max(0.0, v)) for v in (pixels[0] / width, pixels[1] / height, pixels[2] / width, pixels[3] / height))
+    return replace(sample, box=(box[0], box[1], box[2], box[3]), answer=format_box(box))
+
+
+class Mixture:
+    """Draws from several sources in proportion to their weights. Labels per patch are kept only where all sources have the same kind."""
+
+    def __init__(self, sources: Sequence[ExampleSource], weights: Sequence[float]) -> None:
+        self._sources, self._odds = list(sources), np.array(weights) / sum(weights)
+        kinds = {source.dense_classes for source in sources}
+        self.dense_classes: tuple[int, ...] = kinds.pop() if len(kinds) == 1 else ()
+
+    def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
+        """See `ExampleSource.draw`."""
+        example = self._sources[int(rng.choice(len(self._sources), p=self._odds))].draw(rng, chat, spec)
+        return example if self.dense_classes else replace(example, dense=None)
+
+    def texts(self) -> list[str]:
+        """See `ExampleSource.texts`."""
+        return [text for source in self._sources for text in source.texts()]

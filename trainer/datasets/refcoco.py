@@ -1,0 +1,46 @@
+"""RefCOCO, RefCOCO+ and RefCOCOg as the published InfMLLM evaluation reads them: a JSON list of `{img_name, bbox, sentences: [{sent}]}`.
+
+`bbox` is x1, y1, x2, y2 in pixels. Pictures lie in `images=FOLDER` (default: the file's own folder), directly or in train2014/ and val2014/.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from runtime.contract.boxes import Box
+from runtime.contract.data_source import DataSource
+from runtime.contract.faults import Faults, field
+from runtime.contract.image import image_size
+from runtime.contract.sample import Example, Sample
+from trainer.datasets.files import picture, read_json, rows
+
+__all__ = ["read"]
+
+
+def read(source: DataSource, faults: Faults) -> list[Example]:
+    """One example per picture with all phrases; boxes are checked against the picture's size. Raises `DataError`."""
+    found: dict[Path, list[Sample]] = defaultdict(list)
+    sizes: dict[Path, tuple[int, int]] = {}
+    for index, row in enumerate(rows(read_json(source.path), "", source.path)):
+        where = f"{source.path}: row {index}"
+        with faults.row(where):
+            path = _picture(source.folder("images"), field(row, "img_name", str))
+            sizes[path] = sizes.get(path) or image_size(path)
+            box = _box(field(row, "bbox", list))
+            for sentence in field(row, "sentences", list):
+                sample = Sample("ground", field(sentence, "sent", str), "", pixel_box=box)
+                found[path].append(sample.placed(*sizes[path], where).checked())
+    return [Example(path, tuple(samples), name=str(path)) for path, samples in found.items()]
+
+
+def _picture(folder: Path, name: str) -> Path:
+    part = "train2014" if "train" in name else "val2014"
+    return picture(folder / part if (folder / part).is_dir() else folder, name)
+
+
+def _box(values: list[object]) -> Box:
+    numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(values) != 4 or len(numbers) != 4:
+        raise ValueError(f'"bbox" is {values!r:.60}, expected [x1, y1, x2, y2] in pixels')
+    return numbers[0], numbers[1], numbers[2], numbers[3]

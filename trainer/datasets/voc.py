@@ -1,0 +1,161 @@
+"""Pascal VOC folders (`Annotations/*.xml`, `JPEGImages`, `ImageSets/Main/SPLIT.txt`) as captions, counting, presence and grounding.
+
+Options: `split` (default train), `scene` (how a caption begins, default "a picture") and `names`, a JSON file from class names to what people
+say, one or [one, several]: {"WBC": ["white blood cell", "white blood cells"]}. Documents are parsed without entities or network access.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from runtime.contract.data_source import DataSource
+from runtime.contract.errors import DataError
+from runtime.contract.faults import Faults
+from runtime.contract.image import to_square
+from runtime.contract.sample import Example, Sample
+from runtime.contract.spec import ModelSpec
+from trainer.datasets.augment import find_augmentation
+from trainer.datasets.detection import ClassName, Thing, dense_labels, detection_samples, visible
+from trainer.datasets.draw import PictureCache
+from trainer.datasets.files import picture, read_json
+
+__all__ = ["VocSource", "open_source", "read"]
+
+_MAX_XML = 4 << 20
+
+
+@dataclass(frozen=True)
+class _Picture:
+    path: Path
+    things: tuple[tuple[str, Thing], ...]
+    width: int
+    height: int
+
+
+def _number(node: ElementTree.Element, tag: str) -> float:
+    text = node.findtext(tag)
+    try:
+        return float(text or "")
+    except ValueError:
+        raise ValueError(f"<{tag}> is {text!r:.20}, expected a number") from None
+
+
+def _annotation(root: Path, name: str, faults: Faults) -> _Picture:
+    path = root / "Annotations" / f"{name}.xml"
+    data = path.read_bytes()
+    if len(data) > _MAX_XML or b"<!ENTITY" in data:
+        raise ValueError(f"{path} is no plain annotation (too large, or it declares entities)")
+    try:
+        tree = ElementTree.fromstring(data)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"{path} is not valid XML ({error})") from None
+    size = tree.find("size")
+    if size is None:
+        raise ValueError(f"{path} has no <size>")
+    width, height = int(_number(size, "width")), int(_number(size, "height"))
+    things = []
+    for index, node in enumerate(tree.findall("object")):
+        with faults.row(f"{path}: object {index}"):
+            corners = node.find("bndbox")
+            label = (node.findtext("name") or "").strip()
+            if corners is None or not label:
+                raise ValueError("an object lacks its <name> or <bndbox>")
+            x1, y1, x2, y2 = (_number(corners, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
+            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+                raise ValueError(f"box {[x1, y1, x2, y2]} of {label} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2")
+            things.append((label, Thing(-1, (x1, y1, x2, y2))))
+    return _Picture(picture(root / "JPEGImages", f"{name}.jpg"), tuple(things), width, height)
+
+
+@dataclass(frozen=True)
+class _Data:
+    pictures: list[tuple[Path, list[Thing], int, int]]
+    names: list[ClassName]
+    scene: str
+
+
+def _load(source: DataSource, faults: Faults) -> _Data:
+    split = source.options.get("split", "train")
+    listing = source.path / "ImageSets" / "Main" / f"{split}.txt"
+    if not listing.is_file():
+        found = ", ".join(sorted(p.stem for p in listing.parent.glob("*.txt"))) or "none"
+        raise DataError(f"{listing} does not exist; splits found: {found}")
+    pictures: list[_Picture] = []
+    for number, line in enumerate(listing.read_text().splitlines(), 1):
+        if line.strip():
+            with faults.row(f"{listing}:{number}"):
+                pictures.append(_annotation(source.path, line.split()[0], faults))
+    if not pictures:
+        raise DataError(f"{listing} names no usable picture")
+    labels = sorted({label for shown in pictures for label, _ in shown.things})
+    names = _names(source, labels)
+    index = {label: i for i, label in enumerate(names)}
+    rows = [(p.path, [Thing(index[label], thing.box) for label, thing in p.things], p.width, p.height) for p in pictures]
+    return _Data(rows, list(names.values()), source.options.get("scene", "a picture"))
+
+
+def _names(source: DataSource, labels: list[str]) -> dict[str, ClassName]:
+    """Names of all classes: those of the file in its order, else the labels themselves."""
+    given = read_json(Path(source.options["names"])) if "names" in source.options else {label: label.lower().replace("_", " ") for label in labels}
+    if not isinstance(given, dict):
+        raise DataError(f"{source.options['names']} is no JSON object from class names to words")
+    missing = sorted(set(labels) - set(given))
+    if missing:
+        raise DataError(f"{source.options['names']} has no words for class {missing[0]!r}; the data have: {', '.join(labels)}")
+    names = {}
+    for label, words in given.items():
+        pair = [words, f"{words}s"] if isinstance(words, str) else words
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(word, str) and word.strip() for word in pair)):
+            raise DataError(f"{source.options['names']}: {label!r} is {words!r:.60}, expected a word or [one, several]")
+        names[label] = ClassName(*pair)
+    return names
+
+
+def read(source: DataSource, faults: Faults) -> list[Example]:
+    """One example per picture with all its questions. Raises `DataError`."""
+    data = _load(source, faults)
+    return [
+        Example(path, tuple(detection_samples(visible(things, width, height), data.names, data.scene)), name=path.stem)
+        for path, things, width, height in data.pictures
+    ]
+
+
+class VocSource:
+    """Draws augmented pictures whose sentences are written after the augmentation, with labels per patch."""
+
+    def __init__(self, data: _Data, augment: str) -> None:
+        self._data, self._augment = data, find_augmentation(augment)
+        self._pictures = PictureCache()
+        self.dense_classes: tuple[int, ...] = (len(data.names) + 1,)
+
+    def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
+        """See `ExampleSource.draw`; there are no conversations."""
+        path, things, width, height = self._data.pictures[int(rng.integers(len(self._data.pictures)))]
+        image = self._pictures.open(path)
+        if image.size != (width, height):
+            raise DataError(f"{path} is {image.width}x{image.height}, its annotation says {width}x{height}; repair the annotation")
+        image, boxes = self._augment.move(image, [thing.box for thing in things], rng, None)
+        shown = visible([Thing(thing.label, box) for thing, box in zip(things, boxes, strict=True)], *image.size)
+        square = self._augment.finish(to_square(image, spec), rng)
+        samples = tuple(detection_samples(shown, self._data.names, self._data.scene))
+        return Example(square, samples, name=path.stem, dense=dense_labels(shown, spec.vision.grid))
+
+    def texts(self) -> list[str]:
+        """See `ExampleSource.texts`."""
+        everything = [Thing(label, (0.0, 0.0, 1.0, 1.0)) for label in range(len(self._data.names))]
+        samples: list[Sample] = []
+        for copies in (1, 2, _ENOUGH):
+            samples += detection_samples(everything * copies, self._data.names, self._data.scene)
+        return [text for sample in samples for text in (sample.text, sample.answer)]
+
+
+_ENOUGH = 9  # things of a class that make a caption say "many"
+
+
+def open_source(source: DataSource, faults: Faults, augment: str) -> VocSource:
+    """The training source. Raises `DataError`."""
+    return VocSource(_load(source, faults), augment)

@@ -1,0 +1,104 @@
+"""Where a run starts: new weights from a seed, or a checkpoint's, at another picture size and with more words if asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as RawTokenizer
+from torch import Tensor
+from torch.nn import functional as F
+
+from runtime.contract.errors import UsageError
+from runtime.contract.spec import ModelSpec
+from runtime.contract.tokenizer import Tokenizer
+from trainer.checkpoint import TOKENIZER, load_checkpoint
+from trainer.datasets.scene_text import corpus
+from trainer.model import InfMLLM
+from trainer.tokenize import build_tokenizer
+
+__all__ = ["Start", "extended", "new_start", "resized", "resized_positions", "start_from"]
+
+_VOCABULARY_STEP = 64
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model in training mode with its tokenizer, bound and as text."""
+
+    model: InfMLLM
+    tokenizer: Tokenizer
+    tokenizer_json: str
+
+
+def new_start(spec: ModelSpec, seed: int) -> Start:
+    """Random weights and the scene tokenizer."""
+    inner = build_tokenizer(corpus())
+    return Start(InfMLLM(spec, torch.Generator().manual_seed(seed)), Tokenizer(inner, spec), inner.to_str())
+
+
+def start_from(path: Path, image_size: int | None = None, pool_sizes: Sequence[int] | None = None, new_words: Sequence[str] = ()) -> Start:
+    """A checkpoint's model; `image_size` resizes its position table, `new_words` are texts its tokenizer shall learn words from."""
+    checkpoint = load_checkpoint(path)
+    model, tokenizer_json = checkpoint.model, (path / TOKENIZER).read_text()
+    if image_size is not None or pool_sizes is not None:
+        model = resized(model, image_size or model.spec.vision.image_size, tuple(pool_sizes or ()))
+    if new_words:
+        model, tokenizer_json = extended(model, RawTokenizer.from_str(tokenizer_json), new_words)
+    model.train()
+    return Start(model, Tokenizer(RawTokenizer.from_str(tokenizer_json), model.spec), tokenizer_json)
+
+
+def resized_positions(table_1LC: Tensor, grid: int) -> Tensor:
+    """A position table for another patch grid: the CLS row stays, the patch rows are interpolated (bicubic, as published)."""
+    old = round((table_1LC.shape[1] - 1) ** 0.5)
+    if old == grid:
+        return table_1LC
+    cls, patches = table_1LC[:, :1], table_1LC[:, 1:]
+    square = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    square = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([cls, square.permute(0, 2, 3, 1).flatten(1, 2).to(table_1LC.dtype)], dim=1)
+
+
+def resized(model: InfMLLM, image_size: int, pool_sizes: tuple[int, ...]) -> InfMLLM:
+    """The same weights for pictures of another size. Pool sizes default to the whole grid and its half. Raises `SpecError` if they do not fit."""
+    vision = replace(model.spec.vision, image_size=image_size)
+    grid = vision.grid
+    sizes = pool_sizes or ((grid, grid // 2) if grid % 2 == 0 else (grid,))
+    spec = replace(model.spec, vision=vision, pool_sizes=sizes)
+    weights = model.state_dict()
+    weights["vision_tower.pos_embed"] = resized_positions(weights["vision_tower.pos_embed"], grid)
+    return _filled(spec, weights)
+
+
+def extended(model: InfMLLM, old: RawTokenizer, texts: Sequence[str]) -> tuple[InfMLLM, str]:
+    """The model with a tokenizer that also knows the words of `texts`.
+
+    Rows of tokens both tokenizers have are copied; a new token starts as the mean of the old tokens that spelt it. Only tokenizers made by
+    `build_tokenizer` can grow, since others' training texts are not known; raises `UsageError` for them.
+    """
+    new = build_tokenizer([*corpus(), *texts])
+    if json.loads(old.to_str())["pre_tokenizer"] != json.loads(new.to_str())["pre_tokenizer"]:
+        raise UsageError("this checkpoint's tokenizer was not built by infmllm-train and cannot learn words; leave out --new-words")
+    vocabulary = -(-new.get_vocab_size() // _VOCABULARY_STEP) * _VOCABULARY_STEP
+    spec = replace(model.spec, decoder=replace(model.spec.decoder, vocab_size=max(vocabulary, model.spec.decoder.vocab_size)))
+    before, weights = old.get_vocab(), model.state_dict()
+    for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
+        table = weights[name]
+        grown = table.mean(0, keepdim=True).repeat(spec.decoder.vocab_size, 1)
+        for token, row in new.get_vocab().items():
+            if token in before:
+                grown[row] = table[before[token]]
+            elif pieces := old.encode(new.decode([row]), add_special_tokens=False).ids:
+                grown[row] = table[pieces].mean(0)
+        weights[name] = grown
+    return _filled(spec, weights), new.to_str()
+
+
+def _filled(spec: ModelSpec, weights: dict[str, Tensor]) -> InfMLLM:
+    model = InfMLLM(spec)
+    model.load_state_dict(weights)
+    return model
