@@ -8,7 +8,8 @@ averaging, InternVL 2.5, arXiv 2412.05271), so that a yes is not drowned by a ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,13 @@ class Batch:
     positions: Tensor
     p: int
     dense: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with all tensors on a device."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
 
     @property
     def image_slots(self) -> Tensor:

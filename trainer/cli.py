@@ -13,7 +13,9 @@ import typer
 from runtime.contract.console import command_app, note, run_command
 from runtime.contract.data_source import parse_source
 from runtime.contract.errors import UsageError
+from runtime.contract.evaluation import open_examples
 from runtime.contract.files import sha256_file
+from runtime.contract.sample import Example
 from trainer.datasets import DATASETS
 
 __all__ = ["main"]
@@ -45,45 +47,58 @@ def run(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of every stage. Default: the recipe's.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per step and process. Default: the recipe's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data.")] = 0,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Batches per optimiser step. Default: the recipe's.")] = None,
+    precision: Annotated[str, typer.Option(help="auto (bf16 where the hardware multiplies it), bf16 or fp32.")] = "auto",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")] = False,
+    sample_every: Annotated[int, typer.Option(min=0, help="Optimiser steps between sheets of sample answers; 0 for none.")] = 250,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process. Default: the cores divided among processes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped; same options, same result.")] = False,
 ) -> None:
     """Runs the recipe, then scores the saved checkpoint and writes its card."""
-    import os
-
-    import torch
-
     from trainer.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
     from trainer.config import find_preset, find_recipe
     from trainer.datasets import open_source
-    from trainer.distributed import World
-    from trainer.start import new_start
-    from trainer.start import start_from as start_from_checkpoint
+    from trainer.processes import leave_processes, set_threads
+    from trainer.start import new_start, start_from_checkpoint
     from trainer.train import TrainOptions, train
+    from trainer.watch import SHEET_EXAMPLES
 
     chosen = find_preset(preset)
     if start_from is None and (image_size or new_words):
         raise UsageError("--image-size and --new-words change a checkpoint; name one with --start-from")
     recipe = tuple(replace(r, steps=steps or r.steps, batch=batch or r.batch) for r in find_recipe(chosen, stage))
-    source, world = open_source(data or ["synthetic"], skip_bad), World()
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // world.size))
-    start = start_from_checkpoint(start_from, image_size, None, source.texts() if new_words else ()) if start_from else new_start(chosen.spec, seed)
+    if accumulate:
+        recipe = tuple(replace(r, accumulate=accumulate) for r in recipe)
+    source = open_source(data or ["synthetic"], skip_bad)
+    set_threads(threads)
+    start = start_from_checkpoint(start_from, image_size, source.texts() if new_words else ()) if start_from else new_start(chosen.spec, seed)
     data_card = _data_card(data or ["synthetic"])
-    options = TrainOptions(out.parent / f".{out.name}.training", seed, json.dumps(data_card), resume)
-    seconds = train(start.model, start.tokenizer, source, recipe, options)
-    if world.is_main:
-        recipe_card = {"preset": preset, "data": data_card, "seed": seed, "processes": world.size, "recipe": [asdict(r) for r in recipe]}
+    examples = open_examples(val, skip_bad)
+    options = TrainOptions(
+        state_dir=out.parent / f".{out.name}.training",
+        seed=seed,
+        identity=json.dumps([data_card, start.identity]),
+        resume=resume,
+        precision=precision,
+        recompute=gradient_checkpointing,
+        sample_every=sample_every,
+        samples=examples[:SHEET_EXAMPLES],
+    )
+    trained = train(start.model, start.tokenizer, source, recipe, options)
+    seconds = trained.seconds
+    if trained.is_main:
+        recipe_card = {"preset": preset, "data": data_card, "seed": seed, "processes": trained.processes, "recipe": [asdict(r) for r in recipe]}
         card = recipe_card | {
             "training_minutes": round(seconds / 60, 1),
             "start_from": start_from.name if start_from else None,
             "val": _data_card([val])[0]["name"],
         }
-        save_checkpoint(out, start.model, start.tokenizer_json, card)
+        save_checkpoint(out, trained.model, start.tokenizer_json, card)
         scored = load_checkpoint(out)
-        measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": _metrics(out, val, skip_bad)}
+        measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": _metrics(out, examples)}
         save_checkpoint(out, scored.model, start.tokenizer_json, card | measured)
-        note(f"wrote {out}")
-    world.wait()
+        note(f"wrote {out}; curves: tensorboard --logdir {options.state_dir}")
+    leave_processes()
 
 
 def _data_card(texts: Sequence[str]) -> list[dict[str, str]]:
@@ -101,13 +116,13 @@ def _data_card(texts: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _metrics(out: Path, val: str, skip_bad: bool) -> dict[str, Any]:
+def _metrics(out: Path, examples: Sequence[Example]) -> dict[str, Any]:
     """Figures of the saved checkpoint for every number of visual tokens it serves."""
     from runtime.contract.console import track
-    from runtime.contract.evaluation import evaluate, open_examples
+    from runtime.contract.evaluation import evaluate
     from trainer.evaluate import CheckpointAnswerer
 
-    answerer, examples = CheckpointAnswerer(out), open_examples(val, skip_bad)
+    answerer = CheckpointAnswerer(out)
     figures = {}
     for p in answerer.checkpoint.model.spec.pool_sizes:
         tasks, kinds, _ = evaluate(answerer, track(examples, len(examples), f"scoring {p * p} visual tokens"), p * p)

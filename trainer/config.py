@@ -25,6 +25,11 @@ class Stage:
     objective: str = "language"
     dense_weight: float = 0.0
 
+    @property
+    def uses_dense(self) -> bool:
+        """Whether labels per patch are part of the objective."""
+        return self.objective == "dense" or self.dense_weight > 0
+
     def factor(self, parameter: str) -> float:
         """The learning-rate factor of a named parameter of `InfMLLM`; 0 means frozen."""
         if parameter.startswith("vision_tower."):
@@ -53,7 +58,7 @@ STAGES: dict[str, Stage] = {
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage of a recipe: how long (in optimiser steps) and how fast."""
+    """One stage of a recipe: how long (in optimiser steps) and how fast. A step takes `batch` images from each process, `accumulate` times."""
 
     stage: str
     steps: int
@@ -63,6 +68,8 @@ class StageRun:
     floor: float = 0.05
     weight_decay: float = 0.05
     chat_share: float = 0.0
+    decay: str = "cosine"
+    accumulate: int = 1
 
 
 RECIPES: dict[str, tuple[StageRun, ...]] = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from runtime.contract.spec import DecoderSpec
 
@@ -92,6 +93,10 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
+def _hidden_only(layer: DecoderLayer, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor) -> Tensor:
+    return layer(x, rotate, mask, positions, None)[0]
+
+
 class Decoder(nn.Module):
     """Input embeddings to hidden states; `lm_head` turns hidden states into logits."""
 
@@ -101,6 +106,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.layers))
         self.norm = nn.RMSNorm(spec.hidden, eps=spec.rms_norm_eps)
         self.lm_head = nn.Linear(spec.hidden, spec.vocab_size, bias=False)
+        self.recompute = False  # gradient checkpointing: less memory, more time
         cos, sin = rotary_tables(spec)
         self.rotary_cos: Tensor
         self.rotary_sin: Tensor
@@ -115,7 +121,7 @@ class Decoder(nn.Module):
         caches: Sequence[KeyValue] | None = None,
         rotary: RotaryFunction = rotate_half,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Hidden states [B, L, H] after the last norm, and each layer's keys and values.
+        """Hidden states [B, L, H] after the last norm, and each layer's keys and values (none when activations are recomputed).
 
         `mask` is boolean, [B, 1, L, L] without caches and [B, 1, L, C] with them, True where a key is seen.
         """
@@ -126,6 +132,9 @@ class Decoder(nn.Module):
 
         x, updated = inputs_embeds_BLH, []
         for index, layer in enumerate(self.layers):
+            if self.recompute and caches is None and torch.is_grad_enabled():
+                x = checkpoint(_hidden_only, layer, x, rotate, mask, position_ids_BL, use_reentrant=False)
+                continue
             x, cache = layer(x, rotate, mask, position_ids_BL, caches[index] if caches is not None else None)
             updated.append(cache)
         return self.norm(x), updated

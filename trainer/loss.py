@@ -23,29 +23,32 @@ _COORDINATE = re.compile(r"([ ,]?)([01]\.\d\d)")
 _SIGMA = 0.012  # of the picture's side
 
 
-class AnswerLoss:
+class AnswerLoss(nn.Module):
     """Weighted mean cross-entropy over answer tokens."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        super().__init__()
         matches = [(i, m) for i in range(tokenizer.vocab_size) if (m := _COORDINATE.fullmatch(tokenizer.decode([i])))]
-        self._row_of = torch.full((vocab_size,), -1, dtype=torch.long)
-        self._targets = torch.zeros(len(matches), vocab_size)
+        self.row_of: Tensor
+        self.targets: Tensor
+        self.register_buffer("row_of", torch.full((vocab_size,), -1, dtype=torch.long), persistent=False)
+        self.register_buffer("targets", torch.zeros(len(matches), vocab_size), persistent=False)
         if matches:
             ids = torch.tensor([i for i, _ in matches])
             values = torch.tensor([float(m[2]) for _, m in matches])
             prefixes = torch.tensor([" ,".find(m[1]) if m[1] else 9 for _, m in matches])
             bell = torch.exp(-0.5 * ((values[:, None] - values[None]) / _SIGMA) ** 2) * (prefixes[:, None] == prefixes[None])
-            self._targets[:, ids] = bell / bell.sum(1, keepdim=True)
-            self._row_of[ids] = torch.arange(len(matches))
+            self.targets[:, ids] = bell / bell.sum(1, keepdim=True)
+            self.row_of[ids] = torch.arange(len(matches))
 
-    def __call__(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
+    def forward(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
         """Scalar loss of logits [N, V] at positions whose labels [N] are token ids (none ignored), each with its weight [N]."""
         assert bool((labels_N != IGNORE).all()), "gather answer positions before computing logits"
-        rows = self._row_of[labels_N]
+        rows = self.row_of[labels_N]
         plain, ordered = rows < 0, rows >= 0
         total = F.cross_entropy(logits_NV[plain], labels_N[plain], reduction="none") @ weights_N[plain]
         if bool(ordered.any()):
-            total = total + F.cross_entropy(logits_NV[ordered], self._targets[rows[ordered]], reduction="none") @ weights_N[ordered]
+            total = total + F.cross_entropy(logits_NV[ordered], self.targets[rows[ordered]], reduction="none") @ weights_N[ordered]
         return total / weights_N.sum()
 
 
@@ -68,13 +71,13 @@ class DenseHead(nn.Module):
                 layer.weight.normal_(0.0, width**-0.5, generator=generator)
                 layer.bias.zero_()
 
-    def loss(self, patches_NPC: Tensor, early_NPC: Tensor, labels_NPD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, patches_NPC: Tensor, early_NPC: Tensor, labels_NPD: Tensor) -> tuple[Tensor, Tensor]:
         """(scalar loss, share of covered patches with every class right)."""
         count = len(self._parts) - 2
         *classes, box, outline = self.linear(patches_NPC).split(self._parts, dim=-1)
         covered = labels_NPD[..., 0] > 0
         weight = torch.where(covered, 1.0, 0.3)
-        total = torch.zeros(())
+        total = torch.zeros((), device=patches_NPC.device)
         right = covered.clone()
         for index, scores in enumerate(classes):
             target = labels_NPD[..., index].long()

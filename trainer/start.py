@@ -20,7 +20,7 @@ from trainer.datasets.scene_text import corpus
 from trainer.model import InfMLLM
 from trainer.tokenize import build_tokenizer
 
-__all__ = ["Start", "extended", "new_start", "resized", "resized_positions", "start_from"]
+__all__ = ["Start", "extended", "new_start", "resized", "resized_positions", "start_from_checkpoint"]
 
 _VOCABULARY_STEP = 64
 
@@ -32,24 +32,25 @@ class Start:
     model: InfMLLM
     tokenizer: Tokenizer
     tokenizer_json: str
+    identity: str
 
 
 def new_start(spec: ModelSpec, seed: int) -> Start:
     """Random weights and the scene tokenizer."""
     inner = build_tokenizer(corpus())
-    return Start(InfMLLM(spec, torch.Generator().manual_seed(seed)), Tokenizer(inner, spec), inner.to_str())
+    return Start(InfMLLM(spec, torch.Generator().manual_seed(seed)), Tokenizer(inner, spec), inner.to_str(), "new weights")
 
 
-def start_from(path: Path, image_size: int | None = None, pool_sizes: Sequence[int] | None = None, new_words: Sequence[str] = ()) -> Start:
+def start_from_checkpoint(path: Path, image_size: int | None = None, new_words: Sequence[str] = ()) -> Start:
     """A checkpoint's model; `image_size` resizes its position table, `new_words` are texts its tokenizer shall learn words from."""
     checkpoint = load_checkpoint(path)
     model, tokenizer_json = checkpoint.model, (path / TOKENIZER).read_text()
-    if image_size is not None or pool_sizes is not None:
-        model = resized(model, image_size or model.spec.vision.image_size, tuple(pool_sizes or ()))
+    if image_size is not None:
+        model = resized(model, image_size)
     if new_words:
         model, tokenizer_json = extended(model, RawTokenizer.from_str(tokenizer_json), new_words)
     model.train()
-    return Start(model, Tokenizer(RawTokenizer.from_str(tokenizer_json), model.spec), tokenizer_json)
+    return Start(model, Tokenizer(RawTokenizer.from_str(tokenizer_json), model.spec), tokenizer_json, checkpoint.sha256)
 
 
 def resized_positions(table_1LC: Tensor, grid: int) -> Tensor:
@@ -63,12 +64,11 @@ def resized_positions(table_1LC: Tensor, grid: int) -> Tensor:
     return torch.cat([cls, square.permute(0, 2, 3, 1).flatten(1, 2).to(table_1LC.dtype)], dim=1)
 
 
-def resized(model: InfMLLM, image_size: int, pool_sizes: tuple[int, ...]) -> InfMLLM:
-    """The same weights for pictures of another size. Pool sizes default to the whole grid and its half. Raises `SpecError` if they do not fit."""
+def resized(model: InfMLLM, image_size: int) -> InfMLLM:
+    """The same weights for pictures of another size, pooled to the whole grid or its half. Raises `SpecError` if the size does not fit."""
     vision = replace(model.spec.vision, image_size=image_size)
     grid = vision.grid
-    sizes = pool_sizes or ((grid, grid // 2) if grid % 2 == 0 else (grid,))
-    spec = replace(model.spec, vision=vision, pool_sizes=sizes)
+    spec = replace(model.spec, vision=vision, pool_sizes=(grid, grid // 2) if grid % 2 == 0 else (grid,))
     weights = model.state_dict()
     weights["vision_tower.pos_embed"] = resized_positions(weights["vision_tower.pos_embed"], grid)
     return _filled(spec, weights)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from runtime.contract.spec import VisionSpec
 
@@ -72,6 +73,7 @@ class VisionTower(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, spec.grid**2 + 1, spec.width))
         self.blocks = nn.ModuleList(VisionBlock(spec) for _ in range(spec.layers))
         self.norm = nn.LayerNorm(spec.width, eps=spec.final_norm_eps)
+        self.recompute = False  # gradient checkpointing: less memory, more time
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
         """Normalised pixels to normalised patch features [N, s*s, C]; the last norm is computed in fp32."""
@@ -84,7 +86,7 @@ class VisionTower(nn.Module):
         x = torch.cat([cls, patches], dim=1) + self.pos_embed
         early = x
         for index, block in enumerate(self.blocks, 1):
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
             early = x if index == max(1, len(self.blocks) // 3) else early
         return self.norm(x.float())[:, 1:].to(x.dtype), early[:, 1:]
 

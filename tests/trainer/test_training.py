@@ -24,7 +24,8 @@ from trainer.datasets.scene_text import SceneSource, chat_samples, scene_samples
 from trainer.datasets.scenes import draw_scene
 from trainer.loss import AnswerLoss
 from trainer.model import InfMLLM
-from trainer.train import TrainOptions, learning_rate, train
+from trainer.schedule import learning_rate
+from trainer.train import TrainOptions, train
 
 
 @pytest.fixture(scope="module")
@@ -150,10 +151,14 @@ def test_jsonl_lines_about_one_picture_are_packed(tmp_path: Path, tokenizer: Tok
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     rows = [{"image": "a.png", "task": "vqa", "question": f"what is {i}?", "answer": str(i)} for i in range(3)]
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    example = open_source(str(tmp_path / "d.jsonl")).draw(np.random.default_rng(0), False, 4)
+    example = open_source([str(tmp_path / "d.jsonl")]).draw(np.random.default_rng(0), False, TINY)
     assert len(example.load()[1]) == 3
     train(
-        tiny_model(), tokenizer, open_source(str(tmp_path / "d.jsonl")), (StageRun("alignment", 2, 2, 1e-3),), TrainOptions(tmp_path / "s", workers=0)
+        tiny_model(),
+        tokenizer,
+        open_source([str(tmp_path / "d.jsonl")]),
+        (StageRun("alignment", 2, 2, 1e-3),),
+        TrainOptions(tmp_path / "s", workers=0),
     )
 
 
@@ -161,7 +166,7 @@ def test_files_without_patch_labels_cannot_train_the_dense_stage(tmp_path: Path,
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "d.jsonl").write_text('{"image": "a.png", "task": "caption", "answer": "x"}')
     with pytest.raises(UsageError, match="labels per patch"):
-        train(tiny_model(), tokenizer, open_source(str(tmp_path / "d.jsonl")), (StageRun("dense", 1, 2, 1e-3),), TrainOptions(tmp_path / "s"))
+        train(tiny_model(), tokenizer, open_source([str(tmp_path / "d.jsonl")]), (StageRun("dense", 1, 2, 1e-3),), TrainOptions(tmp_path / "s"))
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,4 +1,4 @@
-"""Data sources: `batch(step)` gives the same batch for the same seed and step, so that a resumed run sees exactly what it would have seen."""
+"""Batches as a function of seed and step, so that a resumed run, or one spread over other processes, sees exactly what it would have seen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
+from runtime.contract.errors import InfMLLMError
 from runtime.contract.image import to_pixels
 from runtime.contract.sample import Sample
 from runtime.contract.spec import ModelSpec
@@ -15,11 +16,18 @@ from runtime.contract.tokenizer import Tokenizer
 from trainer.batch import Batch, collate, pack
 from trainer.datasets.draw import ExampleSource
 
-__all__ = ["BatchStream"]
+__all__ = ["BadBatch", "BatchStream"]
+
+
+@dataclass(frozen=True)
+class BadBatch:
+    """Why a batch could not be made; a worker process hands it over in place of the batch, so that the error keeps its one line."""
+
+    message: str
 
 
 @dataclass
-class BatchStream(Dataset[Batch]):
+class BatchStream(Dataset[Batch | BadBatch]):
     """A map from the index of a micro-batch (step * parts + part) to the batch, for a `DataLoader` without its own batching."""
 
     source: ExampleSource
@@ -30,7 +38,13 @@ class BatchStream(Dataset[Batch]):
     chat_share: float = 0.0
     parts: int = 1  # micro-batches of one optimiser step, over all processes
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | BadBatch:
+        try:
+            return self._batch(index)
+        except InfMLLMError as error:
+            return BadBatch(str(error))
+
+    def _batch(self, index: int) -> Batch:
         # p and chat are drawn per optimiser step: processes then take equally long, and conversations are no padding to short questions.
         shared = np.random.default_rng((self.seed, 1 << 32, index // self.parts))
         p = self.spec.pool_sizes[int(shared.integers(len(self.spec.pool_sizes)))]

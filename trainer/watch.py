@@ -1,0 +1,57 @@
+"""Samples while training: every so many steps the model answers a few held-out questions, and a sheet shows them with boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from runtime.contract.boxes import parse_box
+from runtime.contract.draw import FOUND, TRUE, draw_boxes
+from runtime.contract.sample import Example
+from runtime.contract.tokenizer import Tokenizer
+from trainer.checkpoint import Checkpoint
+from trainer.evaluate import CheckpointAnswerer
+from trainer.model import InfMLLM
+
+__all__ = ["sample_sheet"]
+
+_TILE, _LINE, _ROWS = 256, 14, 4
+_COLUMNS = 3
+SHEET_EXAMPLES = 6
+
+
+def sample_sheet(model: InfMLLM, tokenizer: Tokenizer, examples: Sequence[Example]) -> Image.Image:
+    """Up to six pictures, each with one answer per task; true boxes green, predicted ones red."""
+    was_training = model.training
+    model.eval()
+    answerer = CheckpointAnswerer(Path(), Checkpoint(Path(), model, tokenizer, {}, ""))
+    tiles = [_tile(answerer, example) for example in examples[:SHEET_EXAMPLES]]
+    model.train(was_training)
+    rows = -(-len(tiles) // _COLUMNS)
+    height = _TILE + _ROWS * _LINE
+    sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * height), "white")
+    for index, tile in enumerate(tiles):
+        sheet.paste(tile, (index % _COLUMNS * _TILE, index // _COLUMNS * height))
+    return sheet
+
+
+def _tile(answerer: CheckpointAnswerer, example: Example) -> Image.Image:
+    image, samples = example.load()
+    boxes, lines = [], list[str]()
+    for sample in {sample.task: sample for sample in samples}.values():
+        answer = answerer.answer(image, sample, None)
+        if sample.box:
+            boxes.append((sample.box, TRUE))
+            if found := parse_box(answer):
+                boxes.append((found, FOUND))
+        lines.append(f"{sample.text}: {answer}")
+    picture = draw_boxes(image, boxes)
+    picture.thumbnail((_TILE, _TILE))
+    tile = Image.new("RGB", (_TILE, _TILE + _ROWS * _LINE), "white")
+    tile.paste(picture, (0, 0))
+    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(11)
+    for index, line in enumerate(lines[:_ROWS]):
+        draw.text((2, _TILE + index * _LINE), line.encode("latin-1", "replace").decode("latin-1")[:52], fill="black", font=font)
+    return tile
