@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 
 from runtime.contract.errors import UsageError
 
@@ -60,7 +61,7 @@ def leave_processes() -> None:
 
 def full_state(accelerator: Accelerator, module: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Whole states of a module and its optimiser, on the main process. Call it on all processes: sharded ones gather."""
-    if not accelerator.is_fsdp2:
+    if not isinstance(module, FSDPModule):
         return accelerator.unwrap_model(module).state_dict(), optimiser.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(module, options=options), get_optimizer_state_dict(module, _inner(optimiser), options=options)
@@ -70,7 +71,7 @@ def load_full_state(
     accelerator: Accelerator, module: nn.Module, optimiser: torch.optim.Optimizer | None, weights: dict[str, Any], moments: dict[str, Any] | None
 ) -> None:
     """The inverse of `full_state`; every process passes the whole states."""
-    if not accelerator.is_fsdp2:
+    if not isinstance(module, FSDPModule):
         accelerator.unwrap_model(module).load_state_dict(weights)
         if optimiser is not None and moments is not None:
             optimiser.load_state_dict(moments)
@@ -81,9 +82,9 @@ def load_full_state(
         set_optimizer_state_dict(module, _inner(optimiser), moments, options=options)
 
 
-def gathered_weights(accelerator: Accelerator, module: nn.Module) -> dict[str, Any] | None:
+def gathered_weights(module: nn.Module) -> dict[str, Any] | None:
     """Whole weights on the main process (an empty dict on others) where they were sharded, else None. Call it on all processes."""
-    if not accelerator.is_fsdp2:
+    if not isinstance(module, FSDPModule):
         return None
     return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
 from runtime.contract.errors import CheckpointError, DataError, UsageError
@@ -149,7 +150,7 @@ class _Trainer:
                 break
             before += run.steps
         self.accelerator.wait_for_everyone()
-        model, weights = self.objective.model, gathered_weights(self.accelerator, self.objective)
+        model, weights = self.objective.model, gathered_weights(self.objective)
         if weights is not None:
             model = InfMLLM(model.spec)
             model.load_state_dict({name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}, strict=bool(weights))
@@ -185,8 +186,6 @@ class _Trainer:
                 if stop:
                     break
         progress.close()
-        if not accelerator.is_fsdp2:
-            accelerator.unwrap_model(module)
         accelerator.free_memory()
         return not stop if run.steps > first else True
 
@@ -237,5 +236,5 @@ class _Trainer:
 
     def _show(self, progress: Progress, run: StageRun, step: int) -> None:
         """A sheet of samples by the main process; sharded weights are not gathered for it."""
-        if self.accelerator.is_main_process and self.options.samples and not self.accelerator.is_fsdp2:
+        if self.accelerator.is_main_process and self.options.samples and not isinstance(self.objective, FSDPModule):
             progress.picture(sample_sheet(self.objective.model, self.tokenizer, self.options.samples), run, step)
