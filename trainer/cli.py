@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,20 +85,25 @@ def run(
         samples=examples[:SHEET_EXAMPLES],
     )
     trained = train(start.model, start.tokenizer, source, recipe, options)
-    seconds = trained.seconds
     if trained.is_main:
-        recipe_card = {"preset": preset, "data": data_card, "seed": seed, "processes": trained.processes, "recipe": [asdict(r) for r in recipe]}
-        card = recipe_card | {
-            "training_minutes": round(seconds / 60, 1),
-            "start_from": start_from.name if start_from else None,
-            "val": _data_card([val])[0]["name"],
-        }
+        card = {"preset": preset, "data": data_card, "seed": seed, "processes": trained.processes, "recipe": [asdict(r) for r in recipe]}
+        card |= _time_card(trained.seconds / 60, start_from, start.card) | {"val": _data_card([val])[0]["name"]}
         save_checkpoint(out, trained.model, start.tokenizer_json, card)
         scored = load_checkpoint(out)
         measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": _metrics(out, examples)}
         save_checkpoint(out, scored.model, start.tokenizer_json, card | measured)
         note(f"wrote {out}; curves: tensorboard --logdir {options.state_dir}")
     leave_processes()
+
+
+def _time_card(minutes: float, start_from: Path | None, start_card: Mapping[str, Any]) -> dict[str, Any]:
+    """Minutes of this run, and with those of the checkpoint it started from."""
+    row: dict[str, Any] = {"training_minutes": round(minutes, 1), "total_minutes": round(minutes, 1), "start_from": None}
+    if start_from:
+        before = start_card.get("total_minutes", start_card.get("training_minutes", 0.0))
+        row["start_from"] = {"name": start_from.name, "weights_sha256": start_card.get("weights_sha256"), "total_minutes": before}
+        row["total_minutes"] = round(minutes + before, 1)
+    return row
 
 
 def _data_card(texts: Sequence[str]) -> list[dict[str, str]]:

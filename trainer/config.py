@@ -103,10 +103,11 @@ PRESETS: dict[str, Preset] = {
             pool_sizes=(8, 4),
         ),
         (
-            # For two processes of one core each, 40 minutes in all; with one process use --batch 32.
+            # For two processes of one core each, 75 minutes in all; with one process use --accumulate 2.
             StageRun("dense", steps=1200, batch=16, lr=1.5e-3),
             StageRun("scratch", steps=259, batch=16, lr=1.2e-3, floor=1.0),
             StageRun("joint", steps=1500, batch=16, lr=1.2e-3, chat_share=0.08),
+            StageRun("joint", steps=2000, batch=16, lr=1.2e-3, chat_share=0.08),  # a second warm-up and decay: relations are learnt only here
         ),
     ),
     "edge": Preset(

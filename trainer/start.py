@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer as RawTokenizer
@@ -27,12 +28,13 @@ _VOCABULARY_STEP = 64
 
 @dataclass(frozen=True)
 class Start:
-    """A model in training mode with its tokenizer, bound and as text."""
+    """A model in training mode with its tokenizer, bound and as text; `card` is that of the checkpoint it comes from."""
 
     model: InfMLLM
     tokenizer: Tokenizer
     tokenizer_json: str
     identity: str
+    card: Mapping[str, Any] = field(default_factory=dict)
 
 
 def new_start(spec: ModelSpec, seed: int) -> Start:
@@ -50,7 +52,7 @@ def start_from_checkpoint(path: Path, image_size: int | None = None, new_words: 
     if new_words:
         model, tokenizer_json = extended(model, RawTokenizer.from_str(tokenizer_json), new_words)
     model.train()
-    return Start(model, Tokenizer(RawTokenizer.from_str(tokenizer_json), model.spec), tokenizer_json, checkpoint.sha256)
+    return Start(model, Tokenizer(RawTokenizer.from_str(tokenizer_json), model.spec), tokenizer_json, checkpoint.sha256, checkpoint.card)
 
 
 def resized_positions(table_1LC: Tensor, grid: int) -> Tensor:
