@@ -94,6 +94,34 @@ def inspect(
     print(json.dumps(description) if as_json else format_description(description))
 
 
+@app.command(
+    "import",
+    epilog="Examples:\n\n    infmllm-export import InfMLLM_7B.pth --tokenizer vicuna-7b-v1.5 -o checkpoints/infmllm-7b"
+    "\n\n    infmllm-export import vicuna-7b-v1.5 --vision blip2-vision --image-size 448 -o checkpoints/start",
+)
+def import_(
+    source: Annotated[Path, typer.Argument(help="Raw InfMLLM file (.pth, .bin, .safetensors), or a LLaMA folder in Hugging Face layout.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint folder to write.")],
+    vision: Annotated[Path | None, typer.Option(help="Vision tower: raw BLIP-2/EVA file or a Hugging Face BLIP-2 folder.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder or file with tokenizer.json. Default: beside the source.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square picture; positions are resized. Default: the tower's.")] = None,
+    image_mode: Annotated[str, typer.Option(help="stretch (multitask models) or pad (chat models).")] = "stretch",
+    vision_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a raw tower that is not EVA ViT-g.")] = None,
+    decoder_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a raw decoder whose head is not 128 wide.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+) -> None:
+    """Turns published or Hugging Face weights into a checkpoint, strictly and tensor by tensor."""
+    from trainer.imports.convert import ImportOptions, import_checkpoint
+
+    options = ImportOptions(source, out, vision, tokenizer, image_size, vision_heads, decoder_heads, image_mode, dtype)
+    spec, new = import_checkpoint(options)
+    if new:
+        note(f"the pool-adapter is new (the source has none); train it: infmllm-train --start-from {out} --stage alignment")
+    print(
+        f"{out}: tower {spec.vision.layers} x {spec.vision.width}, decoder {spec.decoder.layers} x {spec.decoder.hidden}, S = {spec.vision.image_size}"
+    )
+
+
 def _print_stages(stages: object) -> None:
     for stage in stages:  # type: ignore[attr-defined]
         agreement = f", same token {100 * stage.agreement:.0f} %" if stage.agreement is not None else ""
