@@ -117,9 +117,8 @@ def import_(
     spec, new = import_checkpoint(options)
     if new:
         note(f"the pool-adapter is new (the source has none); train it: infmllm-train --start-from {out} --stage alignment")
-    print(
-        f"{out}: tower {spec.vision.layers} x {spec.vision.width}, decoder {spec.decoder.layers} x {spec.decoder.hidden}, S = {spec.vision.image_size}"
-    )
+    tower, decoder = spec.vision, spec.decoder
+    print(f"{out}: tower {tower.layers} x {tower.width}, decoder {decoder.layers} x {decoder.hidden}, S = {tower.image_size}")
 
 
 def _print_stages(stages: object) -> None:

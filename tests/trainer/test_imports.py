@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused(fault: str, tmp_path: Path, tokenizer_file
     elif fault == "overflow":
         weights["ln_vision.weight"], more = weights["ln_vision.weight"] * 1e6, {"dtype": "fp16"}
     elif fault == "gap":
-        weights = {name.replace("layers.0.", "layers.7."): tensor for name, tensor in weights.items()}
+        weights = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in weights.items()}
     elif fault == "heads":
         more = {"vision_heads": None}
     torch.save(weights, source)
@@ -223,7 +223,8 @@ def watch():
     while not done.is_set():
         peak[0] = max(peak[0], anonymous()); time.sleep(0.002)
 thread = threading.Thread(target=watch); thread.start()
-import_checkpoint(ImportOptions(Path(sys.argv[1]), Path(sys.argv[2]), tokenizer=Path(sys.argv[3]), vision_heads=4, decoder_heads=8, shard_bytes=32 << 20))
+source, out, tokenizer = map(Path, sys.argv[1:4])
+import_checkpoint(ImportOptions(source, out, tokenizer=tokenizer, vision_heads=4, decoder_heads=8, shard_bytes=32 << 20))
 done.set(); thread.join()
 print(peak[0] - before)
 """

@@ -162,7 +162,7 @@ def _index(folder: Path, shards: list[list[str]]) -> None:
     if len(shards) == 1:
         (folder / "shard-0").rename(folder / WEIGHTS)
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)

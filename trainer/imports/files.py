@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,8 @@ def _safetensors(file: Path) -> dict[str, Stored]:
 
 def _pickled(file: Path) -> dict[str, Stored]:
     try:
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Files from before torch 1.6 are no zip archives and cannot be mapped; they are read whole, once.
+        data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"{file} cannot be read as plain tensors ({reason}); nothing in it was executed. Save it as safetensors") from None
