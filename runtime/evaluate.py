@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
 
 from runtime.contract.bundle import MANIFEST
-from runtime.contract.console import check_output, command_app, run_command, track
+from runtime.contract.console import check_output, command_app, note, run_command, track
 from runtime.contract.errors import UsageError
 from runtime.contract.evaluation import ANSWERERS, Answerer, evaluate, find_plugin, open_examples
 from runtime.contract.metrics import METRIC_NAMES
 from runtime.contract.sample import Sample
+from runtime.report import report_page
 
 __all__ = ["BundleAnswerer", "main", "open_answerer"]
 
@@ -28,6 +29,8 @@ Examples:
     infmllm-eval infmllm-bundle synthetic:500
 
     infmllm-eval checkpoints/mine val.jsonl --json
+
+    infmllm-eval infmllm-bundle voc:VOC2007,split=test --html report.html --control
 """
 
 
@@ -56,25 +59,46 @@ def open_answerer(path: Path) -> Answerer:
 @app.command(epilog=_EXAMPLES)
 def run(
     model: Annotated[Path, typer.Argument(help="Bundle or checkpoint folder.")],
-    data: Annotated[str, typer.Argument(help="A .jsonl file, or synthetic[:COUNT] for held-out scenes.")],
+    data: Annotated[str, typer.Argument(help="A .jsonl file, synthetic[:COUNT], or NAME:PATH,option=value (coco, vqav2, refcoco, llava, voc).")],
     visual_tokens: Annotated[int | None, typer.Option(help="Visual embeddings per image. Default: the model's best.")] = None,
+    control: Annotated[bool, typer.Option("--control", help="Also score with plain pictures: what the questions alone give away.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows and count them, instead of stopping.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every answer to this jsonl file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with pictures, answers and boxes, worst first.")] = None,
 ) -> None:
-    """Prints accuracy per task."""
+    """Prints accuracy per task with its 95 % interval."""
     check_output(out)
-    examples = open_examples(data)
-    tasks, kinds, rows = evaluate(open_answerer(model), track(examples, len(examples), "answering"), visual_tokens)
+    check_output(html)
+    examples, answerer = open_examples(data, skip_bad), open_answerer(model)
+    tasks, kinds, rows = evaluate(answerer, track(examples, len(examples), "answering"), visual_tokens, thumbnails=html is not None)
+    result: dict[str, Any] = {"model": model.name, "data": data, "visual_tokens": visual_tokens, "tasks": tasks.figures(), "kinds": kinds.figures()}
+    if control:
+        blank, _, _ = evaluate(answerer, track(examples, len(examples), "answering without pictures"), visual_tokens, blank=True)
+        result["control"] = blank.figures()
     if out:
-        out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    if as_json:
-        print(json.dumps({"tasks": tasks.figures(), "kinds": kinds.figures()}))
-        return
-    for task, figures in tasks.figures().items():
+        out.write_text("".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+    if html:
+        html.write_text(report_page(result, rows))
+        note(f"wrote {html}")
+    print(json.dumps(result) if as_json else format_result(result))
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """Figures as a text table."""
+    lines = []
+    for task, figures in result["tasks"].items():
         extra = f", mean IoU {figures['mean_iou']:.3f}" if "mean_iou" in figures else ""
-        print(f"{task:8} {figures['accuracy']:6.2f} % {METRIC_NAMES[task]} ({figures['count']:.0f} samples{extra})")
-    for kind, figures in sorted(kinds.figures().items()):
-        print(f"  {kind:16} {figures['accuracy']:6.2f} % of {figures['count']:.0f}")
+        extra += f", CIDEr-D {figures['cider']:.1f}" if "cider" in figures else ""
+        if "control" in result:
+            extra += f", without pictures {result['control'][task]['accuracy']:.1f}"
+        lines.append(f"{task:8} {_share(figures)} {METRIC_NAMES[task]} ({figures['count']:.0f} samples{extra})")
+    lines += [f"  {kind:32} {_share(figures)} of {figures['count']:.0f}" for kind, figures in sorted(result["kinds"].items())]
+    return "\n".join(lines)
+
+
+def _share(figures: dict[str, float]) -> str:
+    return f"{figures['accuracy']:6.2f} % [{figures['low']:.1f}, {figures['high']:.1f}]"
 
 
 def main() -> None:

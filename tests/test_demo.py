@@ -15,7 +15,7 @@ from export.pipeline import BuildOptions, build
 from export.schemes import SCHEMES
 from runtime.contract.evaluation import evaluate
 from runtime.contract.files import sha256_file
-from runtime.contract.metrics import vqa_right
+from runtime.contract.metrics import caption_right
 from runtime.evaluate import BundleAnswerer
 from runtime.session import load
 from trainer.checkpoint import DEMO, WEIGHTS, load_checkpoint
@@ -94,7 +94,7 @@ def test_the_sample_image_is_described_correctly(bundles: dict[str, Path]) -> No
     environment = os.environ | {"INFMLLM_BUNDLE": str(bundles["int8"])}
     code = "from runtime.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", code, str(DEMO / "sample.png"), "describe"], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0 and vqa_right(result.stdout, "a large green cross, a small blue square and a large orange circle")
+    assert result.returncode == 0 and caption_right(result.stdout, "a large green cross, a small blue square and a large orange circle")
 
 
 def test_a_real_photograph_goes_through(bundles: dict[str, Path]) -> None:

@@ -5,19 +5,24 @@ Synthetic data and checkpoints come from packages the runtime must not import; t
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
 from PIL import Image
 
+from runtime.contract.draw import FOUND, TRUE, draw_boxes
 from runtime.contract.errors import UsageError
-from runtime.contract.metrics import Scoreboard, score
+from runtime.contract.image import MEAN_COLOUR
+from runtime.contract.metrics import Scoreboard, Scored, score
 from runtime.contract.sample import Example, Sample
 
-__all__ = ["ANSWERERS", "DATASETS", "Answerer", "evaluate", "find_plugin", "open_examples"]
+__all__ = ["ANSWERERS", "DATASETS", "AnswerRow", "Answerer", "evaluate", "find_plugin", "open_examples"]
 
 ANSWERERS, DATASETS = "infmllm.answerers", "infmllm.datasets"
+_THUMBNAIL = 256
 
 
 class Answerer(Protocol):
@@ -44,20 +49,48 @@ def open_examples(data: str, skip_bad: bool = False) -> list[Example]:
     return examples
 
 
+@dataclass(frozen=True)
+class AnswerRow:
+    """One scored answer with what a report shows of it; `thumbnail` is a JPEG with true and found boxes drawn, where asked for."""
+
+    name: str
+    sample: Sample
+    answer: str
+    scored: Scored
+    thumbnail: bytes = b""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        row: dict[str, Any] = {"name": self.name, "task": self.sample.task, "kind": self.sample.kind, "text": self.sample.text, "answer": self.answer}
+        row |= {"expected": self.sample.answer, "value": self.scored.value, "right": self.scored.value >= 0.5}
+        return row | ({"iou": self.scored.iou} if self.scored.iou is not None else {})
+
+
 def evaluate(
-    answerer: Answerer, examples: Iterable[Example], visual_tokens: int | None = None
-) -> tuple[Scoreboard, Scoreboard, list[dict[str, Any]]]:
-    """Scores by task, scores of each kind within a task ("vqa/colour"), and one row per answer."""
-    tasks, kinds, rows = Scoreboard(), Scoreboard(), []
+    answerer: Answerer, examples: Iterable[Example], visual_tokens: int | None = None, blank: bool = False, thumbnails: bool = False
+) -> tuple[Scoreboard, Scoreboard, list[AnswerRow]]:
+    """Scores by task, scores of each kind within a task ("vqa/colour"), and one row per answer.
+
+    `blank` shows a plain picture of the mean colour instead: what a model scores then it knows from the questions alone.
+    """
+    tasks, kinds, rows = Scoreboard(), Scoreboard(), list[AnswerRow]()
     for example in examples:
         image, samples = example.load()
+        shown = Image.new("RGB", image.size, MEAN_COLOUR) if blank else image
         for sample in samples:
-            text = answerer.answer(image, sample, visual_tokens)
-            scored = score(sample.task, text, sample.answer, sample.box)
+            text = answerer.answer(shown, sample, visual_tokens)
+            scored = score(sample, text)
             tasks.add(sample.task, scored)
             if sample.kind and sample.kind != sample.task:
                 kinds.add(f"{sample.task}/{sample.kind}", scored)
-            rows.append(
-                {"name": example.name, "task": sample.task, "text": sample.text, "answer": text, "expected": sample.answer, "right": scored.right}
-            )
+            rows.append(AnswerRow(example.name, sample, text, scored, _thumbnail(shown, sample, scored) if thumbnails else b""))
     return tasks, kinds, rows
+
+
+def _thumbnail(image: Image.Image, sample: Sample, scored: Scored) -> bytes:
+    boxes = [(box, colour) for box, colour in ((sample.box, TRUE), (scored.found, FOUND)) if box]
+    small = image.copy()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    data = io.BytesIO()
+    draw_boxes(small, boxes).save(data, "JPEG", quality=80)
+    return data.getvalue()

@@ -11,7 +11,6 @@ from PIL import Image
 
 from runtime.contract.errors import DataError, SpecError
 from runtime.contract.jsonl import read_jsonl
-from runtime.contract.metrics import Scoreboard, caption_right, score, vqa_right
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import ModelSpec
 from tests.conftest import TINY
@@ -94,15 +93,3 @@ def test_pool_matrix_averages_windows() -> None:
     assert np.array_equal(pool_matrix(4, 4), np.eye(16))
     with pytest.raises(SpecError):
         pool_matrix(6, 4)
-
-
-def test_scores() -> None:
-    assert vqa_right(" Red. ", "red") and not vqa_right("dark red", "red")
-    assert caption_right("a red circle and a blue square", "a blue square, a red circle")
-    assert not caption_right("a red circle", "a red circle and a red circle")
-    assert score("ground", "0.00,0.00 0.50,1.00", "", (0, 0, 1, 1)).right
-    assert not score("ground", "nothing", "", (0, 0, 1, 1)).right
-    board = Scoreboard()
-    for text in ("yes", "no", "yes", "yes"):
-        board.add("vqa", score("vqa", text, "yes"))
-    assert board.figures() == {"vqa": {"count": 4, "accuracy": 75.0}}

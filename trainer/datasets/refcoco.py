@@ -29,8 +29,8 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
             sizes[path] = sizes.get(path) or image_size(path)
             box = _box(field(row, "bbox", list))
             for sentence in field(row, "sentences", list):
-                sample = Sample("ground", field(sentence, "sent", str), "", pixel_box=box)
-                found[path].append(sample.placed(*sizes[path], where).checked())
+                sample = Sample("ground", field(sentence, "sent", str), "", pixel_box=box).placed(*sizes[path], where).checked()
+                found[path].append(sample)
     return [Example(path, tuple(samples), name=str(path)) for path, samples in found.items()]
 
 

@@ -34,7 +34,8 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
                 raise ValueError(f"question {number} has no answer in {answers_path}")
             answer, people, kind = answers[number]
             sample = Sample("vqa", field(row, "question", str), answer, kind=kind, references=people).checked()
-            found[picture(source.folder("images"), _file_name(data, row))].append(sample)
+            path = picture(source.folder("images"), _file_name(data, row))
+            found[path].append(sample)
     return [Example(path, tuple(samples), name=str(path)) for path, samples in found.items()]
 
 
