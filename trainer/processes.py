@@ -32,10 +32,12 @@ PRECISIONS = ("auto", "bf16", "fp32")
 def make_accelerator(precision: str = "auto") -> Accelerator:
     """Joins the other processes, if there are any. `auto` computes in bf16 where the hardware multiplies it, else in fp32."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}; choose one of: {', '.join(PRECISIONS)}")
     bf16 = precision == "bf16" or (precision == "auto" and fast_bf16())
+    AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
 
 

@@ -92,5 +92,5 @@ def _thumbnail(image: Image.Image, sample: Sample, scored: Scored) -> bytes:
     small = image.copy()
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     data = io.BytesIO()
-    draw_boxes(small, boxes).save(data, "JPEG", quality=80)
+    draw_boxes(small, boxes).save(data, "JPEG", quality=80, subsampling=0)
     return data.getvalue()
