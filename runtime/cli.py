@@ -101,16 +101,10 @@ def _summary(answer: Answer) -> None:
 
 
 def _draw(picture: Image.Image, answer: Answer, path: Path) -> None:
-    from PIL import ImageDraw
+    from runtime.contract.draw import FOUND, draw_boxes
 
-    canvas = picture.copy()
-    brush = ImageDraw.Draw(canvas)
-    width = max(2, round(min(canvas.size) / 150))
-    for found in answer.boxes:
-        brush.rectangle(found.box, outline=(255, 0, 90), width=width)
-        brush.text((found.box[0] + width + 1, found.box[1] + width), found.phrase, fill=(255, 0, 90))
     try:
-        canvas.save(path, format="PNG")
+        draw_boxes(picture, ((found.box, FOUND, found.phrase) for found in answer.boxes)).save(path, format="PNG")
     except OSError as error:
         raise UsageError(f"cannot write {path} ({error.strerror}); choose another --draw file") from None
 

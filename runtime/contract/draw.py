@@ -6,19 +6,23 @@ from collections.abc import Iterable
 
 from PIL import Image, ImageDraw
 
-from runtime.contract.boxes import Box, to_pixel_box
+from runtime.contract.boxes import Box
 
 __all__ = ["FOUND", "TRUE", "draw_boxes"]
 
-TRUE, FOUND = (40, 180, 70), (230, 40, 60)
-"""Colours (RGB) of true and predicted boxes."""
+Colour = tuple[int, int, int]
+TRUE: Colour = (40, 180, 70)
+FOUND: Colour = (255, 0, 90)
+"""Colours (RGB) of true and of found boxes."""
 
 
-def draw_boxes(image: Image.Image, boxes: Iterable[tuple[Box, tuple[int, int, int]]]) -> Image.Image:
-    """A copy of an RGB picture with outlines of boxes (in [0, 1]) in their colours, 1/150 of the longer side thick (2 pixels at least)."""
+def draw_boxes(image: Image.Image, boxes: Iterable[tuple[Box, Colour, str]]) -> Image.Image:
+    """A copy of an RGB picture with outlines of boxes (in pixels), each in its colour and with its label (empty: none)."""
     shown = image.copy()
-    draw = ImageDraw.Draw(shown)
-    for box, colour in boxes:
-        x1, y1, x2, y2 = to_pixel_box(box, *image.size)
-        draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=max(2, max(image.size) // 150))
+    brush = ImageDraw.Draw(shown)
+    width = max(2, round(min(image.size) / 150))
+    for (x1, y1, x2, y2), colour, label in boxes:
+        brush.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=width)
+        if label:
+            brush.text((x1 + width + 1, y1 + width), label, fill=colour)
     return shown

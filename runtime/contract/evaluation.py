@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from runtime.contract.boxes import to_pixel_box
 from runtime.contract.draw import FOUND, TRUE, draw_boxes
 from runtime.contract.errors import UsageError
 from runtime.contract.image import MEAN_COLOUR
@@ -88,9 +89,9 @@ def evaluate(
 
 
 def _thumbnail(image: Image.Image, sample: Sample, scored: Scored) -> bytes:
-    boxes = [(box, colour) for box, colour in ((sample.box, TRUE), (scored.found, FOUND)) if box]
     small = image.copy()
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    boxes = [(to_pixel_box(box, *small.size), colour, "") for box, colour in ((sample.box, TRUE), (scored.found, FOUND)) if box]
     data = io.BytesIO()
     draw_boxes(small, boxes).save(data, "JPEG", quality=80, subsampling=0)
     return data.getvalue()
