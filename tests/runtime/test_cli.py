@@ -168,7 +168,6 @@ def test_training_from_the_command_line(tmp_path: Path) -> None:
     assert card["weights_sha256"] == sha256_file(out / "model.safetensors")
     assert set(card["metrics"]) == {"64", "16"} and [run["stage"] for run in card["recipe"]] == ["dense", "scratch", "joint", "joint"]
     again = command("trainer.cli", *arguments, "--stage", "alignment", "--start-from", out, "--out", tmp_path / "next")
-    assert (
-        again.returncode == 0 and json.loads((tmp_path / "next" / "card.json").read_text())["start_from"]["weights_sha256"] == card["weights_sha256"]
-    )
+    start = json.loads((tmp_path / "next" / "card.json").read_text())["start_from"]
+    assert again.returncode == 0 and start["weights_sha256"] == card["weights_sha256"]
     check_fault(command("trainer.cli", "--stage", "magic"), "unknown stage")
