@@ -1,7 +1,8 @@
 """Precision schemes as data: what happens to the linear weights and activations of each part, and how far results may drift from PyTorch.
 
 Tolerances are relative root-mean-square errors against PyTorch fp32 (norm of the difference over norm of the reference), the largest of all golden
-cases. They sit well above what a correct build shows and far below what a broken kernel or a wrong scale produces (which is 1 or more).
+cases. They sit above what a correct build shows (int8 on the demo: 0.07) and below what a broken kernel or a wrong scale produces (saturating products: 0.24; a wrong
+scale: 1 or more).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ SCHEMES: dict[str, Scheme] = {
     for scheme in (
         Scheme("fp32", {"": FLOAT}, "fp32", {"vision": 2e-5, "prefill": 5e-5, "decode": 5e-5}, "exact: the same tokens as PyTorch"),
         Scheme("fp16", {"": HALF}, "fp16", {"vision": 3e-3, "prefill": 5e-3, "decode": 5e-3}, "half-size weights, float arithmetic"),
-        Scheme("int8", W8A8, "fp16", {"vision": 0.06, "prefill": 0.08, "decode": 0.08}, "8-bit weights and activations (W8A8)"),
+        Scheme("int8", W8A8, "fp16", {"vision": 0.06, "prefill": 0.12, "decode": 0.12}, "8-bit weights and activations (W8A8)"),
     )
 }
 

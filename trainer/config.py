@@ -74,7 +74,7 @@ class StageRun:
 
 RECIPES: dict[str, tuple[StageRun, ...]] = {
     # From a trained small model to other pictures, everything trained; the data need labels per patch (scenes or boxes).
-    "adapt": (StageRun("dense", steps=400, batch=16, lr=1e-3), StageRun("joint", steps=1000, batch=16, lr=1e-3)),
+    "adapt": (StageRun("dense", steps=600, batch=16, lr=1.5e-3), StageRun("joint", steps=1050, batch=16, lr=1.2e-3)),
     # The published three, for models with pretrained parts. Lengths and rates are ours: the paper's are unknown.
     "published": (
         StageRun("alignment", steps=2000, batch=16, lr=1e-3, warmup=100),

@@ -30,7 +30,8 @@ class CheckpointAnswerer:
         model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
         p = model.spec.pool_size_for(visual_tokens)
         if self._last is None or self._last[0] is not image or self._last[1] != p:
-            self._last = (image, p, model.embed_image(torch.from_numpy(to_pixels(image, model.spec)), p)[0])
+            pixels = torch.from_numpy(to_pixels(image, model.spec)).to(model.decoder.embed_tokens.weight.device)
+            self._last = (image, p, model.embed_image(pixels, p)[0])
         before, after = tokenizer.encode_prompt(sample.prompt())
         total = len(before) + len(after) + p * p
         if total > model.spec.decoder.context:

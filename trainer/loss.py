@@ -21,6 +21,8 @@ __all__ = ["AnswerLoss", "DenseHead"]
 
 _COORDINATE = re.compile(r"([ ,]?)([01]\.\d\d)")
 _SIGMA = 0.012  # of the picture's side
+_CLASS_WEIGHT = 3.0  # of all class labels together, against box and outline
+_MAX_RARITY = 4.0
 
 
 class AnswerLoss(nn.Module):
@@ -50,6 +52,14 @@ class AnswerLoss(nn.Module):
         if bool(ordered.any()):
             total = total + F.cross_entropy(logits_NV[ordered], self.targets[rows[ordered]], reduction="none") @ weights_N[ordered]
         return total / weights_N.sum()
+
+
+def _rarity(target: Tensor, classes: int) -> Tensor:
+    """Per patch the root of how much rarer its class is than the mean one (nothing, class 0, stays at 1), at most 4."""
+    counts = torch.bincount(target.flatten(), minlength=classes).float()
+    things = counts[1:]
+    rarity = (things.sum() / (things > 0).sum().clamp_min(1) / things.clamp_min(1)).sqrt().clamp_max(_MAX_RARITY)
+    return torch.cat([torch.ones_like(counts[:1]), rarity])[target]
 
 
 class DenseHead(nn.Module):
@@ -82,7 +92,8 @@ class DenseHead(nn.Module):
         for index, scores in enumerate(classes):
             target = labels_NPD[..., index].long()
             losses = F.cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="none").view_as(weight)
-            total = total + (losses * weight).sum() / weight.sum()
+            balanced = weight * _rarity(target, scores.shape[-1])
+            total = total + _CLASS_WEIGHT / count * (losses * balanced).sum() / balanced.sum()
             right &= scores.argmax(-1) == target
         if bool(covered.any()):
             total = total + 10 * F.smooth_l1_loss(box[covered], labels_NPD[..., count : count + 4][covered], beta=0.05)

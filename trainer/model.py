@@ -57,7 +57,8 @@ class InfMLLM(nn.Module):
     def sequence(self, before: Sequence[int], image_embeds_TH: Tensor | None, after: Sequence[int]) -> Tensor:
         """One sequence's input embeddings [1, L, H]: ids before, visual embeddings, ids after."""
         table = self.decoder.embed_tokens
-        parts = [table(torch.tensor(before, dtype=torch.long)), table(torch.tensor(after, dtype=torch.long))]
+        device = table.weight.device
+        parts = [table(torch.tensor(ids, dtype=torch.long, device=device)) for ids in (before, after)]
         if image_embeds_TH is not None:
             parts.insert(1, image_embeds_TH)
         return torch.cat(parts)[None]
@@ -77,16 +78,17 @@ class InfMLLM(nn.Module):
         max_new_tokens = min(max_new_tokens, spec.context - length + 1)  # the last token is never fed back
         assert max_new_tokens > 0, f"a prompt of {length} positions does not fit the context of {spec.context}"
         shape = (1, spec.kv_heads, length + max_new_tokens, spec.head_dim)
-        caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(spec.layers)]
+        device = inputs_embeds_1LH.device
+        caches = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(spec.layers)]
         tokens: list[int] = []
-        embeds, positions = inputs_embeds_1LH, torch.arange(length)[None]
+        embeds, positions = inputs_embeds_1LH, torch.arange(length, device=device)[None]
         while True:
             logits, caches = self.decoder.step(embeds, positions, caches)
-            token = int(np.argmax(logits[0].numpy()))
+            token = int(np.argmax(logits[0].cpu().numpy()))
             if token == self.spec.eos_id or not torch.isfinite(logits).all():
                 return tokens
             tokens.append(token)
             if len(tokens) == max_new_tokens:
                 return tokens
-            embeds = self.decoder.embed_tokens(torch.tensor([[token]]))
-            positions = torch.tensor([[length + len(tokens) - 1]])
+            embeds = self.decoder.embed_tokens(torch.tensor([[token]], device=device))
+            positions = torch.tensor([[length + len(tokens) - 1]], device=device)

@@ -75,7 +75,7 @@ class Augmentation:
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
     "crop": Augmentation(area=0.5, stretch=0.2, blur=0.5),
-    "photo": Augmentation(area=0.5, stretch=0.2, mirror=True, blur=0.2, colour=0.16),
+    "photo": Augmentation(area=0.4, stretch=0.2, mirror=True, blur=0.2, colour=0.16),
 }
 
 
