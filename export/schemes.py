@@ -1,8 +1,8 @@
 """Precision schemes as data: what happens to the linear weights and activations of each part, and how far results may drift from PyTorch.
 
 Tolerances are relative root-mean-square errors against PyTorch fp32 (norm of the difference over norm of the reference), the largest of all golden
-cases. They sit above what a correct build shows (int8 on the demo: 0.07) and below what a broken kernel or a wrong scale produces (saturating products: 0.24; a wrong
-scale: 1 or more).
+cases. They sit above what a correct build shows (int8 on the demo: 0.07) and below what a broken kernel or a wrong scale produces (saturating
+products: 0.24; a wrong scale: 1 or more).
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ A data argument is `NAME:PATH,option=value,...` or the path of a .jsonl file; se
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,11 +58,16 @@ def read_examples(text: str, skip_bad: bool = False) -> list[Example]:
     source, row = _parsed(text)
     faults = Faults(skip_bad)
     examples = row.read(source, faults)
-    if summary := faults.summary():
-        note(f"{text}: {summary}")
+    _tell(text, faults)
     if not examples:
         raise DataError(f"data {text!r} has no samples left; check the file and its format")
     return examples
+
+
+def _tell(text: str, faults: Faults) -> None:
+    """Says once, however many processes read the data, what was left out."""
+    if (summary := faults.summary()) and os.environ.get("RANK", "0") == "0":
+        note(f"{text}: {summary}")
 
 
 def _weight(source: DataSource) -> float:
@@ -84,8 +90,7 @@ def open_source(texts: Sequence[str], skip_bad: bool = False) -> ExampleSource:
         augment, faults = source.options.get("augment", row.augment), Faults(skip_bad)
         find_augmentation(augment)
         made = row.source(source, faults, augment) if row.source else ListedSource(row.read(source, faults), augment, text, skip_bad)
-        if summary := faults.summary():
-            note(f"{text}: {summary}")
+        _tell(text, faults)
         sources.append(made)
         weights.append(_weight(source))
     if len(sources) == 1:
