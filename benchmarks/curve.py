@@ -42,9 +42,11 @@ def main() -> None:
     parser.add_argument("--figure", default="answer", help="a key of the log's lines")
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in arguments.log.read_text().splitlines()]
-    points = [(row["step"], row[arguments.figure]) for row in rows if arguments.figure in row]
-    stage = next(row["stage"] for row in rows if arguments.figure in row)
-    arguments.out.write_text(svg(points, f"{arguments.figure} loss over optimiser steps of the {stage} stage"))
+    points = [(row["total_step"], row[arguments.figure]) for row in rows if arguments.figure in row]
+    if not points:
+        raise SystemExit(f"{arguments.log} has no figure {arguments.figure!r}; it has: {', '.join(sorted(rows[-1]))}")
+    stages = " and ".join(dict.fromkeys(row["stage"] for row in rows if arguments.figure in row))
+    arguments.out.write_text(svg(points, f"{arguments.figure} over optimiser steps ({stages})"))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,11 @@ def main() -> None:
         for batch in batches:
             began = time.perf_counter()
             optimiser.zero_grad()
-            accelerator.backward(module(batch, STAGES[name])[0])
+            with accelerator.autocast():
+                loss, _ = module(batch.to(accelerator.device), STAGES[name])
+            accelerator.backward(loss)
             optimiser.step()
+            loss.item()  # waits for a GPU
             times.append(time.perf_counter() - began)
         print(f"{name:8} {given.batch / statistics.mean(times[1:]):6.1f} images/s ({accelerator.mixed_precision}, {given.threads} threads)")
         accelerator.free_memory()

@@ -116,7 +116,8 @@ def import_(
     options = ImportOptions(source, out, vision, tokenizer, image_size, vision_heads, decoder_heads, image_mode, dtype)
     spec, new = import_checkpoint(options)
     if new:
-        note(f"the pool-adapter is new (the source has none); train it: infmllm-train --start-from {out} --stage alignment")
+        parts = ", ".join(sorted({name.rsplit(".", 2)[0] for name in new}))
+        note(f"new, because the source has none: {parts}; train it: infmllm-train --start-from {out} --stage alignment")
     tower, decoder = spec.vision, spec.decoder
     print(f"{out}: tower {tower.layers} x {tower.width}, decoder {decoder.layers} x {decoder.hidden}, S = {tower.image_size}")
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 from runtime.contract.bundle import MANIFEST
 from runtime.contract.console import check_output, command_app, note, run_command, track
-from runtime.contract.errors import UsageError
+from runtime.contract.errors import DataError, UsageError
 from runtime.contract.evaluation import ANSWERERS, Answerer, evaluate, find_plugin, open_examples
+from runtime.contract.faults import Faults
 from runtime.contract.metrics import METRIC_NAMES
 from runtime.contract.sample import Sample
 from runtime.report import report_page
@@ -71,10 +72,15 @@ def run(
     check_output(out)
     check_output(html)
     examples, answerer = open_examples(data, skip_bad), open_answerer(model)
-    tasks, kinds, rows = evaluate(answerer, track(examples, len(examples), "answering"), visual_tokens, thumbnails=html is not None)
+    faults, shown = Faults(skip_bad), track(examples, len(examples), "answering")
+    tasks, kinds, rows = evaluate(answerer, shown, visual_tokens, thumbnails=html is not None, faults=faults)
+    if summary := faults.summary():
+        note(summary)
+    if not rows:
+        raise DataError(f"data {data!r} has no samples left; check the file and its format")
     result: dict[str, Any] = {"model": model.name, "data": data, "visual_tokens": visual_tokens, "tasks": tasks.figures(), "kinds": kinds.figures()}
     if control:
-        blank, _, _ = evaluate(answerer, track(examples, len(examples), "answering without pictures"), visual_tokens, blank=True)
+        blank, _, _ = evaluate(answerer, track(examples, len(examples), "answering without pictures"), visual_tokens, True, faults=Faults(skip_bad))
         result["control"] = blank.figures()
     if out:
         out.write_text("".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))

@@ -48,13 +48,14 @@ def _table(figures: Mapping[str, Mapping[str, float]], control: Mapping[str, Map
 
 
 def _figure(row: AnswerRow) -> str:
-    picture = base64.b64encode(row.thumbnail).decode()
+    data = base64.b64encode(row.thumbnail).decode()
+    picture = f'<img alt="{escape(row.name)}" src="data:image/jpeg;base64,{data}">' if data else ""
     sample, value = row.sample, row.scored.value
     overlap = f" IoU {row.scored.iou:.2f}" if row.scored.iou is not None else ""
     expected = "; ".join(dict.fromkeys(sample.references or (sample.answer,)))
     turns = "".join(f"{escape(m.role)}: {escape(m.content)}<br>" for m in sample.messages[:-1])
     return (
-        f'<figure class="{"right" if value >= 0.5 else "wrong"}"><img alt="{escape(row.name)}" src="data:image/jpeg;base64,{picture}">'
+        f'<figure class="{"right" if value >= 0.5 else "wrong"}">{picture}'
         f"<figcaption><em>{escape(row.name)} · {escape(sample.task)}{overlap}</em><br>{turns}{escape(sample.text)}<br>"
         f"<b>{escape(row.answer) or '(nothing)'}</b>{'' if value == 1 else f'<br><em>expected</em> {escape(expected)}'}</figcaption></figure>"
     )

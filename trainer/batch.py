@@ -20,11 +20,12 @@ from runtime.contract.prompt import TASKS
 from runtime.contract.sample import Sample
 from runtime.contract.tokenizer import Tokenizer
 
-__all__ = ["IGNORE", "Batch", "PackedRow", "block_mask", "collate", "pack"]
+__all__ = ["IGNORE", "Batch", "PackedRow", "block_mask", "collate", "pack", "positions"]
 
 IGNORE = -100
 _SLOT = -1
 _PAD_SEGMENT = -1
+_MAX_ROW = 1024
 
 
 @dataclass(frozen=True)
@@ -69,25 +70,37 @@ def answer_ids(tokenizer: Tokenizer, sample: Sample) -> list[int]:
     return [*tokenizer.encode(TASKS[sample.task].answer_prefix + sample.answer), tokenizer.eos_id]
 
 
-def pack(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int, context: int) -> PackedRow:
-    """Packs samples that share one picture and one text before the image. Raises `DataError` for one longer than the model's context."""
+def positions(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int) -> int:
+    """How many positions the samples take when packed behind one picture."""
+    before = len(tokenizer.encode_prompt(samples[0].prompt())[0]) + visual_tokens
+    return before + sum(len(tokenizer.encode(sample.prompt().after)) + len(answer_ids(tokenizer, sample)) - 1 for sample in samples)
+
+
+def pack(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int, context: int, where: str = "data") -> PackedRow:
+    """Packs samples that share one picture and one text before the image; `where` names them in errors.
+
+    Samples after the first are left out once the row would pass the model's context or 1024 positions, whichever is more, so that long
+    conversations cannot fill the memory. Raises `DataError` for a sample that is by itself longer than the context.
+    """
     prompts = [sample.prompt() for sample in samples]
     assert len({prompt.before for prompt in prompts}) == 1, "packed samples must share the text before the image"
     prefix = [*tokenizer.encode_prompt(prompts[0])[0], *[_SLOT] * visual_tokens]
     size = len(prefix)
-    ids, labels, weights, segments, positions = list(prefix), [IGNORE] * size, [0.0] * size, [0] * size, list(range(size))
+    ids, labels, weights, segments, places = list(prefix), [IGNORE] * size, [0.0] * size, [0] * size, list(range(size))
     for index, (sample, prompt) in enumerate(zip(samples, prompts, strict=True), 1):
         question, answer = tokenizer.encode(prompt.after), answer_ids(tokenizer, sample)
         inputs = [*question, *answer[:-1]]
         if len(prefix) + len(inputs) > context:
             total = len(prefix) + len(inputs)
-            raise DataError(f"sample {sample.text!r:.40} with its answer takes {total} positions, the model's context has {context}; shorten it")
+            raise DataError(f"{where}: {sample.text!r:.40} with its answer takes {total} positions, the model's context has {context}; shorten it")
+        if index > 1 and len(ids) + len(inputs) > max(context, _MAX_ROW):
+            break
         ids += inputs
         labels += [IGNORE] * (len(question) - 1) + answer
         weights += [0.0] * (len(question) - 1) + [len(answer) ** -0.5] * len(answer)
         segments += [index] * len(inputs)
-        positions += range(len(prefix), len(prefix) + len(inputs))
-    return PackedRow(ids, labels, weights, segments, positions)
+        places += range(len(prefix), len(prefix) + len(inputs))
+    return PackedRow(ids, labels, weights, segments, places)
 
 
 def collate(rows: Sequence[PackedRow], pixels: Sequence[np.ndarray], p: int, dense: Sequence[np.ndarray] | None = None) -> Batch:

@@ -14,8 +14,10 @@ from runtime.contract.console import command_app, note, run_command
 from runtime.contract.data_source import parse_source
 from runtime.contract.errors import UsageError
 from runtime.contract.evaluation import open_examples
-from runtime.contract.files import sha256_file
+from runtime.contract.faults import Faults
+from runtime.contract.files import check_target, sha256_file
 from runtime.contract.sample import Example
+from trainer.config import StageRun
 from trainer.datasets import DATASETS
 
 __all__ = ["main"]
@@ -51,11 +53,15 @@ def run(
     precision: Annotated[str, typer.Option(help="auto (bf16 where the hardware multiplies it), bf16 or fp32.")] = "auto",
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")] = False,
     sample_every: Annotated[int, typer.Option(min=0, help="Optimiser steps between sheets of sample answers; 0 for none.")] = 250,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures, per training process.")] = 1,
+    save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between saved states.")] = 2.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process. Default: the cores divided among processes.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped; same options, same result.")] = False,
 ) -> None:
     """Runs the recipe, then scores the saved checkpoint and writes its card."""
-    from trainer.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
+    import torch
+
+    from trainer.checkpoint import CONFIG, WEIGHTS, load_checkpoint, save_checkpoint
     from trainer.config import find_preset, find_recipe
     from trainer.datasets import open_source
     from trainer.processes import leave_processes, set_threads
@@ -66,11 +72,12 @@ def run(
     chosen = find_preset(preset)
     if start_from is None and (image_size or new_words):
         raise UsageError("--image-size and --new-words change a checkpoint; name one with --start-from")
-    recipe = tuple(replace(r, steps=steps or r.steps, batch=batch or r.batch) for r in find_recipe(chosen, stage))
+    recipe = tuple(_shortened(replace(r, batch=batch or r.batch), steps) for r in find_recipe(chosen, stage))
     if accumulate:
         recipe = tuple(replace(r, accumulate=accumulate) for r in recipe)
     source = open_source(data or ["synthetic"], skip_bad)
     set_threads(threads)
+    check_target(out, CONFIG)
     start = start_from_checkpoint(start_from, image_size, source.texts() if new_words else ()) if start_from else new_start(chosen.spec, seed)
     data_card = _data_card(data or ["synthetic"])
     examples = open_examples(val, skip_bad)
@@ -79,21 +86,32 @@ def run(
         seed=seed,
         identity=json.dumps([data_card, start.identity]),
         resume=resume,
+        save_seconds=60 * save_minutes,
+        workers=workers,
+        skip_bad=skip_bad,
         precision=precision,
         recompute=gradient_checkpointing,
         sample_every=sample_every,
         samples=examples[:SHEET_EXAMPLES],
     )
-    trained = train(start.model, start.tokenizer, source, recipe, options)
+    try:
+        trained = train(start.model, start.tokenizer, source, recipe, options)
+    except torch.OutOfMemoryError:
+        raise UsageError("the GPU has not enough memory; use a smaller --batch with --accumulate, or --gradient-checkpointing") from None
+    leave_processes()  # the others need not wait for the scores
     if trained.is_main:
         card = {"preset": preset, "data": data_card, "seed": seed, "processes": trained.processes, "recipe": [asdict(r) for r in recipe]}
         card |= _time_card(trained.seconds / 60, start_from, start.card) | {"val": _data_card([val])[0]["name"]}
         save_checkpoint(out, trained.model, start.tokenizer_json, card)
         scored = load_checkpoint(out)
-        measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": _metrics(out, examples)}
+        measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": _metrics(out, examples, skip_bad)}
         save_checkpoint(out, scored.model, start.tokenizer_json, card | measured)
         note(f"wrote {out}; curves: tensorboard --logdir {options.state_dir}")
-    leave_processes()
+
+
+def _shortened(run: StageRun, steps: int | None) -> StageRun:
+    """The run with other steps, of which at most a fifth warm up."""
+    return replace(run, steps=steps, warmup=min(run.warmup, max(1, steps // 5))) if steps else run
 
 
 def _time_card(minutes: float, start_from: Path | None, start_card: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +139,7 @@ def _data_card(texts: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _metrics(out: Path, examples: Sequence[Example]) -> dict[str, Any]:
+def _metrics(out: Path, examples: Sequence[Example], skip_bad: bool) -> dict[str, Any]:
     """Figures of the saved checkpoint for every number of visual tokens it serves."""
     from runtime.contract.console import track
     from runtime.contract.evaluation import evaluate
@@ -130,7 +148,7 @@ def _metrics(out: Path, examples: Sequence[Example]) -> dict[str, Any]:
     answerer = CheckpointAnswerer(out)
     figures = {}
     for p in answerer.checkpoint.model.spec.pool_sizes:
-        tasks, kinds, _ = evaluate(answerer, track(examples, len(examples), f"scoring {p * p} visual tokens"), p * p)
+        tasks, kinds, _ = evaluate(answerer, track(examples, len(examples), f"scoring {p * p} visual tokens"), p * p, faults=Faults(skip_bad))
         figures[str(p * p)] = {"tasks": tasks.figures(), "kinds": kinds.figures()}
     return figures
 

@@ -144,7 +144,8 @@ def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
         return preset.recipe
     if text in RECIPES:
         return RECIPES[text]
-    known = {run.stage: run for recipe in (*RECIPES.values(), preset.recipe) for run in recipe}
+    known = {name: StageRun(name, steps=500, batch=16, lr=3e-4) for name in STAGES}
+    known |= {run.stage: run for recipe in (*RECIPES.values(), preset.recipe) for run in recipe}
     names = text.split(",")
     unknown = [name for name in names if name not in STAGES]
     if unknown:

@@ -48,9 +48,10 @@ class AnswerLoss(nn.Module):
         assert bool((labels_N != IGNORE).all()), "gather answer positions before computing logits"
         rows = self.row_of[labels_N]
         plain, ordered = rows < 0, rows >= 0
-        total = F.cross_entropy(logits_NV[plain], labels_N[plain], reduction="none") @ weights_N[plain]
+        total = (F.cross_entropy(logits_NV[plain], labels_N[plain], reduction="none") * weights_N[plain]).sum()
         if bool(ordered.any()):
-            total = total + F.cross_entropy(logits_NV[ordered], self.targets[rows[ordered]], reduction="none") @ weights_N[ordered]
+            losses = F.cross_entropy(logits_NV[ordered], self.targets[rows[ordered]], reduction="none")
+            total = total + (losses * weights_N[ordered]).sum()
         return total / weights_N.sum()
 
 

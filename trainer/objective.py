@@ -46,8 +46,8 @@ class Objective(nn.Module):
     def _answer(self, batch: Batch, patches: Tensor) -> Tensor:
         model = self.model
         images = model.pool_adapter(patches, model.pool_tensor(batch.p))
-        embeds = model.decoder.embed_tokens(batch.ids.clamp_min(0)).to(images.dtype)
-        embeds = embeds.masked_scatter(batch.image_slots[..., None], images)
+        embeds = model.decoder.embed_tokens(batch.ids.clamp_min(0))
+        embeds = embeds.masked_scatter(batch.image_slots[..., None], images.to(embeds.dtype))  # the residual stream stays fp32
         hidden, _ = model.decoder(embeds, batch.positions, block_mask(batch.segments))
         answers = batch.labels != IGNORE
         logits = model.decoder.lm_head(hidden[answers]).float()

@@ -24,7 +24,18 @@ from runtime.contract.errors import UsageError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["PRECISIONS", "full_state", "gathered_weights", "leave_processes", "load_full_state", "make_accelerator", "set_threads"]
+__all__ = [
+    "PRECISIONS",
+    "autocast_only",
+    "fast_bf16",
+    "full_state",
+    "gather_object",
+    "gathered_weights",
+    "leave_processes",
+    "load_full_state",
+    "make_accelerator",
+    "set_threads",
+]
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -38,7 +49,14 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
         raise UsageError(f"unknown precision {precision!r}; choose one of: {', '.join(PRECISIONS)}")
     bf16 = precision == "bf16" or (precision == "auto" and fast_bf16())
     AcceleratorState._reset_state()  # else a second run in one process could not choose another precision
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
+    return autocast_only(Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no"))
+
+
+def autocast_only(accelerator: Accelerator) -> Accelerator:
+    """Leaves bf16 to autocast where weights are sharded, as everywhere else: FSDP2's own policy casts weights but not our batches."""
+    if accelerator.is_fsdp2:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    return accelerator
 
 
 def fast_bf16() -> bool:
@@ -52,6 +70,14 @@ def set_threads(threads: int | None) -> None:
     """CPU threads of this process: as asked, else the cores divided among the machine's processes."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def gather_object(items: list[Any]) -> list[Any]:
+    """The processes' lists joined, in all of them."""
+    from accelerate.utils import gather_object
+
+    gathered: list[Any] = gather_object(items)
+    return gathered
 
 
 def leave_processes() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +25,8 @@ from trainer.tokenize import build_tokenizer
 
 __all__ = ["Start", "extended", "new_start", "resized", "resized_positions", "start_from_checkpoint"]
 
-_VOCABULARY_STEP = 64
+_VOCABULARY_STEP, _MAX_WORDS = 64, 2000
+_WORD = re.compile("[A-Za-z]+")
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,13 @@ def resized(model: InfMLLM, image_size: int) -> InfMLLM:
 
 
 def extended(model: InfMLLM, old: RawTokenizer, texts: Sequence[str]) -> tuple[InfMLLM, str]:
-    """The model with a tokenizer that also knows the words of `texts`.
+    """The model with a tokenizer that also knows the words of `texts`, the 2000 most frequent at most.
 
     Rows of tokens both tokenizers have are copied; a new token starts as the mean of the old tokens that spelt it. Only tokenizers made by
     `build_tokenizer` can grow, since others' training texts are not known; raises `UsageError` for them.
     """
-    new = build_tokenizer([*corpus(), *texts])
+    counts = Counter(word for text in texts for word in _WORD.findall(text))
+    new = build_tokenizer(corpus(), [word for word, _ in counts.most_common(_MAX_WORDS)])
     if json.loads(old.to_str())["pre_tokenizer"] != json.loads(new.to_str())["pre_tokenizer"]:
         raise UsageError("this checkpoint's tokenizer was not built by infmllm-train and cannot learn words; leave out --new-words")
     vocabulary = -(-new.get_vocab_size() // _VOCABULARY_STEP) * _VOCABULARY_STEP

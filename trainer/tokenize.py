@@ -6,7 +6,7 @@ Bytes make every Unicode text encodable; words of the closed world become one to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -25,8 +25,8 @@ def _coordinates() -> Iterator[str]:
         yield from (f"{prefix}{hundredths / 100:.2f}" for prefix in ("", " ", ","))
 
 
-def build_tokenizer(corpus: Iterable[str]) -> Tokenizer:
-    """A tokenizer whose words come from `corpus`, the task templates and all two-decimal coordinates. Deterministic."""
+def build_tokenizer(corpus: Iterable[str], words: Sequence[str] = ()) -> Tokenizer:
+    """A tokenizer whose words come from `corpus` and `words`, the task templates and all two-decimal coordinates. Deterministic."""
     tokenizer = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -34,8 +34,9 @@ def build_tokenizer(corpus: Iterable[str]) -> Tokenizer:
     templates = [task.render("describe") for task in TASKS.values()]
     texts = [*corpus, *(text for prompt in templates for text in (prompt.before, prompt.after)), CHAT_SYSTEM]
     texts += list(_coordinates())
+    texts += [form for word in words for form in (word, f" {word}")]
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
+        vocab_size=_VOCABULARY + sum(2 * len(word.encode()) + 1 for word in words),  # room for every merge, so that none pushes out a coordinate
         min_frequency=0,
         show_progress=False,
         special_tokens=list(SPECIAL),

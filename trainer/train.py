@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
+from runtime.contract.console import note
 from runtime.contract.errors import CheckpointError, DataError, UsageError
 from runtime.contract.files import sync_file
 from runtime.contract.sample import Example
@@ -30,8 +31,8 @@ from trainer.datasets.draw import ExampleSource
 from trainer.datasets.source import BadBatch, BatchStream
 from trainer.model import InfMLLM
 from trainer.objective import Objective, make_optimiser
-from trainer.processes import full_state, gathered_weights, load_full_state, make_accelerator
-from trainer.progress import Progress
+from trainer.processes import full_state, gather_object, gathered_weights, load_full_state, make_accelerator
+from trainer.progress import Progress, check_finite, clear_log
 from trainer.schedule import learning_rate
 from trainer.watch import sample_sheet
 
@@ -55,6 +56,7 @@ class TrainOptions:
     save_seconds: float = 120.0
     stop_after: int | None = None  # total optimiser steps in this process, for tests of resuming
     workers: int = 1
+    skip_bad: bool = False
     precision: str = "auto"
     recompute: bool = False  # gradient checkpointing
     sample_every: int = 0  # optimiser steps between sheets of samples; 0 for none
@@ -103,12 +105,13 @@ class Trained:
 
 def train(model: InfMLLM, tokenizer: Tokenizer, source: ExampleSource, recipe: Sequence[StageRun], options: TrainOptions) -> Trained:
     """Runs the recipe on `model`, in place unless weights are sharded. State goes to `options.state_dir`. Raises `DataError` or `UsageError`."""
+    classes = source.dense_classes if model.spec.image_mode == "stretch" else ()  # labels per patch are not padded with the picture
     dense = [run.stage for run in recipe if STAGES[run.stage].objective == "dense"]
-    if dense and not source.dense_classes:
-        raise UsageError(f"stage {dense[0]} needs labels per patch, which only scenes and voc data have; choose another --stage")
+    if dense and not classes:
+        raise UsageError(f"stage {dense[0]} needs labels per patch, which only stretched scenes and voc data have; choose another --stage")
     accelerator = make_accelerator(options.precision)
     options.state_dir.mkdir(parents=True, exist_ok=True)
-    trainer = _Trainer(accelerator, Objective(model, tokenizer, source.dense_classes, options.seed), source, tokenizer, recipe, options)
+    trainer = _Trainer(accelerator, Objective(model, tokenizer, classes, options.seed), source, tokenizer, recipe, options)
     model.vision_tower.recompute = model.decoder.recompute = options.recompute
     trained = trainer.run()
     trained.model.vision_tower.recompute = trained.model.decoder.recompute = False
@@ -139,8 +142,23 @@ class _Trainer:
         }
         self.path = options.state_dir / STATE
         self.start = _load(self.path, self.identity) if options.resume and self.path.exists() else None
+        self._check_start()
         self.began = time.monotonic() - (self.start.seconds if self.start else 0.0)
         self.left = options.stop_after
+
+    def _check_start(self) -> None:
+        """All processes must start from the same state, also on machines that share no disk; what an abandoned run logged is cleared away."""
+        here = (self.start.stage, self.start.step) if self.start else None
+        everywhere = gather_object([here]) if self.accelerator.num_processes > 1 else [here]
+        if any(there != here for there in everywhere):
+            raise CheckpointError(f"training state {self.path} differs between machines ({everywhere}); copy the main one's to all of them")
+        if self.start is None:
+            if self.options.resume and self.accelerator.is_main_process:
+                note(f"nothing to resume at {self.path}; starting anew")
+            if self.accelerator.is_main_process:
+                clear_log(self.options.state_dir)
+        elif self.accelerator.is_main_process:
+            clear_log(self.options.state_dir, sum(run.steps for run in self.recipe[: self.start.stage]) + self.start.step)
 
     def run(self) -> Trained:
         """All stages from the start or the saved state."""
@@ -165,7 +183,7 @@ class _Trainer:
         if self.start and index == self.start.stage:
             load_full_state(accelerator, module, optimiser, self.start.weights, self.start.optimiser)
             first, self.start = self.start.step, None
-        progress = Progress(accelerator, self.options.state_dir, run.batch * run.accumulate * accelerator.num_processes, before)
+        progress = Progress(accelerator, self.options.state_dir, run.batch * run.accumulate * accelerator.num_processes, before, before + first + 1)
         batches, saved = self._batches(run, index, first), time.monotonic()
         with progress.bar as bar:
             task = bar.add_task(run.stage, total=run.steps, completed=first, figures="")
@@ -180,6 +198,7 @@ class _Trainer:
                 stop = self.left == 0
                 if self._together(stop or step + 1 == run.steps or time.monotonic() - saved > self.options.save_seconds):
                     saved = time.monotonic()
+                    check_finite(shown, run.stage, step)
                     self._keep(index, step + 1, module, optimiser)
                 if self.options.sample_every and (step + 1) % self.options.sample_every == 0:
                     self._show(progress, run, step)
@@ -200,7 +219,8 @@ class _Trainer:
             batch = next(batches)
             waited += time.monotonic() - asked
             with accelerator.no_sync(module) if part + 1 < run.accumulate else nullcontext():
-                loss, shown = module(batch.to(accelerator.device), stage)
+                with accelerator.autocast():
+                    loss, shown = module(batch.to(accelerator.device), stage)
                 accelerator.backward(loss / run.accumulate)
             for key, value in shown.items():
                 figures[key] = figures.get(key, torch.zeros((), device=value.device)) + value / run.accumulate
@@ -213,7 +233,7 @@ class _Trainer:
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = run.accumulate * world
         spec, seed, workers = self.objective.model.spec, self.options.seed * 1000 + index, self.options.workers
-        stream = BatchStream(self.source, spec, self.tokenizer, run.batch, seed, run.chat_share, parts)
+        stream = BatchStream(self.source, spec, self.tokenizer, run.batch, seed, run.chat_share, parts, self.options.skip_bad)
         draws = range(first * parts + rank, run.steps * parts, world)
         loader = DataLoader(stream, batch_size=None, sampler=draws, num_workers=workers, prefetch_factor=3 if workers else None)
         for batch in loader:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from runtime.contract.boxes import parse_box, to_pixel_box
 from runtime.contract.draw import FOUND, TRUE, draw_boxes
+from runtime.contract.errors import InfMLLMError
 from runtime.contract.sample import Example
 from runtime.contract.tokenizer import Tokenizer
 from trainer.checkpoint import Checkpoint
@@ -27,9 +29,12 @@ def sample_sheet(model: InfMLLM, tokenizer: Tokenizer, examples: Sequence[Exampl
     was_training = model.training
     model.eval()
     answerer = CheckpointAnswerer(Path(), Checkpoint(Path(), model, tokenizer, {}, ""))
-    tiles = [_tile(answerer, example) for example in examples[:SHEET_EXAMPLES]]
+    tiles = []
+    for example in examples[:SHEET_EXAMPLES]:
+        with suppress(InfMLLMError):  # the scoring at the end reports bad examples
+            tiles.append(_tile(answerer, example))
     model.train(was_training)
-    rows = -(-len(tiles) // _COLUMNS)
+    rows = max(1, -(-len(tiles) // _COLUMNS))
     height = _TILE + _ROWS * _LINE
     sheet = Image.new("RGB", (_COLUMNS * _TILE, rows * height), "white")
     for index, tile in enumerate(tiles):

@@ -22,7 +22,7 @@ def _ngrams(text: str) -> Ngrams:
 
 
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """One score per caption, 0 to 10 (the usual figure is the mean times 10 over a data set; rarity is counted within these references)."""
+    """One score per caption, 0 to 10 (papers print the mean times 100); how rare an n-gram is, is counted within these references."""
     reference_grams = [[_ngrams(text) for text in texts] for texts in references]
     seen: Counter[tuple[str, ...]] = Counter()
     for texts in reference_grams:

@@ -51,7 +51,9 @@ def note(text: str) -> None:
 def run_command(app: Callable[..., object]) -> None:
     """Runs a command line; an `InfMLLMError` becomes one line and its exit code, an interrupt exit code 130."""
     try:
-        app(standalone_mode=False) if hasattr(app, "registered_commands") else app()  # typer would print a box of its own
+        code = app(standalone_mode=False) if hasattr(app, "registered_commands") else app()  # typer would print a box of its own
+        if code == _INTERRUPTED:  # click turns an interrupt into this value
+            raise KeyboardInterrupt
     except InfMLLMError as error:
         note(f"error: {' '.join(str(error).split())}")
         sys.exit(error.exit_code)

@@ -42,7 +42,7 @@ def parse_source(text: str, names: Collection[str]) -> DataSource:
     """Reads a data argument; `names` are the known readers. What names none of them is the path of a jsonl file. Raises `UsageError`."""
     first, *rest = text.split(",")
     name, _, argument = first.partition(":")
-    if name not in names or Path(first).exists():
+    if name not in names or Path(first).is_file():
         name, argument = OWN, first
     options: dict[str, str] = {}
     for part in rest:

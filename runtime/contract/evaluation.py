@@ -16,6 +16,7 @@ from PIL import Image
 from runtime.contract.boxes import to_pixel_box
 from runtime.contract.draw import FOUND, TRUE, draw_boxes
 from runtime.contract.errors import UsageError
+from runtime.contract.faults import Faults
 from runtime.contract.image import MEAN_COLOUR
 from runtime.contract.metrics import Scoreboard, Scored, score
 from runtime.contract.sample import Example, Sample
@@ -23,7 +24,7 @@ from runtime.contract.sample import Example, Sample
 __all__ = ["ANSWERERS", "DATASETS", "AnswerRow", "Answerer", "evaluate", "find_plugin", "open_examples"]
 
 ANSWERERS, DATASETS = "infmllm.answerers", "infmllm.datasets"
-_THUMBNAIL = 256
+_THUMBNAIL, _RIGHT_PICTURED = 256, 400
 
 
 class Answerer(Protocol):
@@ -68,23 +69,36 @@ class AnswerRow:
 
 
 def evaluate(
-    answerer: Answerer, examples: Iterable[Example], visual_tokens: int | None = None, blank: bool = False, thumbnails: bool = False
+    answerer: Answerer,
+    examples: Iterable[Example],
+    visual_tokens: int | None = None,
+    blank: bool = False,
+    thumbnails: bool = False,
+    faults: Faults | None = None,
 ) -> tuple[Scoreboard, Scoreboard, list[AnswerRow]]:
     """Scores by task, scores of each kind within a task ("vqa/colour"), and one row per answer.
 
-    `blank` shows a plain picture of the mean colour instead: what a model scores then it knows from the questions alone.
+    `blank` shows a plain picture of the mean colour instead: what a model scores then it knows from the questions alone. Thumbnails are made of all
+    wrong answers and of some right ones. A picture that cannot be used, or a prompt too long, goes to `faults` (default: is an error).
     """
     tasks, kinds, rows = Scoreboard(), Scoreboard(), list[AnswerRow]()
+    faults, right = faults or Faults(), 0
     for example in examples:
-        image, samples = example.load()
-        shown = Image.new("RGB", image.size, MEAN_COLOUR) if blank else image
-        for sample in samples:
-            text = answerer.answer(shown, sample, visual_tokens)
-            scored = score(sample, text)
-            tasks.add(sample.task, scored)
-            if sample.kind and sample.kind != sample.task:
-                kinds.add(f"{sample.task}/{sample.kind}", scored)
-            rows.append(AnswerRow(example.name, sample, text, scored, _thumbnail(shown, sample, scored) if thumbnails else b""))
+        found: list[AnswerRow] = []
+        with faults.row(example.name):
+            image, samples = example.load()
+            shown = Image.new("RGB", image.size, MEAN_COLOUR) if blank else image
+            for sample in samples:
+                text = answerer.answer(shown, sample, visual_tokens)
+                scored = score(sample, text)
+                right += scored.value == 1
+                pictured = thumbnails and (scored.value < 1 or right <= _RIGHT_PICTURED)
+                found.append(AnswerRow(example.name, sample, text, scored, _thumbnail(shown, sample, scored) if pictured else b""))
+        for row in found:
+            tasks.add(row.sample.task, row.scored)
+            if row.sample.kind and row.sample.kind != row.sample.task:
+                kinds.add(f"{row.sample.task}/{row.sample.kind}", row.scored)
+        rows += found
     return tasks, kinds, rows
 
 

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from runtime.contract.errors import DataError, ImageError, PromptError
+from runtime.contract.errors import ContextError, DataError, ImageError, PromptError
 
 __all__ = ["Faults", "field"]
 
 _SHOWN = 3
+_ADVICE = "; repair it, or leave out bad rows with --skip-bad"
 
 
 class Faults:
@@ -25,10 +26,10 @@ class Faults:
         """Runs the reading of one row; `where` names file and line (or entry) in messages."""
         try:
             yield
-        except (DataError, ImageError, PromptError, ValueError, OverflowError, OSError, RecursionError) as error:
+        except (ContextError, DataError, ImageError, PromptError, ValueError, OverflowError, OSError, RecursionError) as error:
             message = str(error) if where in str(error) else f"{where}: {error}"
             if not self.skip:
-                raise DataError(f"{message}; repair it, or leave out bad rows with --skip-bad") from None
+                raise DataError(message if message.endswith(_ADVICE) else message + _ADVICE) from None
             self.count += 1
             self.first = [*self.first, message][:_SHOWN]
 

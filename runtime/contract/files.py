@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runtime.contract.errors import BuildError, BusyError
 
-__all__ = ["sha256_file", "staged_folder", "sync_file"]
+__all__ = ["check_target", "sha256_file", "staged_folder", "sync_file"]
 
 _CHUNK = 1 << 20
 _AT_FDCWD = -100
@@ -56,7 +56,7 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             _restore(target)
-            _check_ours(target, marker)
+            check_target(target, marker)
             _remove(staging)
             staging.mkdir()
             try:
@@ -96,7 +96,8 @@ def _locked(target: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def _check_ours(target: Path, marker: str) -> None:
+def check_target(target: Path, marker: str) -> None:
+    """Raises `BuildError` if `target` exists and is not a folder of ours (one that holds `marker`) or an empty one."""
     if target.exists() and not target.is_dir():
         raise BuildError(f"{target} exists and is not a folder; choose another output folder")
     if target.is_dir() and not (target / marker).is_file() and any(target.iterdir()):

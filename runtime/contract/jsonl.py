@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.contract.errors import DataError
 from runtime.contract.faults import Faults
+from runtime.contract.image import image_size
 from runtime.contract.prompt import Message
 from runtime.contract.sample import Example, Sample
 
@@ -56,7 +57,7 @@ def read_jsonl(path: Path, faults: Faults | None = None) -> list[Example]:
     """Examples in file order, one per line; images are opened later. Raises `DataError` at the first bad line, unless `faults` says to go on."""
     faults = faults or Faults()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise DataError(f"data file {path} cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
@@ -84,4 +85,6 @@ def _read_line(line: str, path: Path, number: int) -> Example:
     sample = _READERS[task](row).checked()
     if not image.is_file():
         raise ValueError(f"image {image} does not exist")
+    if sample.pixel_box:
+        sample = sample.placed(*image_size(image), f"{path}:{number}")
     return Example(image, (sample,), name=f"{path}:{number}")

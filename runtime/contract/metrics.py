@@ -83,7 +83,7 @@ def _figures(rows: Sequence[Scored]) -> dict[str, float]:
     texts = [row for row in rows if row.references]
     if texts:
         scores = cider([row.answer for row in texts], [row.references for row in texts])
-        figures["cider"] = 10 * sum(scores) / len(scores)
+        figures["cider"] = 100 * sum(scores) / len(scores)  # as papers print it; 1000 is the most
     return figures
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.contract.console import command_app, run_command
 from runtime.contract.errors import DataError, SpecError
 from runtime.contract.jsonl import read_jsonl
 from runtime.contract.pooling import pool_matrix
@@ -93,3 +95,22 @@ def test_pool_matrix_averages_windows() -> None:
     assert np.array_equal(pool_matrix(4, 4), np.eye(16))
     with pytest.raises(SpecError):
         pool_matrix(6, 4)
+
+
+def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "d.jsonl").write_text('\ufeff{"image": "a.png", "task": "caption", "answer": "x\u2028y"}\n', encoding="utf-8")
+    assert read_jsonl(tmp_path / "d.jsonl")[0].samples[0].answer == "x\u2028y"
+
+
+def test_an_interrupt_of_a_command_is_no_success(capsys: pytest.CaptureFixture[str]) -> None:
+    app = command_app("x")
+
+    @app.command()
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        sys.argv = ["x"]
+        run_command(app)
+    assert caught.value.code == 130 and "interrupted" in capsys.readouterr().err

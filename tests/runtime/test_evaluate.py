@@ -107,3 +107,18 @@ def test_long_lists_are_cut_to_the_worst() -> None:
     rows = [AnswerRow("n", sample, text, score(sample, text)) for text in ["yes"] * 500 + ["no"] * 10]
     page = report_page({"model": "m", "data": "d", "tasks": {}, "kinds": {}}, rows)
     assert page.count("<figure ") == 400 and page.count('class="wrong"') == 10 and "400 of 510" in page
+
+
+def test_bad_pictures_are_errors_or_left_out(
+    built: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    rows = [{"image": f"{name}.png", "task": "vqa", "question": "what?", "answer": "x"} for name in ("good", "bad")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, built("fp32"), tmp_path / "d.jsonl")
+    assert "--skip-bad" in capsys.readouterr().err
+    run(monkeypatch, built("fp32"), tmp_path / "d.jsonl", "--skip-bad", "--json")
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["tasks"]["vqa"]["count"] == 1 and "left out 1 bad rows" in shown.err

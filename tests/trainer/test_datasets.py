@@ -8,20 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
+from tokenizers import Tokenizer as RawTokenizer
 
-from runtime.contract.boxes import parse_box
 from runtime.contract.errors import DataError, ImageError, UsageError
-from runtime.contract.image import to_square
 from runtime.contract.sample import Sample
+from runtime.contract.tokenizer import Tokenizer
 from tests.conftest import TINY
+from trainer.batch import Batch, pack, positions
 from trainer.datasets import DATASETS, open_source, read_examples
-from trainer.datasets.augment import AUGMENTATIONS
-from trainer.datasets.detection import Thing, dense_labels, detection_samples, visible
-from trainer.datasets.draw import Mixture, PictureCache, move_samples
-from trainer.datasets.voc import ClassName
+from trainer.datasets.draw import Mixture, PictureCache
+from trainer.datasets.source import BadBatch, BatchStream
 
 BCCD = Path(__file__).parents[3] / "shared" / "data" / "bccd"
 NAMES = Path(__file__).parents[2] / "docs" / "examples" / "bccd-names.json"
@@ -209,7 +206,7 @@ def test_bad_data_arguments(text: str) -> None:
 
 def test_a_damaged_picture_is_drawn_around_only_if_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = jsonl(tmp_path)
-    line = Path(text).read_text()
+    line = '{"image": "images/x.jpg", "task": "vqa", "question": "what?", "answer": "x"}\n'
     Image.new("RGB", (100, 80)).save(tmp_path / "images" / "bad.jpg")
     data = (tmp_path / "images" / "bad.jpg").read_bytes()
     (tmp_path / "images" / "bad.jpg").write_bytes(data[: len(data) // 2])
@@ -237,54 +234,6 @@ def test_the_cache_keeps_to_its_limit(tmp_path: Path) -> None:
     assert cache.open(tmp_path / "b.png") is not cache.open(tmp_path / "b.png")
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    st.sampled_from(sorted(AUGMENTATIONS)),
-    st.integers(0, 2**32),
-    st.tuples(st.integers(40, 200), st.integers(40, 200)),
-    st.tuples(st.floats(0, 0.9), st.floats(0, 0.9), st.floats(0.08, 1), st.floats(0.08, 1)),
-)
-def test_a_box_drawn_before_equals_the_box_computed_after(
-    name: str, seed: int, size: tuple[int, int], place: tuple[float, float, float, float]
-) -> None:
-    """A rectangle is painted on a black picture; after the augmentation its pixels span the box the sample then has, to within a pixel."""
-    width, height = size
-    x1, y1 = int(place[0] * width), int(place[1] * height)
-    x2, y2 = min(width, x1 + max(3, int(place[2] * width))), min(height, y1 + max(3, int(place[3] * height)))
-    image = Image.new("RGB", size)
-    image.paste((255, 255, 255), (x1, y1, x2, y2))
-    sample = Sample("ground", "it", "", box=(x1 / width, y1 / height, x2 / width, y2 / height))
-    moved, [after] = move_samples(AUGMENTATIONS[name], image, [sample], np.random.default_rng(seed))
-    ys, xs = np.nonzero(np.asarray(moved)[:, :, 0] > 127)
-    assert after.box is not None
-    found = (xs.min() / moved.width, ys.min() / moved.height, (xs.max() + 1) / moved.width, (ys.max() + 1) / moved.height)
-    assert found == pytest.approx(after.box, abs=1e-9)
-    assert parse_box(after.answer) == pytest.approx(after.box, abs=0.0051)
-    square = AUGMENTATIONS[name].finish(to_square(moved, TINY), np.random.default_rng(seed))
-    assert square.size == (TINY.vision.image_size,) * 2
-
-
-def test_sentences_follow_what_is_in_view() -> None:
-    names = [ClassName("cell", "cells"), ClassName("egg", "eggs")]
-    things = [Thing(0, (0, 0, 10, 10)), Thing(0, (-4, 0, 6, 10)), Thing(1, (-6, 0, 4, 10)), Thing(1, (90, 70, 110, 80))]
-    shown = visible(things, 100, 80)
-    assert [thing.label for thing in shown] == [0, 0, 1] and shown[2].box == pytest.approx((0.9, 0.875, 1, 1))
-    samples = detection_samples(shown, names, "a slide")
-    assert samples[0].answer == "a slide with 2 cells and an egg"
-    assert [s.text for s in samples if s.task == "ground"] == ["egg"]
-    assert detection_samples([], names, "a slide")[0].answer == "a slide"
-    many = detection_samples([Thing(0, (0, 0, 1, 1))] * 12, names, "a slide")
-    assert many[0].answer == "a slide with many cells" and many[1].answer == "12"
-
-
-def test_patch_labels_put_small_things_in_front() -> None:
-    big, small = Thing(0, (0, 0, 1, 1)), Thing(1, (0.25, 0.25, 0.5, 0.5))
-    labels = dense_labels([small, big], 4)
-    assert labels[:, 0].reshape(4, 4).tolist() == [[1, 1, 1, 1], [1, 2, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
-    assert labels[5, 1:5].tolist() == [0.25, 0.25, 0.5, 0.5] and labels[:, 5:].all()
-    assert not dense_labels([], 4).any()
-
-
 @pytest.mark.skipif(not BCCD.is_dir(), reason=f"{BCCD} is absent")
 def test_real_photographs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match=r"BloodImage_00343\.xml: object 3: box"):
@@ -293,3 +242,40 @@ def test_real_photographs(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(examples) == 205 and "left out 1 bad rows" in capsys.readouterr().err
     test = read_examples(f"voc:{BCCD},split=test,names={NAMES}")
     assert len(test) == 72 and sum(s.text == "white blood cell" and s.task == "ground" for e in test for s in e.samples) == 65
+
+
+def test_labels_of_different_things_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+    cats = [voc(tmp_path / name, VOC_OBJECT.format("cat", 1, 1, 50, 50)) for name in ("one", "two")]
+    dogs = voc(tmp_path / "three", VOC_OBJECT.format("dog", 1, 1, 50, 50))
+    assert open_source(cats).dense_classes == (2,) and open_source([cats[0], dogs]).dense_classes == ()
+
+
+def test_an_annotation_of_another_size_is_a_bad_row(tmp_path: Path) -> None:
+    text = voc(tmp_path)
+    Image.new("RGB", (50, 80)).save(tmp_path / "JPEGImages" / "x.jpg")
+    with pytest.raises(DataError, match="50x80, its annotation says 100x80"):
+        read_examples(text)
+
+
+def test_a_box_a_pixel_outside_is_clamped_as_the_published_files_need(tmp_path: Path) -> None:
+    text = refcoco(tmp_path)
+    path = tmp_path / "testA.json"
+    path.write_text(path.read_text().replace("70.5", "80.75"))
+    assert read_examples(text)[0].samples[0].box == pytest.approx((0.1, 0.25, 0.6, 1.0))
+
+
+def test_too_long_samples_are_named_or_left_out(tmp_path: Path, tokenizer_json: str) -> None:
+    tokenizer = Tokenizer(RawTokenizer.from_str(tokenizer_json), TINY)
+    pictures(tmp_path, "x.png")
+    rows = [{"image": "x.png", "task": "caption", "answer": answer} for answer in ("a cat", "word " * 900)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source([str(tmp_path / "d.jsonl")])
+    bad = next(found for index in range(20) if isinstance(found := BatchStream(source, TINY, tokenizer, 2, 0)[index], BadBatch))
+    assert "x.png" in bad.message and "positions" in bad.message
+    for index in range(20):
+        batch = BatchStream(source, TINY, tokenizer, 2, 0, skip_bad=True)[index]
+        assert isinstance(batch, Batch) and batch.ids.shape[1] < 100
+    samples = [Sample("caption", "describe", "red " * 60)] * 20
+    assert len(pack(samples, tokenizer, 4, TINY.decoder.context).ids) <= 1024 < positions(samples, tokenizer, 4)

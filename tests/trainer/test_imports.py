@@ -247,3 +247,45 @@ def test_memory_stays_near_one_shard(tmp_path: Path, tokenizer_file: Path) -> No
     assert done.returncode == 0, done.stderr[-2000:]
     assert size > 250 and float(done.stdout) < 150, (size, done.stdout)
     assert sum(len(load_file(file)) for file in (tmp_path / "out").glob("*.safetensors")) == len(model.state_dict())
+
+
+def test_older_rope_scaling_is_refused(tmp_path: Path, tokenizer_file: Path) -> None:
+    huggingface(tmp_path)
+    path = tmp_path / "llama" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | {"rope_scaling": {"type": "linear", "factor": 4.0}}))
+    with pytest.raises(CheckpointError, match="no plain LLaMA"):
+        import_checkpoint(ImportOptions(tmp_path / "llama", tmp_path / "out", tmp_path / "tower", tokenizer_file))
+    for change in ({"max_position_embeddings": "x"}, {"rms_norm_eps": []}, {"rope_theta": "big"}):
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError, match="expected a positive number"):
+            import_checkpoint(ImportOptions(tmp_path / "llama", tmp_path / "out", tmp_path / "tower", tokenizer_file))
+    path.write_text(json.dumps(config | {"eos_token_id": [7, 8], "pad_token_id": -1}))
+    spec, _ = import_checkpoint(ImportOptions(tmp_path / "llama", tmp_path / "out", tmp_path / "tower", tokenizer_file))
+    assert (spec.eos_id, spec.pad_id) == (7, 0)
+
+
+def test_tied_embeddings_from_a_pickled_file(tmp_path: Path, tokenizer_file: Path) -> None:
+    huggingface(tmp_path)
+    weights = {name: stored.read() for name, stored in open_weights(tmp_path / "llama").items() if name != "lm_head.weight"}
+    for path in (tmp_path / "llama").glob("*.safetensors*"):
+        path.unlink()
+    torch.save(weights, tmp_path / "llama" / "pytorch_model.bin")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    import_checkpoint(ImportOptions(tmp_path / "llama", tmp_path / "out", tmp_path / "tower", tokenizer_file, dtype="fp32"))
+    decoder = load_checkpoint(tmp_path / "out").model.decoder
+    assert torch.equal(decoder.lm_head.weight, decoder.embed_tokens.weight)
+
+
+def test_a_bare_eva_file_has_its_norm_made_new(tmp_path: Path, tokenizer_file: Path) -> None:
+    huggingface(tmp_path)
+    model = randomised()
+    bare = {name.removeprefix("visual_encoder."): tensor for name, tensor in raw(model).items() if name.startswith("visual_encoder.")}
+    torch.save(bare | {"head.weight": torch.zeros(1)}, tmp_path / "eva.pth")
+    more = {"vision": tmp_path / "eva.pth", "decoder_heads": None}
+    _, new = import_checkpoint(options(tmp_path / "llama", tmp_path, tokenizer_file, **more))
+    tower = load_checkpoint(tmp_path / "out").model.vision_tower
+    assert {"vision_tower.norm.weight", "vision_tower.norm.bias"} < set(new) and bool((tower.norm.weight == 1).all())
+    assert torch.equal(tower.blocks[1].attn.q_bias, model.vision_tower.blocks[1].attn.q_bias)

@@ -54,13 +54,15 @@ def test_sharded_training_equals_accumulation_and_resumes(tokenizer_json: str, t
     recipe = tuple(replace(stage, accumulate=2) for stage in RECIPE)
     train(single, Tokenizer(RawTokenizer.from_str(tokenizer_json), TINY), SceneSource(), recipe, TrainOptions(tmp_path / "single", workers=0))
     script = [*TORCHRUN, "-m", "tests.trainer.sharded_run"]
-    run(*script, tmp_path / "whole", tmp_path / "whole.pt", 0, "new")
-    run(*script, tmp_path / "parts", tmp_path / "parts.pt", 5, "new")
-    run(*script, tmp_path / "parts", tmp_path / "parts.pt", 0, "resume")
-    whole, parts = (torch.load(tmp_path / name, weights_only=True) for name in ("whole.pt", "parts.pt"))
+    run(*script, tmp_path / "whole", tmp_path / "whole.pt", 0, "new", "fp32")
+    run(*script, tmp_path / "parts", tmp_path / "parts.pt", 6, "new", "fp32")
+    run(*script, tmp_path / "parts", tmp_path / "parts.pt", 0, "resume", "fp32")
+    run(*script, tmp_path / "half", tmp_path / "half.pt", 0, "new", "bf16")
+    whole, parts, half = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "parts", "half"))
     for name, tensor in single.state_dict().items():
         assert torch.allclose(whole[name], tensor, atol=2e-4), name
         assert torch.equal(whole[name], parts[name]), name
+        assert half[name].dtype == torch.float32 and (half[name] - tensor).norm() <= 0.2 * tensor.norm() + 0.02, name
 
 
 def test_launch_files_name_our_blocks() -> None:

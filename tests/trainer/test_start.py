@@ -56,6 +56,18 @@ def test_a_new_token_starts_as_the_mean_of_its_spelling(tokenizer_json: str) -> 
     assert torch.allclose(grown.decoder.embed_tokens.weight[token], model.decoder.embed_tokens.weight[spelt].mean(0))
 
 
+def test_many_new_words_leave_coordinates_whole() -> None:
+    inner = RawTokenizer.from_str(new_start(TINY, 0).tokenizer_json)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [f"qu{a}{b}{c}zle" for a in letters for b in letters for c in letters[:4]] * 3
+    grown, text = extended(InfMLLM(TINY), inner, texts)
+    tokenizer = Tokenizer(RawTokenizer.from_str(text), grown.spec)
+    for hundredths in range(101):
+        for prefix in ("", " ", ","):
+            assert len(tokenizer.encode(f"{prefix}{hundredths / 100:.2f}")) == 1
+    assert len(tokenizer.encode(" quabazle")) == 1
+
+
 def test_foreign_tokenizers_do_not_grow() -> None:
     from tokenizers import models
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer as RawTokenizer
 
-from runtime.contract.errors import CheckpointError, DataError, UsageError
+from runtime.contract.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from runtime.contract.image import to_pixels
 from runtime.contract.sample import Sample
 from runtime.contract.tokenizer import Tokenizer
@@ -195,7 +195,26 @@ def test_a_fault_in_a_worker_keeps_its_one_line(workers: int, tmp_path: Path, to
     assert "a.png" in str(caught.value) and "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
 
 
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.decoder.norm.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="not finite at step 2"):
+        train(model, tokenizer, SceneSource(), (StageRun("scratch", 2, 2, 1e-2, warmup=1),), TrainOptions(tmp_path, workers=0))
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_a_resumed_log_has_every_step_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    recipe = (StageRun("dense", 30, 2, 1e-3, warmup=1),)
+    train(tiny_model(), tokenizer, SceneSource(), recipe, TrainOptions(tmp_path, workers=0, stop_after=20))
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"total_step": 25}) + "\n")  # logged after the last saved state
+    train(tiny_model(), tokenizer, SceneSource(), recipe, TrainOptions(tmp_path, workers=0, resume=True))
+    assert [json.loads(line)["total_step"] for line in log.read_text().splitlines()] == [10, 20, 30]
+
+
 def test_recipes_are_found_by_name() -> None:
+    assert [run.stage for run in find_recipe(find_preset("edge"), "scratch,instruction")] == ["scratch", "instruction"]
     nano = find_preset("nano")
     assert find_recipe(nano, "all") == nano.recipe
     assert [run.stage for run in find_recipe(nano, "published")] == ["alignment", "multitask", "instruction"]

@@ -30,9 +30,10 @@ _MAX_TRIES = 100
 
 
 class ExampleSource(Protocol):
-    """Draws training examples. `dense_classes` counts the classes of each label per patch (empty: there are none)."""
+    """Draws training examples. `dense_classes` counts the classes of each label per patch (empty: there are none), `dense_names` names them all."""
 
     dense_classes: tuple[int, ...]
+    dense_names: tuple[str, ...]
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
         """One example for a model of that spec; `chat` asks for conversations rather than short tasks, where there are any."""
@@ -66,6 +67,7 @@ class ListedSource:
     """Draws pictures of a list uniformly, each with up to 8 of its samples. With `skip_bad` a picture that cannot be used is drawn again."""
 
     dense_classes: tuple[int, ...] = ()
+    dense_names: tuple[str, ...] = ()
 
     def __init__(self, examples: Sequence[Example], augment: str = "none", name: str = "data", skip_bad: bool = False) -> None:
         grouped: dict[Path, list[Sample]] = defaultdict(list)
@@ -141,8 +143,8 @@ class Mixture:
 
     def __init__(self, sources: Sequence[ExampleSource], weights: Sequence[float]) -> None:
         self._sources, self._odds = list(sources), np.array(weights) / sum(weights)
-        kinds = {source.dense_classes for source in sources}
-        self.dense_classes: tuple[int, ...] = kinds.pop() if len(kinds) == 1 else ()
+        kinds = {(source.dense_classes, source.dense_names) for source in sources}
+        self.dense_classes, self.dense_names = kinds.pop() if len(kinds) == 1 else ((), ())
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
         """See `ExampleSource.draw`."""

@@ -17,6 +17,8 @@ from trainer.datasets.files import picture, read_json, rows
 
 __all__ = ["read"]
 
+_OVERSHOOT = 1.0  # pixels
+
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
     """One example per picture with all phrases; boxes are checked against the picture's size. Raises `DataError`."""
@@ -27,7 +29,7 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
         with faults.row(where):
             path = _picture(source.folder("images"), field(row, "img_name", str))
             sizes[path] = sizes.get(path) or image_size(path)
-            box = _box(field(row, "bbox", list))
+            box = _inside(_box(field(row, "bbox", list)), *sizes[path])
             for sentence in field(row, "sentences", list):
                 sample = Sample("ground", field(sentence, "sent", str), "", pixel_box=box).placed(*sizes[path], where).checked()
                 found[path].append(sample)
@@ -37,6 +39,13 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
 def _picture(folder: Path, name: str) -> Path:
     part = "train2014" if "train" in name else "val2014"
     return picture(folder / part if (folder / part).is_dir() else folder, name)
+
+
+def _inside(box: Box, width: int, height: int) -> Box:
+    """The box without an overshoot of up to a pixel, which the published files have; more is a fault of the data."""
+    x1, y1, x2, y2 = box
+    close = min(x1, y1) >= -_OVERSHOOT and x2 <= width + _OVERSHOOT and y2 <= height + _OVERSHOOT
+    return (max(0.0, x1), max(0.0, y1), min(float(width), x2), min(float(height), y2)) if close else box
 
 
 def _box(values: list[object]) -> Box:

@@ -203,6 +203,7 @@ class SceneSource:
     """Endless fresh scenes as training examples."""
 
     dense_classes: tuple[int, ...] = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
+    dense_names = (*COLOURS, *SHAPES, *SIZES)
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
         """A new scene with its samples and labels per patch."""

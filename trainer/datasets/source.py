@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
-from runtime.contract.errors import InfMLLMError
+from runtime.contract.errors import DataError, InfMLLMError
 from runtime.contract.image import to_pixels
-from runtime.contract.sample import Sample
+from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
 from runtime.contract.tokenizer import Tokenizer
-from trainer.batch import Batch, collate, pack
+from trainer.batch import Batch, PackedRow, collate, pack, positions
 from trainer.datasets.draw import ExampleSource
 
 __all__ = ["BadBatch", "BatchStream"]
+
+_MAX_TRIES = 100
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class BatchStream(Dataset[Batch | BadBatch]):
     seed: int
     chat_share: float = 0.0
     parts: int = 1  # micro-batches of one optimiser step, over all processes
+    skip_bad: bool = False
 
     def __getitem__(self, index: int) -> Batch | BadBatch:
         try:
@@ -50,12 +53,22 @@ class BatchStream(Dataset[Batch | BadBatch]):
         p = self.spec.pool_sizes[int(shared.integers(len(self.spec.pool_sizes)))]
         chat = bool(shared.random() < self.chat_share)
         rng = np.random.default_rng((self.seed, index))
-        examples = [self.source.draw(rng, chat, self.spec) for _ in range(self.batch)]
-        loaded = [example.load() for example in examples]
-        rows = [pack(_same_opening(samples), self.tokenizer, p * p, self.spec.decoder.context) for _, samples in loaded]
-        dense = [example.dense for example in examples if isinstance(example.dense, np.ndarray)]
-        pixels = [to_pixels(image, self.spec) for image, _ in loaded]
-        return collate(rows, pixels, p, dense if len(dense) == self.batch else None)
+        drawn = [self._draw(rng, chat, p) for _ in range(self.batch)]
+        dense = [example.dense for example, _, _ in drawn if isinstance(example.dense, np.ndarray)]
+        return collate([row for _, row, _ in drawn], [pixels for _, _, pixels in drawn], p, dense if len(dense) == self.batch else None)
+
+    def _draw(self, rng: np.random.Generator, chat: bool, p: int) -> tuple[Example, PackedRow, np.ndarray]:
+        """A drawn example, its packed samples and its pixels; one whose samples are all too long is drawn again where bad rows are left out."""
+        for _ in range(_MAX_TRIES):
+            example = self.source.draw(rng, chat, self.spec)
+            image, samples = example.load()
+            samples = tuple(_same_opening(samples))
+            if self.skip_bad:
+                samples = tuple(s for s in samples if positions([s], self.tokenizer, p * p) <= self.spec.decoder.context)
+            if samples:
+                row = pack(samples, self.tokenizer, p * p, self.spec.decoder.context, example.name)
+                return example, row, to_pixels(image, self.spec)
+        raise DataError(f"{_MAX_TRIES} examples in a row were too long for the context of {self.spec.decoder.context}; check the data")
 
 
 def _same_opening(samples: Sequence[Sample]) -> list[Sample]:

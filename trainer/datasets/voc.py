@@ -11,11 +11,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+from PIL import Image
 
 from runtime.contract.data_source import DataSource
-from runtime.contract.errors import DataError
+from runtime.contract.errors import DataError, ImageError
 from runtime.contract.faults import Faults
-from runtime.contract.image import to_square
+from runtime.contract.image import image_size, to_square
 from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
 from trainer.datasets.augment import find_augmentation
@@ -25,7 +26,7 @@ from trainer.datasets.files import picture, read_json
 
 __all__ = ["VocSource", "open_source", "read"]
 
-_MAX_XML = 4 << 20
+_MAX_XML, _MAX_TRIES = 4 << 20, 100
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,10 @@ def _annotation(root: Path, name: str, faults: Faults) -> _Picture:
             if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
                 raise ValueError(f"box {[x1, y1, x2, y2]} of {label} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2")
             things.append((label, Thing(-1, (x1, y1, x2, y2))))
-    return _Picture(picture(root / "JPEGImages", f"{name}.jpg"), tuple(things), width, height)
+    shown = picture(root / "JPEGImages", Path((tree.findtext("filename") or "").strip() or f"{name}.jpg").name)
+    if image_size(shown) != (width, height):
+        raise ValueError(f"{shown} is {'x'.join(map(str, image_size(shown)))}, its annotation says {width}x{height}")
+    return _Picture(shown, tuple(things), width, height)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def _load(source: DataSource, faults: Faults) -> _Data:
         found = ", ".join(sorted(p.stem for p in listing.parent.glob("*.txt"))) or "none"
         raise DataError(f"{listing} does not exist; splits found: {found}")
     pictures: list[_Picture] = []
-    for number, line in enumerate(listing.read_text().splitlines(), 1):
+    for number, line in enumerate(listing.read_text(errors="replace").splitlines(), 1):
         if line.strip():
             with faults.row(f"{listing}:{number}"):
                 pictures.append(_annotation(source.path, line.split()[0], faults))
@@ -127,22 +131,32 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
 class VocSource:
     """Draws augmented pictures whose sentences are written after the augmentation, with labels per patch."""
 
-    def __init__(self, data: _Data, augment: str) -> None:
-        self._data, self._augment = data, find_augmentation(augment)
+    def __init__(self, data: _Data, augment: str, skip_bad: bool = False) -> None:
+        self._data, self._augment, self._skip = data, find_augmentation(augment), skip_bad
         self._pictures = PictureCache()
         self.dense_classes: tuple[int, ...] = (len(data.names) + 1,)
+        self.dense_names = tuple(name.one for name in data.names)
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
         """See `ExampleSource.draw`; there are no conversations."""
-        path, things, width, height = self._data.pictures[int(rng.integers(len(self._data.pictures)))]
-        image = self._pictures.open(path)
-        if image.size != (width, height):
-            raise DataError(f"{path} is {image.width}x{image.height}, its annotation says {width}x{height}; repair the annotation")
+        path, things, image = self._open(rng)
         image, boxes = self._augment.move(image, [thing.box for thing in things], rng, None)
         shown = visible([Thing(thing.label, box) for thing, box in zip(things, boxes, strict=True)], *image.size)
         square = self._augment.finish(to_square(image, spec), rng)
         samples = tuple(detection_samples(shown, self._data.names, self._data.scene))
         return Example(square, samples, name=path.stem, dense=dense_labels(shown, spec.vision.grid))
+
+    def _open(self, rng: np.random.Generator) -> tuple[Path, list[Thing], Image.Image]:
+        """A random picture; one that cannot be read is drawn again where bad rows are left out."""
+        for _ in range(_MAX_TRIES):
+            path, things, _, _ = self._data.pictures[int(rng.integers(len(self._data.pictures)))]
+            try:
+                return path, things, self._pictures.open(path)
+            except ImageError as error:
+                if not self._skip:
+                    raise
+                last = error
+        raise DataError(f"{_MAX_TRIES} pictures in a row could not be read: {last}")
 
     def texts(self) -> list[str]:
         """See `ExampleSource.texts`."""
@@ -158,4 +172,4 @@ _ENOUGH = 9  # things of a class that make a caption say "many"
 
 def open_source(source: DataSource, faults: Faults, augment: str) -> VocSource:
     """The training source. Raises `DataError`."""
-    return VocSource(_load(source, faults), augment)
+    return VocSource(_load(source, faults), augment, faults.skip)

@@ -96,7 +96,12 @@ def _config(path: Path) -> Mapping[str, Any]:
 
 def _spec(options: ImportOptions, vision: VisionSpec, decoder: DecoderSpec, config: Mapping[str, Any]) -> ModelSpec:
     pools = tuple(p for p in _POOL_SIZES if p <= vision.grid and vision.grid % p == 0) or (vision.grid,)
-    ids = {f"{name}_id": config[f"{name}_token_id"] for name in ("bos", "eos", "pad") if isinstance(config.get(f"{name}_token_id"), int)}
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        value = config.get(f"{name}_token_id")
+        value = value[0] if isinstance(value, list) and value else value  # newer folders list several ends; the first is the usual one
+        if isinstance(value, int) and value >= 0:  # older folders write -1 for none
+            ids[f"{name}_id"] = value
     return ModelSpec(options.out.name, vision, decoder, pools, options.image_mode, **ids)
 
 
@@ -118,9 +123,10 @@ def _tensors(options: ImportOptions, spec: ModelSpec, parts: list[Part], new: li
     for name, shape in track(expected.items(), len(expected), "importing"):
         if name in sources:
             tensor = sources[name].read()
-        elif name.startswith("pool_adapter."):
+        elif name.startswith(("pool_adapter.", "vision_tower.norm.")):
             new.append(name)
-            tensor = torch.zeros(shape) if name.endswith("bias") else torch.randn(shape, generator=generator) * shape[1] ** -0.5
+            plain = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+            tensor = torch.randn(shape, generator=generator) * shape[1] ** -0.5 if len(shape) > 1 else plain
         else:
             raise CheckpointError(f"{options.source} lacks {name}; is this the whole checkpoint?")
         if tuple(tensor.shape) != shape:

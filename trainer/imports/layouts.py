@@ -20,7 +20,7 @@ from trainer.start import resized_positions
 
 __all__ = ["Part", "decoder_part", "pooler_part", "vision_part"]
 
-_EVA_WIDTH, _EVA_HEADS, _LLAMA_HEAD_DIM = 1408, 16, 128
+_EVA_WIDTH, _EVA_HEADS, _EVA_BLOCKS, _LLAMA_HEAD_DIM = 1408, 16, 39, 128  # BLIP-2 leaves out the last of EVA's 40 blocks
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,16 @@ def _prefixed(weights: WeightFiles, *prefixes: str) -> str:
         if any(name.startswith(prefix) for name in weights):
             return prefix
     raise CheckpointError(f"no tensors named {' or '.join(p + '*' for p in prefixes)}; found such as {', '.join(sorted(weights)[:3])}")
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A positive number of a configuration, or the default where it is absent or null."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+        raise CheckpointError(f"the configuration's {key} is {value!r:.40}, expected a positive number")
+    return value
 
 
 def _layers(weights: WeightFiles, prefix: str) -> int:
@@ -112,23 +122,25 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
         blocks, block, patch = f"{prefix}encoder.layers.", _BLIP2_BLOCK, f"{prefix}embeddings.patch_embedding"
         cls, positions, norm = f"{prefix}embeddings.class_embedding", f"{prefix}embeddings.position_embedding", f"{prefix}post_layernorm"
     else:
-        prefix = _prefixed(weights, "visual_encoder.")
+        prefix = "" if "cls_token" in weights else _prefixed(weights, "visual_encoder.", "visual.")  # bare EVA files have no prefix
         blocks, block, patch = f"{prefix}blocks.", _EVA_BLOCK, f"{prefix}patch_embed.proj"
         cls, positions, norm = f"{prefix}cls_token", f"{prefix}pos_embed", "ln_vision"
     vision = config.get("vision_config", config)
+    if not isinstance(vision, Mapping):
+        raise CheckpointError("vision_config is no JSON object; download the configuration again")
     width, _, patch_size, _ = _shape(weights, f"{patch}.weight", 4)
     rows = _shape(weights, positions, 3)[1]
-    heads = vision.get("num_attention_heads") or (_EVA_HEADS if width == _EVA_WIDTH else 0)
+    heads = int(_number(vision, "num_attention_heads", _EVA_HEADS if width == _EVA_WIDTH else 0))
     if not heads:
         raise CheckpointError(f"a raw tower of width {width} does not tell its number of heads; give it with --vision-heads")
     old_grid = round((rows - 1) ** 0.5)
-    epsilon = float(vision.get("layer_norm_eps", 1e-6))
+    epsilon = _number(vision, "layer_norm_eps", 1e-6)
     spec = VisionSpec(
         image_size=image_size or old_grid * patch_size,
         patch_size=patch_size,
         width=width,
-        layers=_layers(weights, blocks),
-        heads=int(heads),
+        layers=min(_layers(weights, blocks), _EVA_BLOCKS if width == _EVA_WIDTH else 512),
+        heads=heads,
         mlp_width=_shape(weights, f"{blocks}0.mlp.fc1.weight", 2)[0],
         layer_norm_eps=epsilon,
         final_norm_eps=epsilon if huggingface else 1e-5,
@@ -139,7 +151,8 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
     }
     for kind in ("weight", "bias"):
         names[f"patch_embed.{kind}"] = (f"{patch}.{kind}", None)
-        names[f"norm.{kind}"] = (f"{norm}.{kind}", None)
+        if huggingface or f"{norm}.{kind}" in weights or prefix == "visual_encoder.":  # bare EVA files end before it; it is new then
+            names[f"norm.{kind}"] = (f"{norm}.{kind}", None)
     for layer in range(spec.layers):
         for ours, theirs in block.items():
             names[f"blocks.{layer}.{ours}"] = (f"{blocks}{layer}.{theirs}", None)
@@ -167,11 +180,13 @@ def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | N
     body = _prefixed(weights, f"{prefix}model.")
     _check_llama(config)
     vocabulary, hidden = _shape(weights, f"{body}embed_tokens.weight", 2)
-    count = heads or int(config.get("num_attention_heads") or (hidden // _LLAMA_HEAD_DIM))
+    count = heads or int(_number(config, "num_attention_heads", hidden // _LLAMA_HEAD_DIM))
     if count < 1 or hidden % count:
         raise CheckpointError(f"a decoder of width {hidden} does not tell its number of heads; give it with --decoder-heads")
     kv_rows = _shape(weights, f"{body}layers.0.self_attn.k_proj.weight", 2)[0]
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters") if isinstance(config.get("rope_parameters"), Mapping) else {}
+    assert isinstance(rope, Mapping), "chosen above"
+    theta = {"rope_theta": config.get("rope_theta") or rope.get("rope_theta")}
     spec = DecoderSpec(
         vocab_size=vocabulary,
         hidden=hidden,
@@ -179,9 +194,9 @@ def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | N
         heads=count,
         kv_heads=kv_rows // (hidden // count),
         mlp_width=_shape(weights, f"{body}layers.0.mlp.gate_proj.weight", 2)[0],
-        context=int(config.get("max_position_embeddings", 4096)),
-        rope_theta=float(config.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+        context=int(_number(config, "max_position_embeddings", 4096)),
+        rope_theta=_number(theta, "rope_theta", 10000.0),
+        rms_norm_eps=_number(config, "rms_norm_eps", 1e-5),
     )
     names = {"embed_tokens.weight": f"{body}embed_tokens.weight", "norm.weight": f"{body}norm.weight"}
     tied = f"{prefix}lm_head.weight" not in weights and bool(config.get("tie_word_embeddings"))
@@ -197,7 +212,8 @@ def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | N
 
 def _check_llama(config: Mapping[str, Any]) -> None:
     found = {key: config.get(key) for key in ("attention_bias", "mlp_bias", "sliding_window") if config.get(key)}
-    scaling = (config.get("rope_scaling") or config.get("rope_parameters") or {}).get("rope_type", "default")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    scaling = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, Mapping) else rope
     head_dim, hidden, heads = config.get("head_dim"), config.get("hidden_size"), config.get("num_attention_heads")
     if head_dim and hidden and heads and head_dim * heads != hidden:
         found["head_dim"] = head_dim
@@ -213,7 +229,7 @@ def _check_llama(config: Mapping[str, Any]) -> None:
 
 def finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor as `dtype`; raises `CheckpointError` if a value is not finite there."""
-    converted = tensor.detach().to(dtype).contiguous()
+    converted = tensor.detach().to(dtype, copy=True).contiguous()  # a copy: tied tensors may not share memory in a file
     if not bool(torch.isfinite(converted).all()):
         hint = "use --dtype bf16 or fp32" if bool(torch.isfinite(tensor).all()) else "the checkpoint is damaged"
         raise CheckpointError(f"{name} holds values that are not finite as {str(dtype).removeprefix('torch.')}; {hint}")
