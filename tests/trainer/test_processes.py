@@ -59,10 +59,12 @@ def test_sharded_training_equals_accumulation_and_resumes(tokenizer_json: str, t
     run(*script, tmp_path / "parts", tmp_path / "parts.pt", 0, "resume", "fp32")
     run(*script, tmp_path / "half", tmp_path / "half.pt", 0, "new", "bf16")
     whole, parts, half = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "parts", "half"))
+    start = InfMLLM(TINY, torch.Generator().manual_seed(0)).state_dict()
     for name, tensor in single.state_dict().items():
-        assert torch.allclose(whole[name], tensor, atol=2e-4), name
+        moved = float((tensor - start[name]).norm())  # Adam turns rounding of tiny gradients into steps, so drift is measured against movement
+        assert float((whole[name] - tensor).norm()) <= 0.05 * moved + 1e-6, name
         assert torch.equal(whole[name], parts[name]), name
-        assert half[name].dtype == torch.float32 and (half[name] - tensor).norm() <= 0.2 * tensor.norm() + 0.02, name
+        assert half[name].dtype == torch.float32 and float((half[name] - tensor).norm()) <= 0.7 * moved + 1e-6, name
 
 
 def test_launch_files_name_our_blocks() -> None:
