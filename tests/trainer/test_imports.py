@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from runtime.contract.errors import CheckpointError, UsageError
 from tests.conftest import TINY
+from tests.references import blip2_tower, llama
 from trainer.checkpoint import INDEX, TOKENIZER, load_checkpoint
 from trainer.imports.convert import ImportOptions, import_checkpoint
 from trainer.imports.files import open_weights
@@ -80,36 +82,13 @@ def test_the_published_layout(form: str, tmp_path: Path, tokenizer_file: Path) -
 
 def huggingface(tmp_path: Path) -> tuple[Any, Any]:
     """A tower and a decoder saved by transformers, the decoder in several shards."""
-    from transformers import Blip2VisionConfig, Blip2VisionModel, LlamaConfig, LlamaForCausalLM
-
-    v, d = TINY.vision, TINY.decoder
+    v = TINY.vision
     torch.manual_seed(0)
-    tower = Blip2VisionModel(
-        Blip2VisionConfig(
-            hidden_size=v.width,
-            intermediate_size=v.mlp_width,
-            num_hidden_layers=v.layers,
-            num_attention_heads=v.heads,
-            image_size=v.image_size,
-            patch_size=v.patch_size,
-        )
-    ).eval()
+    tower, decoder = blip2_tower(v), llama(replace(TINY.decoder, context=256, rope_theta=5e5))
     for name, parameter in tower.named_parameters():
         torch.nn.init.normal_(parameter, 1.0 if "norm" in name and "weight" in name else 0.0, 0.1)
         if name.endswith("qkv.bias"):
             parameter.data[v.width : 2 * v.width] = 0
-    decoder = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=d.hidden,
-            intermediate_size=d.mlp_width,
-            num_hidden_layers=d.layers,
-            num_attention_heads=d.heads,
-            num_key_value_heads=d.kv_heads,
-            vocab_size=d.vocab_size,
-            max_position_embeddings=256,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-        )
-    ).eval()
     tower.save_pretrained(tmp_path / "tower")
     decoder.save_pretrained(tmp_path / "llama", max_shard_size="300KB")
     assert len(list((tmp_path / "llama").glob("*.safetensors"))) > 1
@@ -233,8 +212,6 @@ print(peak[0] - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_stays_near_one_shard(tmp_path: Path, tokenizer_file: Path) -> None:
-    from dataclasses import replace
-
     decoder = replace(TINY.decoder, hidden=1024, heads=8, kv_heads=8, mlp_width=4096, layers=8, vocab_size=8192)
     model = InfMLLM(replace(TINY, decoder=decoder)).half()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from runtime.contract.pooling import pool_matrix
 from tests.conftest import TINY
+from tests.references import blip2_tower, llama
 from trainer.decoder import Decoder
 from trainer.model import InfMLLM
 from trainer.vision import PoolAdapter, VisionTower
@@ -28,23 +29,10 @@ def randomised(module: torch.nn.Module, seed: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def test_vision_tower_equals_blip2() -> None:
-    from transformers import Blip2VisionConfig, Blip2VisionModel
-
     spec = TINY.vision
     ours = VisionTower(spec)
     weights = randomised(ours, 1)
-    config = Blip2VisionConfig(
-        hidden_size=spec.width,
-        intermediate_size=spec.mlp_width,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        layer_norm_eps=spec.layer_norm_eps,
-        hidden_act="gelu",
-        qkv_bias=True,
-    )
-    theirs = Blip2VisionModel(config).eval()
+    theirs = blip2_tower(spec)
     renamed = {
         "embeddings.class_embedding": weights["cls_token"],
         "embeddings.position_embedding": weights["pos_embed"],
@@ -77,25 +65,10 @@ def test_vision_tower_equals_blip2() -> None:
 
 @torch.no_grad()
 def test_decoder_equals_llama_with_and_without_cache() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     spec = TINY.decoder
     ours = Decoder(spec)
     weights = randomised(ours, 3)
-    config = LlamaConfig(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden,
-        intermediate_size=spec.mlp_width,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        max_position_embeddings=spec.context,
-        rms_norm_eps=spec.rms_norm_eps,
-        rope_theta=spec.rope_theta,
-        tie_word_embeddings=False,
-        attention_bias=False,
-    )
-    theirs = LlamaForCausalLM(config).eval()
+    theirs = llama(spec)
     theirs.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": value for name, value in weights.items()}, strict=True)
     embeds = torch.randn(2, 11, spec.hidden, generator=torch.Generator().manual_seed(4))
     expected = theirs(inputs_embeds=embeds).logits
