@@ -38,13 +38,15 @@ def _table(figures: Mapping[str, Mapping[str, float]], control: Mapping[str, Map
     for name, row in figures.items():
         accuracy, low, high = row["accuracy"], row["low"], row["high"]
         bar = f'<span class="bar"><i style="width:{accuracy:.1f}%"></i><b style="left:{low:.1f}%;width:{max(0.5, high - low):.1f}%"></b></span>'
-        blank = f"{control[name]['accuracy']:.1f}" if name in control else ""
         iou = f"{row['mean_iou']:.3f}" if "mean_iou" in row else ""
-        cider = f"{row['cider']:.1f}" if "cider" in row else ""
-        cells = (escape(name), f"{row['count']:.0f}", f"{accuracy:.1f}", f"{low:.1f} to {high:.1f}", bar, iou, cider, blank)
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        cider = f"{row['cider']:.0f}" if "cider" in row else ""
+        blank = f"{control[name]['accuracy']:.1f}" if name in control else ""
+        rows.append((escape(name), f"{row['count']:.0f}", f"{accuracy:.1f}", f"{low:.1f} to {high:.1f}", bar, iou, cider, blank))
     head = ("", "samples", "right, %", "95 % interval", "", "mean IoU", "CIDEr-D", "without picture, %")
-    return "<table><tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>" + "".join(rows) + "</table>"
+    kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
+    lines = ["".join(f"<th>{head[column]}</th>" for column in kept)]
+    lines += ["".join(f"<td>{row[column]}</td>" for column in kept) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def _figure(row: AnswerRow) -> str:

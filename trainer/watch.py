@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from trainer.model import InfMLLM
 
 __all__ = ["sample_sheet"]
 
-_TILE, _LINE, _ROWS = 256, 14, 4
+_TILE, _LINE, _ROWS, _CHARACTERS = 256, 14, 6, 44
 _COLUMNS = 3
 SHEET_EXAMPLES = 6
 
@@ -57,6 +58,7 @@ def _tile(answerer: CheckpointAnswerer, example: Example) -> Image.Image:
     tile = Image.new("RGB", (_TILE, _TILE + _ROWS * _LINE), "white")
     tile.paste(picture, (0, 0))
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(11)
-    for index, line in enumerate(lines[:_ROWS]):
-        draw.text((2, _TILE + index * _LINE), line.encode("latin-1", "replace").decode("latin-1")[:52], fill="black", font=font)
+    wrapped = [part for line in lines for part in textwrap.wrap(line.encode("latin-1", "replace").decode("latin-1"), _CHARACTERS)]
+    for index, line in enumerate(wrapped[:_ROWS]):
+        draw.text((2, picture.height + 1 + index * _LINE), line, fill="black", font=font)
     return tile
