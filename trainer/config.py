@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from runtime.contract.errors import UsageError
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 
-__all__ = ["PRESETS", "RECIPES", "STAGES", "Preset", "Stage", "StageRun", "find_preset", "find_recipe"]
+__all__ = ["DECAYS", "PRESETS", "RECIPES", "STAGES", "Preset", "Stage", "StageRun", "changed", "find_preset", "find_recipe"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ STAGES: dict[str, Stage] = {
         Stage("instruction", tower=0.0, adapter=1.0, decoder=1.0),
     )
 }
+
+
+DECAYS = ("cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -151,3 +156,11 @@ def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
     if unknown:
         raise UsageError(f"unknown stage {unknown[0]!r}; choose all, one of the recipes {', '.join(RECIPES)}, or stages of: {', '.join(STAGES)}")
     return tuple(known[name] for name in names)
+
+
+def changed(run: StageRun, changes: Mapping[str, Any]) -> StageRun:
+    """The run with what a user asked for (None: unchanged); with other steps at most a fifth of them warm up. Raises `UsageError`."""
+    run = replace(run, **{key: value for key, value in changes.items() if value is not None})
+    if run.decay not in DECAYS:
+        raise UsageError(f"unknown decay {run.decay!r}; choose one of: {', '.join(DECAYS)}")
+    return replace(run, warmup=min(run.warmup, max(1, run.steps // 5))) if changes.get("steps") else run

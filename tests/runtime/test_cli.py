@@ -171,3 +171,8 @@ def test_training_from_the_command_line(tmp_path: Path) -> None:
     start = json.loads((tmp_path / "next" / "card.json").read_text())["start_from"]
     assert again.returncode == 0 and start["weights_sha256"] == card["weights_sha256"]
     check_fault(command("trainer.cli", "--stage", "magic"), "unknown stage")
+    check_fault(command("trainer.cli", "--decay", "square"), "choose one of: cosine, linear")
+    check_fault(command("trainer.cli", "--image-size", "64"), "--start-from")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "letter.txt").write_text("dear")
+    check_fault(command("trainer.cli", "--out", tmp_path / "foreign"), "holds other files")

@@ -1,0 +1,58 @@
+"""The card: what a checkpoint was trained on, for how long, and how good it is, written with the weights it speaks of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.contract.console import track
+from runtime.contract.data_source import parse_source
+from runtime.contract.evaluation import evaluate
+from runtime.contract.faults import Faults
+from runtime.contract.files import sha256_file
+from runtime.contract.sample import Example
+from trainer.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
+from trainer.datasets import DATASETS
+from trainer.evaluate import CheckpointAnswerer
+from trainer.model import InfMLLM
+
+__all__ = ["data_card", "save_scored", "time_card"]
+
+
+def save_scored(out: Path, model: InfMLLM, tokenizer_json: str, card: Mapping[str, Any], examples: Sequence[Example], skip_bad: bool) -> None:
+    """Saves the checkpoint, scores what was saved for every number of visual tokens, and saves it again with the figures."""
+    save_checkpoint(out, model, tokenizer_json, card)
+    checkpoint = load_checkpoint(out)
+    answerer, figures = CheckpointAnswerer(out, checkpoint), {}
+    for p in checkpoint.model.spec.pool_sizes:
+        shown = track(examples, len(examples), f"scoring {p * p} visual tokens")
+        tasks, kinds, _ = evaluate(answerer, shown, p * p, faults=Faults(skip_bad))
+        figures[str(p * p)] = {"tasks": tasks.figures(), "kinds": kinds.figures()}
+    measured = {"weights_sha256": sha256_file(out / WEIGHTS), "metrics": figures}
+    save_checkpoint(out, checkpoint.model, tokenizer_json, {**card, **measured})
+
+
+def time_card(minutes: float, start_from: Path | None, start_card: Mapping[str, Any]) -> dict[str, Any]:
+    """Minutes of this run, and with those of the checkpoint it started from."""
+    row: dict[str, Any] = {"training_minutes": round(minutes, 1), "total_minutes": round(minutes, 1), "start_from": None}
+    if start_from:
+        before = start_card.get("total_minutes", start_card.get("training_minutes", 0.0))
+        row["start_from"] = {"name": start_from.name, "weights_sha256": start_card.get("weights_sha256"), "total_minutes": before}
+        row["total_minutes"] = round(minutes + before, 1)
+    return row
+
+
+def data_card(texts: Sequence[str]) -> list[dict[str, str]]:
+    """Each data argument with folders left out, and the hash of the file it names (of a VOC split's listing)."""
+    rows = []
+    for text in texts:
+        source = parse_source(text, DATASETS)
+        options = ",".join(f"{key}={Path(value).name}" for key, value in source.options.items())
+        row = {"name": ":".join(part for part in (source.name, source.path.name) if part) + (f",{options}" if options else "")}
+        listing = source.path / "ImageSets" / "Main" / f"{source.options.get('split', 'train')}.txt"
+        for path in (source.path, listing):
+            if path.is_file():
+                row["sha256"] = sha256_file(path)
+        rows.append(row)
+    return rows
