@@ -20,13 +20,15 @@ app = command_app("Compile InfMLLM checkpoints into verified bundles.")
 
 
 @app.command(
-    epilog="Example:\n\n    infmllm-export build --precision int8\n\n    infmllm-export build checkpoints/mine --precision fp16 -o mine.bundle"
+    epilog="Example:\n\n    infmllm-export build --precision int8"
+    "\n\n    infmllm-export build checkpoints/mine --precision fp16 --calib val.jsonl -o mine.bundle"
 )
 def build(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder. Default: the demo checkpoint.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "int8",
     target: Annotated[str, typer.Option(help="Where the bundle runs: cpu.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")] = Path("infmllm-bundle"),
+    calib: Annotated[str, typer.Option(help="Data the parity cases come from, as infmllm-eval takes them. Default: synthetic scenes.")] = "",
     dump: Annotated[Path | None, typer.Option(help="Write each graph after every step to this folder.")] = None,
     allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Keep a bundle that fails parity, marked UNVERIFIED.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -43,7 +45,7 @@ def build(
         done += 1
         note(f"[{done}/{len(STEPS)}] {step} ({time.monotonic() - started:.0f} s)")
 
-    result = build(BuildOptions(checkpoint or DEMO, find_scheme(precision), target, out, dump, allow_unverified), progress)
+    result = build(BuildOptions(checkpoint or DEMO, find_scheme(precision), target, out, dump, allow_unverified, calib), progress)
     if as_json:
         stages = [asdict(stage) for stage in result.stages]
         print(json.dumps({"bundle": str(out), "verdict": result.verdict, "stages": stages, "seconds": round(time.monotonic() - started, 1)}))
@@ -59,16 +61,18 @@ def parity(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle.")] = None,
     checkpoint: Annotated[Path | None, typer.Argument(help="Its checkpoint. Default: the demo checkpoint.")] = None,
     cases: Annotated[int, typer.Option(min=1, help="How many fresh cases PyTorch computes.")] = 8,
+    calib: Annotated[str, typer.Option(help="Data the cases come from. Default: synthetic scenes.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Compares a bundle with its PyTorch checkpoint on fresh inputs; exit code 1 if it drifts."""
     from export.verify import compare_with_checkpoint
     from runtime.contract.errors import ParityError
+    from runtime.contract.evaluation import open_examples
     from runtime.session import load
     from trainer.checkpoint import DEMO, load_checkpoint
 
     session = load(bundle or default_bundle())
-    stages = compare_with_checkpoint(session, load_checkpoint(checkpoint or DEMO), cases)
+    stages = compare_with_checkpoint(session, load_checkpoint(checkpoint or DEMO), cases, open_examples(calib, skip_bad=True) if calib else ())
     if as_json:
         print(json.dumps([asdict(stage) | {"passed": stage.passed} for stage in stages]))
     else:

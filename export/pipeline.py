@@ -11,10 +11,11 @@ import logging
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,9 +27,12 @@ from export.schemes import Scheme
 from export.verify import gate, make_goldens, verdict_json
 from runtime.contract.bundle import DECODER, EMBEDDINGS, GOLDENS, MANIFEST, TOKENIZER, UNVERIFIED, VERIFIED, VISION, write_manifest
 from runtime.contract.errors import BuildError, UsageError
+from runtime.contract.evaluation import open_examples
 from runtime.contract.files import staged_folder
+from runtime.contract.sample import Example
 from runtime.selftest import StageError, replay, write_goldens
 from runtime.session import load
+from trainer.card import data_card
 from trainer.checkpoint import Checkpoint, load_checkpoint
 
 __all__ = ["STEPS", "Build", "BuildOptions", "build"]
@@ -38,7 +42,10 @@ _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxsim", "onnxruntime", "n
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build and where. `dump` receives each graph after every step; `allow_unverified` keeps a bundle that fails parity, marked."""
+    """What to build and where. `dump` receives each graph after every step; `allow_unverified` keeps a bundle that fails parity, marked.
+
+    `calib` names data the golden cases are drawn from (empty: synthetic scenes).
+    """
 
     checkpoint: Path
     scheme: Scheme
@@ -46,6 +53,7 @@ class BuildOptions:
     out: Path
     dump: Path | None = None
     allow_unverified: bool = False
+    calib: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Build:
 
     options: BuildOptions
     folder: Path
+    examples: Sequence[Example] = ()
     checkpoint: Checkpoint | None = None
     graphs: Graphs | None = None
     counts: tuple[tuple[str, str, PassResult], ...] = ()
@@ -62,7 +71,8 @@ class Build:
 
 
 def _load(build: Build) -> Build:
-    return replace(build, checkpoint=load_checkpoint(build.options.checkpoint))
+    examples = open_examples(build.options.calib, skip_bad=True) if build.options.calib else ()
+    return replace(build, checkpoint=load_checkpoint(build.options.checkpoint), examples=tuple(examples))
 
 
 def _capture(build: Build) -> Build:
@@ -111,7 +121,7 @@ def _pack(build: Build) -> Build:
         raise BuildError(f"token embeddings exceed what {np.dtype(dtype)} holds; build with --precision fp32")
     np.save(folder / EMBEDDINGS, table.astype(dtype))
     shutil.copyfile(build.checkpoint.path / TOKENIZER, folder / TOKENIZER)
-    write_goldens(folder / GOLDENS, make_goldens(model, build.checkpoint.tokenizer))
+    write_goldens(folder / GOLDENS, make_goldens(model, build.checkpoint.tokenizer, examples=build.examples))
     _write_manifest(build)
     return build
 
@@ -158,7 +168,8 @@ def _write_manifest(build: Build) -> None:
     scheme, tolerance = build.options.scheme, dict(build.options.scheme.tolerance)
     tools = {name: version(name) for name in _TOOLS} | {"python": platform.python_version()}
     passes = [{"graph": g, "pass": p, "modified": r.modified, "refused": list(r.refused)} for g, p, r in build.counts]
-    provenance = {"checkpoint": build.checkpoint.path.name, "checkpoint_sha256": build.checkpoint.sha256, "calibration_sha256": None}
+    provenance: dict[str, Any] = {"checkpoint": build.checkpoint.path.name, "checkpoint_sha256": build.checkpoint.sha256, "calibration_sha256": None}
+    provenance["goldens_from"] = data_card([build.options.calib or "synthetic"])[0]
     write_manifest(
         build.folder,
         build.checkpoint.model.spec,

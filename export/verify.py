@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from runtime.contract.errors import BundleError, ParityError
 from runtime.contract.image import to_pixels
-from runtime.contract.prompt import render
+from runtime.contract.prompt import Prompt, render
+from runtime.contract.sample import Example
 from runtime.contract.tokenizer import Tokenizer
 from runtime.selftest import Golden, StageError, replay, replay_goldens
 from runtime.session import Session
@@ -30,20 +32,20 @@ _SEED, _FRESH_SEED = 20231, 20232
 
 
 @torch.no_grad()
-def make_goldens(model: InfMLLM, tokenizer: Tokenizer, cases: int = _CASES, seed: int = _SEED) -> list[Golden]:
-    """Scenes with prompts of the three short tasks and every pool size in turn; up to 16 greedy steps each.
+def make_goldens(model: InfMLLM, tokenizer: Tokenizer, cases: int = _CASES, seed: int = _SEED, examples: Sequence[Example] = ()) -> list[Golden]:
+    """Pictures with prompts of the short tasks and every pool size in turn; up to 16 greedy steps each.
+
+    They come from `examples`, which should be of the kind the model was trained on, or else are synthetic scenes.
 
     A case ends with the answer: what a trained model computes after its end-of-sequence token is noise that no user sees, and amplifies errors.
     """
     rng = np.random.default_rng(seed)
     goldens = []
     for index in range(cases):
-        scene = draw_scene(rng)
-        phrase = ground_sample(scene, rng)
-        prompts = [render("caption", "describe"), vqa_sample(scene, rng).prompt(), phrase.prompt() if phrase else render("ground", "circle")]
+        image, prompts = _case(examples, index, rng)
         before, after = tokenizer.encode_prompt(prompts[index % len(prompts)])
         p = model.spec.pool_sizes[index % len(model.spec.pool_sizes)]
-        pixels = to_pixels(scene.image, model.spec)
+        pixels = to_pixels(image, model.spec)
         embeds = model.embed_image(torch.from_numpy(pixels), p)[0]
         sequence = model.sequence(before, embeds, after)
         tokens: list[int] = []
@@ -62,6 +64,17 @@ def make_goldens(model: InfMLLM, tokenizer: Tokenizer, cases: int = _CASES, seed
     return goldens
 
 
+def _case(examples: Sequence[Example], index: int, rng: np.random.Generator) -> tuple[Image.Image, list[Prompt]]:
+    """A picture and a prompt for each of its tasks."""
+    if examples:
+        image, samples = examples[int(rng.integers(len(examples)))].load()
+        by_task = {samples[int(i)].task: samples[int(i)] for i in rng.permutation(len(samples))}
+        return image, [by_task[task].prompt() for task in sorted(by_task)]
+    scene = draw_scene(rng)
+    phrase = ground_sample(scene, rng)
+    return scene.image, [render("caption", "describe"), vqa_sample(scene, rng).prompt(), phrase.prompt() if phrase else render("ground", "circle")]
+
+
 def gate(session: Session, tolerance: dict[str, float]) -> list[StageError]:
     """Replays a bundle's goldens; raises `ParityError` naming the worst stage if any is out of tolerance."""
     stages = replay(session, tolerance)
@@ -70,12 +83,12 @@ def gate(session: Session, tolerance: dict[str, float]) -> list[StageError]:
         worst = max(failed, key=lambda stage: stage.error / stage.tolerance)
         raise ParityError(
             f"{worst.stage} differs from PyTorch by {worst.error:.3g} (relative RMS), the scheme allows {worst.tolerance:.3g}; nothing was written. "
-            "Try a higher --precision, or --allow-unverified to keep the bundle marked UNVERIFIED"
+            "Try --calib with pictures of the kind the model was trained on, or a higher --precision; --allow-unverified keeps it, marked"
         )
     return stages
 
 
-def compare_with_checkpoint(session: Session, checkpoint: Checkpoint, cases: int) -> list[StageError]:
+def compare_with_checkpoint(session: Session, checkpoint: Checkpoint, cases: int, examples: Sequence[Example] = ()) -> list[StageError]:
     """Errors of a bundle against a checkpoint on cases the bundle does not carry. Raises `BundleError` if they do not belong together."""
     built_from = session.bundle.provenance.get("checkpoint_sha256")
     if built_from != checkpoint.sha256:
@@ -83,7 +96,7 @@ def compare_with_checkpoint(session: Session, checkpoint: Checkpoint, cases: int
             f"{session.bundle.path} was built from checkpoint {str(built_from)[:12]}…, "
             f"{checkpoint.path} is {checkpoint.sha256[:12]}…; name the checkpoint it was built from"
         )
-    goldens = make_goldens(checkpoint.model, checkpoint.tokenizer, cases, _FRESH_SEED)
+    goldens = make_goldens(checkpoint.model, checkpoint.tokenizer, cases, _FRESH_SEED, examples)
     return replay_goldens(session, goldens, session.bundle.tolerance)
 
 

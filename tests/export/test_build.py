@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from PIL import Image
 
 from export import pipeline
 from export.inspect import describe_bundle, format_description
@@ -21,8 +22,9 @@ from export.schemes import SCHEMES, LinearScheme, find_scheme
 from export.verify import compare_with_checkpoint, make_goldens
 from runtime.contract.bundle import DECODER, VISION, read_bundle
 from runtime.contract.errors import BundleError, ParityError, UsageError
+from runtime.contract.image import to_pixels
 from runtime.contract.spec import key_cache, present
-from runtime.selftest import replay
+from runtime.selftest import read_goldens, replay
 from runtime.session import load
 from trainer.checkpoint import load_checkpoint
 
@@ -161,3 +163,27 @@ def test_goldens_come_from_the_uncached_model(tiny_checkpoint: Path) -> None:
     assert np.allclose(logits[-1 - len(golden.tokens)].numpy(), golden.prefill, atol=1e-4)
     assert np.allclose(logits[-len(golden.tokens) :].numpy(), golden.steps, atol=1e-4)
     assert json.dumps(golden.tokens.tolist())
+
+
+def test_golden_cases_come_from_the_data_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 30), (200, 10, 10))
+    image.save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "task": "vqa", "question": "what?", "answer": "x"}, {"image": "a.png", "task": "caption", "answer": "x"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build(BuildOptions(tiny_checkpoint, SCHEMES["fp32"], "cpu", tmp_path / "b", calib=str(tmp_path / "d.jsonl")))
+    session = load(tmp_path / "b")
+    goldens = read_goldens(tmp_path / "b" / "goldens.npz")
+    assert all(np.array_equal(golden.pixels, to_pixels(image, session.spec)) for golden in goldens)
+    assert session.bundle.provenance["goldens_from"]["name"] == "jsonl:d.jsonl" and session.bundle.verdict == "VERIFIED"
+
+
+def test_a_golden_case_ends_with_the_answer(tiny_checkpoint: Path) -> None:
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    free = make_goldens(checkpoint.model, checkpoint.tokenizer, 6)
+    ends = replace(checkpoint.model.spec, eos_id=int(free[0].tokens[3]))
+    checkpoint.model.spec = ends
+    ended = make_goldens(checkpoint.model, checkpoint.tokenizer, 6)
+    assert [len(golden.tokens) for golden in free] == [16] * 6 and all(1 <= len(golden.tokens) <= 16 for golden in ended)
+    first = list(free[0].tokens).index(ends.eos_id)
+    assert ended[0].tokens.tolist() == free[0].tokens[: max(1, first)].tolist()
+    assert all(ends.eos_id not in golden.tokens[1:] for golden in ended)
