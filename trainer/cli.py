@@ -63,19 +63,16 @@ def run(
     from trainer.config import changed, find_preset, find_recipe
     from trainer.datasets import open_source
     from trainer.processes import leave_processes, set_threads
-    from trainer.start import new_start, start_from_checkpoint
+    from trainer.start import begin
     from trainer.train import TrainOptions, train
     from trainer.watch import SHEET_EXAMPLES
 
     chosen = find_preset(preset)
-    if start_from is None and (image_size or new_words):
-        raise UsageError("--image-size and --new-words change a checkpoint; name one with --start-from")
-    changes = {"steps": steps, "batch": batch, "accumulate": accumulate, "lr": lr, "decay": decay}
-    recipe = tuple(changed(stage_run, changes) for stage_run in find_recipe(chosen, stage))
+    recipe = changed(find_recipe(chosen, stage), {"steps": steps, "batch": batch, "accumulate": accumulate, "lr": lr, "decay": decay})
     source = open_source(data or ["synthetic"], skip_bad)
     set_threads(threads)
     check_target(out, CONFIG)
-    start = start_from_checkpoint(start_from, image_size, source.texts() if new_words else ()) if start_from else new_start(chosen.spec, seed)
+    start = begin(chosen.spec, seed, start_from, image_size, source.texts() if new_words else ())
     described = data_card(data or ["synthetic"])
     examples = open_examples(val, skip_bad)
     options = TrainOptions(

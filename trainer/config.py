@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -158,9 +158,10 @@ def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
     return tuple(known[name] for name in names)
 
 
-def changed(run: StageRun, changes: Mapping[str, Any]) -> StageRun:
-    """The run with what a user asked for (None: unchanged); with other steps at most a fifth of them warm up. Raises `UsageError`."""
-    run = replace(run, **{key: value for key, value in changes.items() if value is not None})
-    if run.decay not in DECAYS:
-        raise UsageError(f"unknown decay {run.decay!r}; choose one of: {', '.join(DECAYS)}")
-    return replace(run, warmup=min(run.warmup, max(1, run.steps // 5))) if changes.get("steps") else run
+def changed(recipe: Sequence[StageRun], changes: Mapping[str, Any]) -> tuple[StageRun, ...]:
+    """The runs with what a user asked for (None: unchanged); with other steps at most a fifth of them warm up. Raises `UsageError`."""
+    wanted = {key: value for key, value in changes.items() if value is not None}
+    if wanted.get("decay", DECAYS[0]) not in DECAYS:
+        raise UsageError(f"unknown decay {wanted['decay']!r}; choose one of: {', '.join(DECAYS)}")
+    runs = [replace(run, **wanted) for run in recipe]
+    return tuple(replace(run, warmup=min(run.warmup, max(1, run.steps // 5))) if "steps" in wanted else run for run in runs)

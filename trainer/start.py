@@ -23,7 +23,7 @@ from trainer.datasets.scene_text import corpus
 from trainer.model import InfMLLM
 from trainer.tokenize import build_tokenizer
 
-__all__ = ["Start", "extended", "new_start", "resized", "resized_positions", "start_from_checkpoint"]
+__all__ = ["Start", "begin", "extended", "new_start", "resized", "resized_positions", "start_from_checkpoint"]
 
 _VOCABULARY_STEP, _MAX_WORDS = 64, 2000
 _WORD = re.compile("[A-Za-z]+")
@@ -38,6 +38,15 @@ class Start:
     tokenizer_json: str
     identity: str
     card: Mapping[str, Any] = field(default_factory=dict)
+
+
+def begin(spec: ModelSpec, seed: int, path: Path | None, image_size: int | None, new_words: Sequence[str]) -> Start:
+    """New weights of `spec`, or a checkpoint's where `path` names one. Raises `UsageError` when changes are asked of no checkpoint."""
+    if path is not None:
+        return start_from_checkpoint(path, image_size, new_words)
+    if image_size or new_words:
+        raise UsageError("--image-size and --new-words change a checkpoint; name one with --start-from")
+    return new_start(spec, seed)
 
 
 def new_start(spec: ModelSpec, seed: int) -> Start:
