@@ -98,7 +98,7 @@ def test_phrases_fit_one_thing_and_carry_its_box() -> None:
                 fitting = [t for t in scene.things if set(sample.text.split()) <= {t.colour, t.shape, t.size}]
                 assert len(fitting) == 1 and sample.box == fitting[0].box
                 assert iou(parse_box(sample.answer) or (0, 0, 0, 0), fitting[0].box) > 0.75
-                assert score("ground", sample.answer, "", sample.box).right
+                assert score(sample, sample.answer).value == 1
 
 
 def test_captions_name_everything_and_chats_alternate() -> None:
