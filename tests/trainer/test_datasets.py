@@ -188,6 +188,18 @@ def test_bad_annotations(objects: str, words: str, tmp_path: Path) -> None:
         assert any(sample.text == "dog" for sample in read_examples(text, skip_bad=True)[0].samples)
 
 
+def test_names_of_classes(tmp_path: Path) -> None:
+    text = voc(tmp_path, VOC_OBJECT.format("Platelets", 1, 1, 50, 50))
+    assert read_examples(text)[0].samples[1].text == "how many platelets are there?"
+    names = dump(tmp_path / "names.json", {"Platelets": ["platelet", "platelets"], "WBC": "white cell"})
+    texts = [sample.text for sample in read_examples(f"{text},names={names}")[0].samples]
+    assert "platelet" in texts and "how many white cells are there?" in texts
+    for wrong, words in (({}, "no words for class"), ({"Platelets": 3}, "expected a word"), ([], "no JSON object")):
+        dump(names, wrong)
+        with pytest.raises(DataError, match=words):
+            read_examples(f"{text},names={names}")
+
+
 def test_entities_are_not_expanded(tmp_path: Path) -> None:
     text = voc(tmp_path)
     (tmp_path / "Annotations" / "x.xml").write_text('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>')

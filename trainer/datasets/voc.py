@@ -112,7 +112,7 @@ def _names(source: DataSource, labels: list[str]) -> dict[str, ClassName]:
         raise DataError(f"{source.options['names']} has no words for class {missing[0]!r}; the data have: {', '.join(labels)}")
     names = {}
     for label, words in given.items():
-        pair = [words, f"{words}s"] if isinstance(words, str) else words
+        pair = [words, words if words.endswith("s") else f"{words}s"] if isinstance(words, str) else words
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(word, str) and word.strip() for word in pair)):
             raise DataError(f"{source.options['names']}: {label!r} is {words!r:.60}, expected a word or [one, several]")
         names[label] = ClassName(*pair)
