@@ -50,9 +50,8 @@ def data_card(texts: Sequence[str]) -> list[dict[str, str]]:
         source = parse_source(text, DATASETS)
         options = ",".join(f"{key}={Path(value).name}" for key, value in source.options.items())
         row = {"name": ":".join(part for part in (source.name, source.path.name) if part) + (f",{options}" if options else "")}
-        listing = source.path / "ImageSets" / "Main" / f"{source.options.get('split', 'train')}.txt"
-        for path in (source.path, listing):
-            if path.is_file():
-                row["sha256"] = sha256_file(path)
+        listing = DATASETS[source.name].listing(source)
+        if listing.is_file():
+            row["sha256"] = sha256_file(listing)
         rows.append(row)
     return rows

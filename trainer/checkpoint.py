@@ -23,7 +23,7 @@ from runtime.contract.spec import ModelSpec
 from runtime.contract.tokenizer import Tokenizer
 from trainer.model import InfMLLM
 
-__all__ = ["DEMO", "Checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["DEMO", "Checkpoint", "load_checkpoint", "save_checkpoint", "shard_files"]
 
 DEMO = Path(__file__).parent / "demo"
 """The demo checkpoint shipped with the package."""
@@ -80,14 +80,21 @@ def _shards(path: Path) -> list[Path]:
         return [path / WEIGHTS]
     if not (path / INDEX).is_file():
         raise CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}; pickle files are not read, use: infmllm-export import")
+    return shard_files(path / INDEX)
+
+
+def shard_files(index: Path) -> list[Path]:
+    """The files an index of shards names: plain names of existing files in its folder. Raises `CheckpointError`."""
     try:
-        names = sorted(set(json.loads((path / INDEX).read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path / INDEX} is no index of shards ({error}); copy the checkpoint again") from None
-    unsafe = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if unsafe:
-        raise CheckpointError(f"{path / INDEX} names files outside the checkpoint: {unsafe[0]!r:.80}")
-    return [path / name for name in names]
+        raise CheckpointError(f"{index} is no index of shards ({error}); copy the checkpoint again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names files outside the checkpoint: {name!r:.80}")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent / name} is missing, its index names it; copy the checkpoint again")
+    return [index.parent / name for name in names]
 
 
 def _read(shards: list[Path], expected: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ LOG_EVERY = 10
 LOG, CURVES, SAMPLES = "log.jsonl", "tensorboard", "samples"
 
 
-def check_finite(figures: dict[str, Tensor], stage: str, step: int) -> None:
+def check_finite(figures: Mapping[str, Tensor | float], stage: str, step: int) -> None:
     """Raises `NonFiniteError` when a figure is no number, before anything made of it is saved."""
     bad = sorted(key for key, value in figures.items() if not math.isfinite(float(value)))
     if bad:
@@ -78,7 +79,7 @@ class Progress:
             return
         means = {key: self._accelerator.reduce(value / self._count, "mean").item() for key, value in sorted(self._sums.items())}
         seconds = time.monotonic() - self._began
-        check_finite({key: torch.tensor(value) for key, value in means.items()}, run.stage, step)
+        check_finite(means, run.stage, step)
         means |= {"lr": rate, "images/s": self._count * self._images / seconds, "waiting for data %": 100 * self._waited / seconds}
         self._sums, self._count, self._waited, self._began = {}, 0, 0.0, time.monotonic()
         if self._writer is None:

@@ -26,7 +26,7 @@ from runtime.contract.files import sync_file
 from runtime.contract.sample import Example
 from runtime.contract.tokenizer import Tokenizer
 from trainer.batch import Batch
-from trainer.config import STAGES, StageRun
+from trainer.config import STAGES, Stage, StageRun
 from trainer.datasets.draw import ExampleSource
 from trainer.datasets.source import BadBatch, BatchStream
 from trainer.model import InfMLLM
@@ -184,7 +184,7 @@ class _Trainer:
             load_full_state(accelerator, module, optimiser, self.start.weights, self.start.optimiser)
             first, self.start = self.start.step, None
         progress = Progress(accelerator, self.options.state_dir, run.batch * run.accumulate * accelerator.num_processes, before, before + first + 1)
-        batches, saved = self._batches(run, index, first), time.monotonic()
+        batches, saved, stop = self._batches(run, index, first), time.monotonic(), False
         with progress.bar as bar:
             task = bar.add_task(run.stage, total=run.steps, completed=first, figures="")
             for step in range(first, run.steps):
@@ -206,10 +206,10 @@ class _Trainer:
                     break
         progress.close()
         accelerator.free_memory()
-        return not stop if run.steps > first else True
+        return not stop
 
     def _step(
-        self, module: torch.nn.Module, optimiser: torch.optim.Optimizer, run: StageRun, stage: Any, batches: Iterator[Batch]
+        self, module: torch.nn.Module, optimiser: torch.optim.Optimizer, run: StageRun, stage: Stage, batches: Iterator[Batch]
     ) -> tuple[dict[str, Tensor], float]:
         """One optimiser step: (mean figures of its micro-batches, seconds waited for data)."""
         accelerator, figures, waited = self.accelerator, dict[str, Tensor](), 0.0

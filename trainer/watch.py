@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime.contract.boxes import parse_box, to_pixel_box
-from runtime.contract.draw import FOUND, TRUE, draw_boxes
+from runtime.contract.boxes import parse_box
+from runtime.contract.draw import draw_boxes, truth_and_found
 from runtime.contract.errors import InfMLLMError
 from runtime.contract.sample import Example
 from runtime.contract.tokenizer import Tokenizer
@@ -49,9 +49,7 @@ def _tile(answerer: CheckpointAnswerer, example: Example) -> Image.Image:
     for sample in {sample.task: sample for sample in samples}.values():
         answer = answerer.answer(image, sample, None)
         if sample.box:
-            boxes.append((to_pixel_box(sample.box, *image.size), TRUE, ""))
-            if found := parse_box(answer):
-                boxes.append((to_pixel_box(found, *image.size), FOUND, ""))
+            boxes += truth_and_found(image.size, sample.box, parse_box(answer))
         lines.append(f"{sample.text}: {answer}")
     picture = draw_boxes(image, boxes)
     picture.thumbnail((_TILE, _TILE))

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["Box", "find_boxes", "format_box", "iou", "parse_box", "to_pixel_box"]
+from runtime.contract.errors import DataError
+
+__all__ = ["Box", "check_inside", "find_boxes", "format_box", "iou", "parse_box", "to_pixel_box", "to_unit_box"]
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 with x1 <= x2 and y1 <= y2."""
@@ -26,8 +28,7 @@ def _ordered(values: Sequence[float]) -> Box:
 
 def format_box(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> str:
     """Writes a pixel box of a width x height picture (or a box in [0, 1]) as text, corners ordered and clamped to the picture."""
-    scaled = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
-    x1, y1, x2, y2 = _ordered([min(1.0, max(0.0, v)) for v in scaled])
+    x1, y1, x2, y2 = _ordered(to_unit_box(box, width, height))
     return f"{x1:.{BOX_DECIMALS}f},{y1:.{BOX_DECIMALS}f} {x2:.{BOX_DECIMALS}f},{y2:.{BOX_DECIMALS}f}"
 
 
@@ -45,6 +46,19 @@ def parse_box(text: str) -> Box | None:
 def to_pixel_box(box: Box, width: int, height: int) -> Box:
     """Scales a box in [0, 1] to pixels of a width x height picture."""
     return (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
+
+
+def to_unit_box(box: Sequence[float], width: float, height: float) -> Box:
+    """Scales a box in pixels of a width x height picture to [0, 1], clamped to the picture."""
+    x1, y1, x2, y2 = (min(1.0, max(0.0, value / side)) for value, side in zip(box, (width, height, width, height), strict=True))
+    return (x1, y1, x2, y2)
+
+
+def check_inside(box: Sequence[float], width: int, height: int, what: str) -> None:
+    """Raises `DataError` unless a pixel box has an area and lies inside a width x height picture; `what` names it."""
+    x1, y1, x2, y2 = box
+    if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
+        raise DataError(f"{what} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2")
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:

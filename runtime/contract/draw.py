@@ -6,14 +6,19 @@ from collections.abc import Iterable
 
 from PIL import Image, ImageDraw
 
-from runtime.contract.boxes import Box
+from runtime.contract.boxes import Box, to_pixel_box
 
-__all__ = ["FOUND", "TRUE", "draw_boxes"]
+__all__ = ["FOUND", "TRUE", "draw_boxes", "truth_and_found"]
 
 Colour = tuple[int, int, int]
 TRUE: Colour = (40, 180, 70)
 FOUND: Colour = (255, 0, 90)
 """Colours (RGB) of true and of found boxes."""
+
+
+def truth_and_found(size: tuple[int, int], truth: Box | None, found: Box | None) -> list[tuple[Box, Colour, str]]:
+    """What `draw_boxes` shows of an answer on a picture of that size: the true box and the found one (in [0, 1]), where there are any."""
+    return [(to_pixel_box(box, *size), colour, "") for box, colour in ((truth, TRUE), (found, FOUND)) if box]
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[tuple[Box, Colour, str]]) -> Image.Image:

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from runtime.contract.boxes import to_pixel_box
-from runtime.contract.draw import FOUND, TRUE, draw_boxes
+from runtime.contract.draw import draw_boxes, truth_and_found
 from runtime.contract.errors import UsageError
 from runtime.contract.faults import Faults
 from runtime.contract.image import MEAN_COLOUR
@@ -105,7 +104,6 @@ def evaluate(
 def _thumbnail(image: Image.Image, sample: Sample, scored: Scored) -> bytes:
     small = image.copy()
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    boxes = [(to_pixel_box(box, *small.size), colour, "") for box, colour in ((sample.box, TRUE), (scored.found, FOUND)) if box]
     data = io.BytesIO()
-    draw_boxes(small, boxes).save(data, "JPEG", quality=80, subsampling=0)
+    draw_boxes(small, truth_and_found(small.size, sample.box, scored.found)).save(data, "JPEG", quality=80, subsampling=0)
     return data.getvalue()

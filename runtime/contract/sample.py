@@ -7,8 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from runtime.contract.boxes import Box, format_box
-from runtime.contract.errors import DataError
+from runtime.contract.boxes import Box, check_inside, format_box, to_unit_box
 from runtime.contract.image import open_image
 from runtime.contract.prompt import Message, Prompt, render, render_chat
 
@@ -48,10 +47,8 @@ class Sample:
         """With `box` and `answer` set from `pixel_box`; raises `DataError` when it lies outside a width x height picture."""
         if self.pixel_box is None:
             return self
-        x1, y1, x2, y2 = self.pixel_box
-        if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-            raise DataError(f"{where}: box {list(self.pixel_box)} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2")
-        box = (x1 / width, y1 / height, x2 / width, y2 / height)
+        check_inside(self.pixel_box, width, height, f"{where}: box {list(self.pixel_box)}")
+        box = to_unit_box(self.pixel_box, width, height)
         return replace(self, box=box, answer=format_box(box), pixel_box=None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from runtime.contract.console import note
 from runtime.contract.data_source import DataSource, parse_source
@@ -16,7 +17,7 @@ from runtime.contract.faults import Faults
 from runtime.contract.jsonl import read_jsonl
 from runtime.contract.sample import Example
 from trainer.datasets import coco, held_out, llava, refcoco, scene_text, voc, vqav2
-from trainer.datasets.augment import find_augmentation
+from trainer.datasets.augment import Augmentation, find_augmentation
 from trainer.datasets.draw import ExampleSource, ListedSource, Mixture
 
 __all__ = ["DATASETS", "DataSet", "open_source", "read_examples"]
@@ -27,12 +28,16 @@ _COMMON = ("weight", "augment")
 
 @dataclass(frozen=True)
 class DataSet:
-    """How one kind of data is read. `read` lists examples in file order; `source` draws for training where a plain list will not do."""
+    """How one kind of data is read. `read` lists examples in file order; `source` draws for training where a plain list will not do.
+
+    `listing` is the file whose hash identifies the data on a card.
+    """
 
     read: Reader
     options: tuple[str, ...] = ()
     augment: str = "none"
-    source: Callable[[DataSource, Faults, str], ExampleSource] | None = None
+    source: Callable[[DataSource, Faults, Augmentation], ExampleSource] | None = None
+    listing: Callable[[DataSource], Path] = lambda source: source.path
 
 
 DATASETS: dict[str, DataSet] = {
@@ -41,7 +46,7 @@ DATASETS: dict[str, DataSet] = {
     "vqav2": DataSet(vqav2.read, ("images", "answers"), "crop"),
     "refcoco": DataSet(refcoco.read, ("images",), "crop"),
     "llava": DataSet(llava.read, ("images",)),
-    "voc": DataSet(voc.read, ("split", "names", "scene"), "photo", voc.open_source),
+    "voc": DataSet(voc.read, ("split", "names", "scene"), "photo", voc.open_source, voc.listing),
     "synthetic": DataSet(held_out.read, source=lambda source, faults, augment: scene_text.SceneSource()),
 }
 
@@ -87,8 +92,7 @@ def open_source(texts: Sequence[str], skip_bad: bool = False) -> ExampleSource:
     weights: list[float] = []
     for text in texts:
         source, row = _parsed(text)
-        augment, faults = source.options.get("augment", row.augment), Faults(skip_bad)
-        find_augmentation(augment)
+        augment, faults = find_augmentation(source.options.get("augment", row.augment)), Faults(skip_bad)
         made = row.source(source, faults, augment) if row.source else ListedSource(row.read(source, faults), augment, text, skip_bad)
         _tell(text, faults)
         sources.append(made)

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract.boxes import Box, format_box
+from runtime.contract.boxes import Box, format_box, to_unit_box
 from runtime.contract.sample import Sample
+from trainer.datasets.phrases import article, listed
 
-__all__ = ["DENSE_SUB", "ClassName", "Thing", "dense_labels", "detection_samples", "visible"]
+__all__ = ["DENSE_SUB", "MANY", "ClassName", "Thing", "dense_labels", "detection_samples", "visible"]
 
 DENSE_SUB = 8  # label samples per patch side
 _DENSE_COVER = 8  # of 64 samples that make a patch belong to a thing
-_MANY = 5  # from here on captions say "many"
+MANY = 5  # from here on captions say "many"
 _MIN_VISIBLE = 0.5  # share of a box that must be inside the picture
 
 
@@ -46,21 +47,20 @@ def visible(things: Sequence[Thing], width: int, height: int) -> list[Thing]:
         clipped = (max(0.0, x1), max(0.0, y1), min(float(width), x2), min(float(height), y2))
         inside = max(0.0, clipped[2] - clipped[0]) * max(0.0, clipped[3] - clipped[1])
         if inside > 0 and inside >= _MIN_VISIBLE * (x2 - x1) * (y2 - y1):
-            kept.append(Thing(thing.label, (clipped[0] / width, clipped[1] / height, clipped[2] / width, clipped[3] / height)))
+            kept.append(Thing(thing.label, to_unit_box(clipped, width, height)))
     return kept
 
 
 def _counted(name: ClassName, count: int) -> str:
     if count == 1:
-        return f"{'an' if name.one[0] in 'aeiou' else 'a'} {name.one}"
-    return f"{count if count < _MANY else 'many'} {name.several}"
+        return f"{article(name.one)} {name.one}"
+    return f"{count if count < MANY else 'many'} {name.several}"
 
 
 def detection_samples(things: Sequence[Thing], names: Sequence[ClassName], scene: str) -> list[Sample]:
     """All that can be asked: one caption, a count and a presence question per class, a phrase for each class with one thing in view."""
     counts = [sum(thing.label == label for thing in things) for label in range(len(names))]
-    listed = [_counted(name, count) for name, count in zip(names, counts, strict=True) if count]
-    parts = f"{', '.join(listed[:-1])} and {listed[-1]}" if len(listed) > 1 else "".join(listed)
+    parts = listed([_counted(name, count) for name, count in zip(names, counts, strict=True) if count])
     samples = [Sample("caption", "describe", f"{scene} with {parts}" if parts else scene, kind="caption")]
     for label, (name, count) in enumerate(zip(names, counts, strict=True)):
         samples.append(Sample("vqa", f"how many {name.several} are there?", str(count), kind=f"count of {name.several}"))

@@ -6,23 +6,25 @@ A draw returns a picture that is augmented and already square, so that what come
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from runtime.contract.boxes import Box, format_box
+from runtime.contract.boxes import Box, format_box, to_pixel_box, to_unit_box
 from runtime.contract.console import note
 from runtime.contract.errors import DataError, ImageError
 from runtime.contract.image import open_image, to_square
 from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
-from trainer.datasets.augment import Augmentation, find_augmentation
+from trainer.datasets.augment import Augmentation
 
-__all__ = ["ExampleSource", "ListedSource", "Mixture", "PictureCache"]
+__all__ = ["ExampleSource", "ListedSource", "Mixture", "PictureCache", "Retries", "move_samples"]
+
+T = TypeVar("T")
 
 _MAX_PACKED = 8
 _CACHE_BYTES = 256 << 20
@@ -63,13 +65,34 @@ class PictureCache:
         return image
 
 
+class Retries:
+    """Draws again, where bad rows are left out, when a picture cannot be used; says each reason once."""
+
+    def __init__(self, skip_bad: bool) -> None:
+        self._skip, self._noted = skip_bad, set[str]()
+
+    def until_usable(self, attempt: Callable[[], T]) -> T:
+        """The first attempt that works. Raises `DataError` or `ImageError`: the first one, or after 100 that were left out."""
+        for _ in range(_MAX_TRIES):
+            try:
+                return attempt()
+            except (DataError, ImageError) as error:
+                if not self._skip:
+                    raise
+                last = str(error)
+                if last not in self._noted:
+                    self._noted.add(last)
+                    note(f"left out: {last}")
+        raise DataError(f"{_MAX_TRIES} pictures in a row could not be used, the last because: {last}")
+
+
 class ListedSource:
     """Draws pictures of a list uniformly, each with up to 8 of its samples. With `skip_bad` a picture that cannot be used is drawn again."""
 
     dense_classes: tuple[int, ...] = ()
     dense_names: tuple[str, ...] = ()
 
-    def __init__(self, examples: Sequence[Example], augment: str = "none", name: str = "data", skip_bad: bool = False) -> None:
+    def __init__(self, examples: Sequence[Example], augment: Augmentation, name: str = "data", skip_bad: bool = False) -> None:
         grouped: dict[Path, list[Sample]] = defaultdict(list)
         for example in examples:
             assert isinstance(example.picture, Path), "listed examples refer to files"
@@ -77,8 +100,7 @@ class ListedSource:
         if not grouped:
             raise DataError(f"{name} has no samples; check the file and its format")
         self._short, self._chat = self._groups(grouped, chat=False), self._groups(grouped, chat=True)
-        self._augment, self._skip = augment, skip_bad
-        self._pictures, self._noted = PictureCache(), set[str]()
+        self._augment, self._retries, self._pictures = augment, Retries(skip_bad), PictureCache()
 
     @staticmethod
     def _groups(grouped: dict[Path, list[Sample]], chat: bool) -> list[tuple[Path, list[Sample]]]:
@@ -88,24 +110,19 @@ class ListedSource:
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
         """See `ExampleSource.draw`; falls back to the other kind when there is only one."""
         groups = (self._chat if chat else self._short) or self._short or self._chat
-        for _ in range(_MAX_TRIES):
+
+        def attempt() -> Example:
             path, samples = groups[int(rng.integers(len(groups)))]
             chosen = [samples[int(i)] for i in rng.permutation(len(samples))[:_MAX_PACKED]]
-            try:
-                return self._load(path, chosen, rng, spec)
-            except (DataError, ImageError) as error:
-                if not self._skip:
-                    raise
-                if str(path) not in self._noted:
-                    self._noted.add(str(path))
-                    note(f"left out: {error}")
-        raise DataError(f"{_MAX_TRIES} pictures in a row could not be used, the last {path}; check the data")
+            return self._load(path, chosen, rng, spec)
+
+        return self._retries.until_usable(attempt)
 
     def _load(self, path: Path, chosen: list[Sample], rng: np.random.Generator, spec: ModelSpec) -> Example:
         image = self._pictures.open(path)
         placed = [_retold(sample.placed(*image.size, str(path)), rng) for sample in chosen]
-        moved, placed = move_samples(find_augmentation(self._augment), image, placed, rng)
-        square = find_augmentation(self._augment).finish(to_square(moved, spec), rng)
+        moved, placed = move_samples(self._augment, image, placed, rng)
+        square = self._augment.finish(to_square(moved, spec), rng)
         return Example(square, tuple(placed), name=str(path))
 
     def texts(self) -> list[str]:
@@ -125,7 +142,7 @@ def move_samples(
 ) -> tuple[Image.Image, list[Sample]]:
     """Crops the picture around the samples' boxes (all in [0, 1]) and rewrites boxes and box answers."""
     width, height = image.size
-    boxes: list[Box] = [(s.box[0] * width, s.box[1] * height, s.box[2] * width, s.box[3] * height) for s in samples if s.box]
+    boxes = [to_pixel_box(s.box, width, height) for s in samples if s.box]
     keep = (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)) if boxes else None
     image, moved = augmentation.move(image, boxes, rng, keep)
     following = iter(moved)
@@ -133,9 +150,8 @@ def move_samples(
 
 
 def _reboxed(sample: Sample, pixels: Box, size: tuple[int, int]) -> Sample:
-    width, height = size
-    box = tuple(min(1.0, max(0.0, v)) for v in (pixels[0] / width, pixels[1] / height, pixels[2] / width, pixels[3] / height))
-    return replace(sample, box=(box[0], box[1], box[2], box[3]), answer=format_box(box))
+    box = to_unit_box(pixels, *size)
+    return replace(sample, box=box, answer=format_box(box))
 
 
 class Mixture:

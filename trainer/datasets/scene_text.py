@@ -5,7 +5,7 @@ Every sentence is true by construction and every phrase that must name one thing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from runtime.contract.boxes import format_box
 from runtime.contract.prompt import Message
 from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
+from trainer.datasets.phrases import article, listed
 from trainer.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, dense_labels, draw_scene, pick
 
 __all__ = ["CAPTION_PROMPTS", "QUESTIONS", "SceneSource", "caption", "chat_samples", "corpus", "scene_samples"]
@@ -26,17 +27,9 @@ def _full(thing: Thing) -> str:
     return f"{thing.size} {thing.colour} {thing.shape}"
 
 
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
 def caption(scene: Scene) -> str:
     """All things from left to right with size, colour and shape."""
-    return _listed([f"a {_full(thing)}" for thing in scene.things])
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+    return listed([f"a {_full(thing)}" for thing in scene.things])
 
 
 def _names(thing: Thing) -> Iterator[str]:
@@ -104,12 +97,12 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
 def _ask_existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     if rng.random() < 0.5:
         thing = scene.things[int(rng.integers(len(scene.things)))]
-        return f"is there {_article(thing.colour)} {thing.colour} {thing.shape}?", "yes"
+        return f"is there {article(thing.colour)} {thing.colour} {thing.shape}?", "yes"
     for _ in range(20):
         colour, shape = pick(rng, list(COLOURS)), pick(rng, SHAPES)
         near = any(t.colour == colour or t.shape == shape for t in scene.things)
         if not any(t.colour == colour and t.shape == shape for t in scene.things) and (near or rng.random() < 0.5):
-            return f"is there {_article(colour)} {colour} {shape}?", "no"
+            return f"is there {article(colour)} {colour} {shape}?", "no"
     return None
 
 

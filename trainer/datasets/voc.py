@@ -13,26 +13,27 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
+from runtime.contract.boxes import Box, check_inside
 from runtime.contract.data_source import DataSource
-from runtime.contract.errors import DataError, ImageError
+from runtime.contract.errors import DataError
 from runtime.contract.faults import Faults
 from runtime.contract.image import image_size, to_square
 from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
-from trainer.datasets.augment import find_augmentation
-from trainer.datasets.detection import ClassName, Thing, dense_labels, detection_samples, visible
-from trainer.datasets.draw import PictureCache
+from trainer.datasets.augment import Augmentation
+from trainer.datasets.detection import MANY, ClassName, Thing, dense_labels, detection_samples, visible
+from trainer.datasets.draw import PictureCache, Retries
 from trainer.datasets.files import picture, read_json
 
-__all__ = ["VocSource", "open_source", "read"]
+__all__ = ["VocSource", "listing", "open_source", "read"]
 
-_MAX_XML, _MAX_TRIES = 4 << 20, 100
+_MAX_XML = 4 << 20
 
 
 @dataclass(frozen=True)
 class _Picture:
     path: Path
-    things: tuple[tuple[str, Thing], ...]
+    things: tuple[tuple[str, Box], ...]
     width: int
     height: int
 
@@ -66,9 +67,8 @@ def _annotation(root: Path, name: str, faults: Faults) -> _Picture:
             if corners is None or not label:
                 raise ValueError("an object lacks its <name> or <bndbox>")
             x1, y1, x2, y2 = (_number(corners, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
-            if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-                raise ValueError(f"box {[x1, y1, x2, y2]} of {label} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2")
-            things.append((label, Thing(-1, (x1, y1, x2, y2))))
+            check_inside((x1, y1, x2, y2), width, height, f"box {[x1, y1, x2, y2]} of {label}")
+            things.append((label, (x1, y1, x2, y2)))
     shown = picture(root / "JPEGImages", Path((tree.findtext("filename") or "").strip() or f"{name}.jpg").name)
     if image_size(shown) != (width, height):
         raise ValueError(f"{shown} is {'x'.join(map(str, image_size(shown)))}, its annotation says {width}x{height}")
@@ -82,23 +82,27 @@ class _Data:
     scene: str
 
 
+def listing(source: DataSource) -> Path:
+    """The file that lists a split's pictures."""
+    return source.path / "ImageSets" / "Main" / f"{source.options.get('split', 'train')}.txt"
+
+
 def _load(source: DataSource, faults: Faults) -> _Data:
-    split = source.options.get("split", "train")
-    listing = source.path / "ImageSets" / "Main" / f"{split}.txt"
-    if not listing.is_file():
-        found = ", ".join(sorted(p.stem for p in listing.parent.glob("*.txt"))) or "none"
-        raise DataError(f"{listing} does not exist; splits found: {found}")
+    file = listing(source)
+    if not file.is_file():
+        found = ", ".join(sorted(p.stem for p in file.parent.glob("*.txt"))) or "none"
+        raise DataError(f"{file} does not exist; splits found: {found}")
     pictures: list[_Picture] = []
-    for number, line in enumerate(listing.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         if line.strip():
-            with faults.row(f"{listing}:{number}"):
+            with faults.row(f"{file}:{number}"):
                 pictures.append(_annotation(source.path, line.split()[0], faults))
     if not pictures:
-        raise DataError(f"{listing} names no usable picture")
+        raise DataError(f"{file} names no usable picture")
     labels = sorted({label for shown in pictures for label, _ in shown.things})
     names = _names(source, labels)
     index = {label: i for i, label in enumerate(names)}
-    rows = [(p.path, [Thing(index[label], thing.box) for label, thing in p.things], p.width, p.height) for p in pictures]
+    rows = [(p.path, [Thing(index[label], box) for label, box in p.things], p.width, p.height) for p in pictures]
     return _Data(rows, list(names.values()), source.options.get("scene", "a picture"))
 
 
@@ -131,8 +135,8 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
 class VocSource:
     """Draws augmented pictures whose sentences are written after the augmentation, with labels per patch."""
 
-    def __init__(self, data: _Data, augment: str, skip_bad: bool = False) -> None:
-        self._data, self._augment, self._skip = data, find_augmentation(augment), skip_bad
+    def __init__(self, data: _Data, augment: Augmentation, skip_bad: bool = False) -> None:
+        self._data, self._augment, self._retries = data, augment, Retries(skip_bad)
         self._pictures = PictureCache()
         self.dense_classes: tuple[int, ...] = (len(data.names) + 1,)
         self.dense_names = tuple(name.one for name in data.names)
@@ -148,28 +152,22 @@ class VocSource:
 
     def _open(self, rng: np.random.Generator) -> tuple[Path, list[Thing], Image.Image]:
         """A random picture; one that cannot be read is drawn again where bad rows are left out."""
-        for _ in range(_MAX_TRIES):
+
+        def attempt() -> tuple[Path, list[Thing], Image.Image]:
             path, things, _, _ = self._data.pictures[int(rng.integers(len(self._data.pictures)))]
-            try:
-                return path, things, self._pictures.open(path)
-            except ImageError as error:
-                if not self._skip:
-                    raise
-                last = error
-        raise DataError(f"{_MAX_TRIES} pictures in a row could not be read: {last}")
+            return path, things, self._pictures.open(path)
+
+        return self._retries.until_usable(attempt)
 
     def texts(self) -> list[str]:
         """See `ExampleSource.texts`."""
         everything = [Thing(label, (0.0, 0.0, 1.0, 1.0)) for label in range(len(self._data.names))]
         samples: list[Sample] = []
-        for copies in (1, 2, _ENOUGH):
+        for copies in (1, 2, MANY):
             samples += detection_samples(everything * copies, self._data.names, self._data.scene)
         return [text for sample in samples for text in (sample.text, sample.answer)]
 
 
-_ENOUGH = 9  # things of a class that make a caption say "many"
-
-
-def open_source(source: DataSource, faults: Faults, augment: str) -> VocSource:
+def open_source(source: DataSource, faults: Faults, augment: Augmentation) -> VocSource:
     """The training source. Raises `DataError`."""
     return VocSource(_load(source, faults), augment, faults.skip)

@@ -5,7 +5,6 @@ Nothing in a file is executed, and a tensor is in memory only while its caller h
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from runtime.contract.errors import CheckpointError
+from trainer.checkpoint import shard_files
 
 __all__ = ["Stored", "WeightFiles", "open_weights"]
 
@@ -62,24 +62,11 @@ def _files(path: Path) -> list[Path]:
         return [path]
     for name in _INDEXES:
         if (path / name).is_file():
-            return _shards(path / name)
+            return shard_files(path / name)
     for name in _SINGLE:
         if (path / name).is_file():
             return [path / name]
     raise CheckpointError(f"{path} holds none of {', '.join((*_SINGLE, *_INDEXES))}; give the folder or file with the weights")
-
-
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({error}); download it again") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names a file outside its folder: {name!r:.80}")
-        if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name} is missing, its index names it; download it again")
-    return [index.parent / name for name in names]
 
 
 def _safetensors(file: Path) -> dict[str, Stored]:
