@@ -2,24 +2,45 @@
 
 `optimum`'s dummy-input generators are not needed for two graphs; shapes and dynamic axes are described once, here. The decoder graph is the model's
 own `Decoder.step`: static-capacity caches in, updated caches out, logits of the last position.
+
+The model is traced without weights; each parameter is bound to a reader and read when the graph is written, so size costs time and no memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
+import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim
 
-from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, POSITION_IDS, DecoderSpec, key_cache, present, value_cache
+from export.passes.contract import lazy_tensor
+from runtime.contract.spec import (
+    IMAGE_EMBEDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    PIXELS,
+    POOL,
+    POSITION_IDS,
+    DecoderSpec,
+    ModelSpec,
+    key_cache,
+    present,
+    value_cache,
+)
+from trainer.decoder import rotary_tables
 from trainer.model import InfMLLM
 
 __all__ = ["OPSET", "Graphs", "capture"]
 
 OPSET = 23
 _TRACE_CAPACITY = 16
+_TABLES = ("decoder.rotary_cos", "decoder.rotary_sin")
 
 
 @dataclass(frozen=True)
@@ -59,10 +80,28 @@ def cache_names(spec: DecoderSpec) -> list[str]:
     return [name for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))]
 
 
-def capture(model: InfMLLM) -> Graphs:
-    """Exports both graphs of a model with real weights. The model is left unchanged (and in eval mode)."""
-    model.eval()
-    return Graphs(_capture_vision(model), _capture_decoder(model))
+def capture(spec: ModelSpec, read: Callable[[str], Tensor]) -> Graphs:
+    """Exports both graphs of a spec; `read` supplies a parameter as float32 whenever its tensor is asked for."""
+    graphs = Graphs(*(graph.clone() for graph in _captured(spec)))
+    tables = dict(zip(_TABLES, rotary_tables(spec.decoder), strict=True))
+    for graph in (graphs.vision, graphs.decoder):
+        for name, value in graph.graph.initializers.items():
+            if value.const_value is not None and "." in name:
+                source = tables[name].clone if name in tables else partial(read, name)
+                value.const_value = lazy_tensor(name, _numpy(source), value.const_value.dtype, value.const_value.shape.numpy())
+    return graphs
+
+
+@lru_cache(maxsize=4)
+def _captured(spec: ModelSpec) -> tuple[ir.Model, ir.Model]:
+    """Both graphs without weights. Several builds of one process share them: tracing takes ten times as long as all the rest of a small build."""
+    with torch.device("meta"):
+        model = InfMLLM(spec).eval()
+        return _capture_vision(model), _capture_decoder(model)
+
+
+def _numpy(source: Callable[[], Tensor]) -> Callable[[], NDArray[np.float32]]:
+    return lambda: source().numpy()
 
 
 def _export(module: nn.Module, arguments: tuple[Tensor, ...], dynamic: tuple[object, ...], inputs: list[str], outputs: list[str]) -> ir.Model:

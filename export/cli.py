@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,40 +18,37 @@ app = command_app("Compile InfMLLM checkpoints into verified bundles.")
 
 
 @app.command(
-    epilog="Example:\n\n    infmllm-export build --precision int8"
-    "\n\n    infmllm-export build checkpoints/mine --precision fp16 --calib val.jsonl -o mine.bundle"
+    epilog="Examples:\n\n    infmllm-export build --precision int8"
+    "\n\n    infmllm-export build checkpoints/mine --precision int4 --block 64 --calib train.jsonl -o mine.bundle"
+    "\n\n    infmllm-export build checkpoints/mine --precision int4 --keep decoder.layers.0=int8 --calib train.jsonl"
 )
 def build(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder. Default: the demo checkpoint.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "int8",
+    precision: Annotated[str, typer.Option(help="A scheme: fp32, fp16, int8, int8-static, int8-weights, int4, int4-hybrid, int4-all.")] = "int8",
     target: Annotated[str, typer.Option(help="Where the bundle runs: cpu.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")] = Path("infmllm-bundle"),
-    calib: Annotated[str, typer.Option(help="Data the parity cases come from, as infmllm-eval takes them. Default: synthetic scenes.")] = "",
+    calib: Annotated[str, typer.Option(help="Data to calibrate and compare with, as infmllm-eval takes them. Default: the training mix.")] = "",
+    samples: Annotated[int, typer.Option(min=4, help="Pictures to calibrate with.")] = 32,
+    ranges: Annotated[str, typer.Option(help="How static ranges are found: min-max, percentile, mse or entropy.")] = "mse",
+    block: Annotated[int | None, typer.Option(help="Inputs that share a scale in 4-bit weights: 16, 32, 64, 128 or 256. Default: 32.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="How 4-bit weights are rounded: nearest, mse or gptq. Default: gptq.")] = None,
+    kv: Annotated[str, typer.Option(help="Keys and values: fp32 or int8.")] = "fp32",
+    keep: Annotated[
+        list[str] | None, typer.Option(help="BLOCK=SCHEME: another scheme for a block, such as decoder.layers.0=fp16. Repeatable.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=0, help="Pictures the bundle answers against PyTorch; 0 leaves this check out.")] = 16,
     dump: Annotated[Path | None, typer.Option(help="Write each graph after every step to this folder.")] = None,
     allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Keep a bundle that fails parity, marked UNVERIFIED.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Captures, simplifies, lowers, quantises and packs a checkpoint, and proves the result equal to PyTorch."""
-    from export.pipeline import STEPS, BuildOptions, build
-    from export.schemes import find_scheme
+    """Calibrates, captures, simplifies, lowers, quantises and packs a checkpoint, and proves the result equal to PyTorch."""
+    from export.pipeline import BuildOptions
+    from export.report import run_build
+    from export.schemes import choose_scheme
     from trainer.checkpoint import DEMO
 
-    started, done = time.monotonic(), 0
-
-    def progress(step: str) -> None:
-        nonlocal done
-        done += 1
-        note(f"[{done}/{len(STEPS)}] {step} ({time.monotonic() - started:.0f} s)")
-
-    result = build(BuildOptions(checkpoint or DEMO, find_scheme(precision), target, out, dump, allow_unverified, calib), progress)
-    if as_json:
-        stages = [asdict(stage) for stage in result.stages]
-        print(json.dumps({"bundle": str(out), "verdict": result.verdict, "stages": stages, "seconds": round(time.monotonic() - started, 1)}))
-        return
-    for graph, step, outcome in result.counts:
-        note(f"  {graph:8} {step:22} changed {outcome.modified}" + "".join(f"; {reason}" for reason in outcome.refused))
-    _print_stages(result.stages)
-    print(f"{result.verdict}: {out} ({sum(f.stat().st_size for f in out.iterdir()) / 1e6:.1f} MB)")
+    scheme = choose_scheme(precision, block, rounding, kv, keep or [])
+    run_build(BuildOptions(checkpoint or DEMO, scheme, target, out, dump, allow_unverified, calib, samples, ranges, questions), as_json)
 
 
 @app.command(epilog="Example:\n\n    infmllm-export parity infmllm-bundle")
@@ -61,22 +56,23 @@ def parity(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle.")] = None,
     checkpoint: Annotated[Path | None, typer.Argument(help="Its checkpoint. Default: the demo checkpoint.")] = None,
     cases: Annotated[int, typer.Option(min=1, help="How many fresh cases PyTorch computes.")] = 8,
-    calib: Annotated[str, typer.Option(help="Data the cases come from. Default: synthetic scenes.")] = "",
+    calib: Annotated[str, typer.Option(help="Data the cases come from. Default: the training mix.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
     """Compares a bundle with its PyTorch checkpoint on fresh inputs; exit code 1 if it drifts."""
+    from calibration.samples import default_source
+    from export.report import print_stages
     from export.verify import compare_with_checkpoint
     from runtime.contract.errors import ParityError
-    from runtime.contract.evaluation import open_examples
     from runtime.session import load
-    from trainer.checkpoint import DEMO, load_checkpoint
+    from trainer.checkpoint import DEMO, open_checkpoint
 
-    session = load(bundle or default_bundle())
-    stages = compare_with_checkpoint(session, load_checkpoint(checkpoint or DEMO), cases, open_examples(calib, skip_bad=True) if calib else ())
+    session, stored = load(bundle or default_bundle()), open_checkpoint(checkpoint or DEMO)
+    stages = compare_with_checkpoint(session, stored, cases, default_source(stored.card, calib))
     if as_json:
         print(json.dumps([asdict(stage) | {"passed": stage.passed} for stage in stages]))
     else:
-        _print_stages(stages)
+        print_stages(stages)
     failed = [stage.stage for stage in stages if not stage.passed]
     if failed:
         raise ParityError(f"{', '.join(failed)} out of tolerance; rebuild the bundle from this checkpoint")
@@ -124,13 +120,6 @@ def import_(
         note(f"new, because the source has none: {parts}; train it: infmllm-train --start-from {out} --stage alignment")
     tower, decoder = spec.vision, spec.decoder
     print(f"{out}: tower {tower.layers} x {tower.width}, decoder {decoder.layers} x {decoder.hidden}, S = {tower.image_size}")
-
-
-def _print_stages(stages: object) -> None:
-    for stage in stages:  # type: ignore[attr-defined]
-        agreement = f", same token {100 * stage.agreement:.0f} %" if stage.agreement is not None else ""
-        verdict = "ok" if stage.passed else "FAILED"
-        print(f"parity {stage.stage:8} {stage.error:.3g} of {stage.tolerance:.3g} allowed{agreement}  {verdict}", file=sys.stderr)
 
 
 def main() -> None:

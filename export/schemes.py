@@ -1,63 +1,96 @@
-"""Precision schemes as data: what happens to the linear weights and activations of each part, and how far results may drift from PyTorch.
+"""Precision schemes as data: where each linear layer's weight and activation go in each part, and how far results may drift from PyTorch.
 
 Tolerances are relative root-mean-square errors against PyTorch fp32 (norm of the difference over norm of the reference), the largest of all golden
-cases. They sit above what a correct build shows (int8 on the demo: 0.07) and below what a broken kernel or a wrong scale produces (saturating
+cases. They sit above what a correct build shows (docs/benchmarks.md) and below what a broken kernel or a wrong scale produces (saturating
 products: 0.24; a wrong scale: 1 or more).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from calibration.linear import LinearScheme
 from runtime.contract.errors import UsageError
 
-__all__ = ["SCHEMES", "LinearScheme", "Scheme", "find_scheme"]
+__all__ = ["BLOCKS", "CACHES", "ROUNDINGS", "SCHEMES", "Scheme", "choose_scheme", "find_scheme", "mixed"]
 
+ROUNDINGS = ("nearest", "mse", "gptq")
+"""How 4-bit weights are rounded, the cheapest first."""
 
-@dataclass(frozen=True)
-class LinearScheme:
-    """Storage of a weight (fp32, fp16, int8 per output channel) and precision of the activation it meets.
-
-    Activations: "float", "int8-row" (a symmetric scale per token) or "int8-tensor" (one range for all tokens of a call).
-    """
-
-    weight: str = "fp32"
-    activation: str = "float"
-
+CACHES = ("fp32", "int8")
+BLOCKS = (16, 32, 64, 128, 256)
+"""Inputs that may share a scale in weight-only layers, as ONNX Runtime's MatMulNBits has them."""
 
 FLOAT = LinearScheme()
 HALF = LinearScheme("fp16")
-ROWS = LinearScheme("int8", "int8-row")
-TENSOR = LinearScheme("int8", "int8-tensor")
-
 # The tower sees many tokens in every call and takes a scale per token. The decoder's hot call is one token, where one range is a scale per token
-# already and a single fused operator; its prefill has more, which the parity gate watches.
-W8A8 = {"": ROWS, "decoder.": TENSOR}
+# already and a single fused operator; smoothing first keeps its prefill accurate.
+ROWS = LinearScheme("int8", "int8-row", smooth=True)
+TENSOR = LinearScheme("int8", "int8-tensor", smooth=True)
+STATIC = LinearScheme("int8", "int8-static", smooth=True)
+WEIGHTS8 = LinearScheme("int8", block=128)
+WEIGHTS4 = LinearScheme("int4", block=32, rounding="gptq")
+DECODER = "decoder."
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named precision. `parts` maps prefixes of parameter names to their linear scheme, the longest match counting."""
+    """A named precision. `parts` maps prefixes of parameter names to their linear scheme, the longest match counting.
+
+    `prefill`, where given, does the same for a second decoder graph that serves calls of more than one token. `cache` is fp32 or int8;
+    `drop` is how many points of task accuracy may be lost.
+    """
 
     name: str
     parts: Mapping[str, LinearScheme]
     embeddings: str
     tolerance: Mapping[str, float]
     help: str
+    prefill: Mapping[str, LinearScheme] | None = None
+    cache: str = "fp32"
+    drop: float = 0.5
 
-    def linear(self, parameter: str) -> LinearScheme:
+    def linear(self, parameter: str, prefill: bool = False) -> LinearScheme:
         """The scheme of a parameter by its longest matching prefix."""
-        matches = [prefix for prefix in self.parts if parameter.startswith(prefix)]
-        return self.parts[max(matches, key=len)] if matches else FLOAT
+        table = self.prefill if prefill and self.prefill is not None else self.parts
+        matches = [prefix for prefix in table if parameter.startswith(prefix)]
+        return table[max(matches, key=len)] if matches else FLOAT
+
+    def wanted(self, parameter: str) -> tuple[LinearScheme, ...]:
+        """All schemes a weight is stored in."""
+        both = (self.linear(parameter), *([self.linear(parameter, True)] if self.prefill and parameter.startswith(DECODER) else ()))
+        return tuple(dict.fromkeys(both))
+
+    @property
+    def calibrates(self) -> bool:
+        """True if it needs data."""
+        tables = (*self.parts.values(), *(self.prefill or {}).values())
+        return self.cache == "int8" or any(linear.calibrates for linear in tables)
 
 
+_INTEGER = {"vision": 0.06, "prefill": 0.12, "decode": 0.12}
+_STATIC = {"vision": 0.06, "prefill": 0.25, "decode": 0.25}
+_FOUR = {"vision": 0.2, "prefill": 0.3, "decode": 0.3}
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("fp32", {"": FLOAT}, "fp32", {"vision": 2e-5, "prefill": 5e-5, "decode": 5e-5}, "exact: the same tokens as PyTorch"),
         Scheme("fp16", {"": HALF}, "fp16", {"vision": 3e-3, "prefill": 5e-3, "decode": 5e-3}, "half-size weights, float arithmetic"),
-        Scheme("int8", W8A8, "fp16", {"vision": 0.06, "prefill": 0.12, "decode": 0.12}, "8-bit weights and activations (W8A8)"),
+        Scheme("int8", {"": ROWS, DECODER: TENSOR}, "fp16", _INTEGER, "8-bit weights and activations (W8A8), ranges found as they occur"),
+        Scheme("int8-static", {"": STATIC}, "fp16", _STATIC, "W8A8 with calibrated ranges"),
+        Scheme("int8-weights", {"": WEIGHTS8}, "fp16", _INTEGER, "8-bit weights in blocks"),
+        Scheme("int4", {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": WEIGHTS8}, "fp16", _FOUR, "4-bit decoder (GPTQ), W8A8 tower"),
+        Scheme(
+            "int4-hybrid",
+            {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": WEIGHTS8},
+            "fp16",
+            _FOUR,
+            "int4 with a second, W8A8 decoder for prefill: faster to the first token, larger",
+            {DECODER: TENSOR},
+        ),
+        Scheme("int4-all", {"": WEIGHTS4}, "fp16", _FOUR, "4-bit weights everywhere (GPTQ)"),
     )
 }
 
@@ -67,3 +100,41 @@ def find_scheme(name: str) -> Scheme:
     if name not in SCHEMES:
         raise UsageError(f"unknown precision {name!r}; choose one of: {', '.join(SCHEMES)}")
     return SCHEMES[name]
+
+
+def choose_scheme(name: str, block: int | None = None, rounding: str | None = None, cache: str = "fp32", keep: Sequence[str] = ()) -> Scheme:
+    """A named scheme with what the command line changed about it. Raises `UsageError` naming the choices.
+
+    `block` and `rounding` apply to its 4-bit weights, `cache` to keys and values, `keep` lists "PREFIX=SCHEME" for blocks that go another way.
+    """
+    scheme = find_scheme(name)
+    four = [prefix for prefix, linear in scheme.parts.items() if linear.bits == 4]
+    if (block or rounding) and not four:
+        raise UsageError(f"precision {name} has no 4-bit weights, so --block and --rounding do not apply; leave them out")
+    if block is not None and block not in BLOCKS:
+        raise UsageError(f"blocks of {block} are not supported; choose one of: {', '.join(map(str, BLOCKS))}")
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise UsageError(f"unknown rounding {rounding!r}; choose one of: {', '.join(ROUNDINGS)}")
+    if cache not in CACHES:
+        raise UsageError(f"unknown --kv {cache!r}; choose one of: {', '.join(CACHES)}")
+    changed = {
+        prefix: replace(linear, **_given(block=block, rounding=rounding)) if prefix in four else linear for prefix, linear in scheme.parts.items()
+    }
+    mixture = replace(scheme, parts=changed, cache=cache)
+    for text in keep:
+        prefix, equals, other = text.partition("=")
+        if not equals or not prefix:
+            raise UsageError(f"--keep {text!r}: write BLOCK=SCHEME, for example decoder.layers.0=fp16")
+        mixture = mixed(mixture, {prefix: find_scheme(other).linear(prefix)})
+    return mixture
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def mixed(scheme: Scheme, blocks: Mapping[str, LinearScheme]) -> Scheme:
+    """The scheme with other ways for some blocks, in every graph."""
+    prefill = None if scheme.prefill is None else {**scheme.prefill, **blocks}
+    name = scheme.name if scheme.name.endswith("+") else f"{scheme.name}+"
+    return replace(scheme, name=name, parts={**scheme.parts, **blocks}, prefill=prefill)

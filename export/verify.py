@@ -1,94 +1,81 @@
-"""The parity gate: golden results from PyTorch, and the verdict on a compiled bundle that replays them.
+"""The parity gate: golden results from PyTorch, and the verdict on a compiled bundle that replays them and answers questions.
 
-Goldens are made by the uncached PyTorch model in fp32, so a cached, quantised, lowered bundle is held against the simplest form of the same model.
+Goldens are made by the uncached PyTorch model in fp32, block by block, so a cached, quantised, lowered bundle is held against the simplest form of
+the same model, whatever its size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
-from runtime.contract.errors import BundleError, ParityError
-from runtime.contract.image import to_pixels
-from runtime.contract.prompt import Prompt, render
-from runtime.contract.sample import Example
-from runtime.contract.tokenizer import Tokenizer
-from runtime.selftest import Golden, StageError, replay, replay_goldens
+from calibration.blocks import StreamedModel, Trace
+from calibration.samples import Case, draw_cases, draw_examples
+from runtime.contract.bundle import UNVERIFIED, VERIFIED
+from runtime.contract.errors import BundleError
+from runtime.contract.evaluation import evaluate
+from runtime.contract.spec import ModelSpec
+from runtime.evaluate import BundleAnswerer
+from runtime.selftest import Golden, StageError, replay_goldens
 from runtime.session import Session
-from trainer.checkpoint import Checkpoint
-from trainer.datasets.scene_text import ground_sample, vqa_sample
-from trainer.datasets.scenes import draw_scene
-from trainer.model import InfMLLM
+from trainer.checkpoint import StoredCheckpoint, load_checkpoint
+from trainer.evaluate import CheckpointAnswerer
 
-__all__ = ["DECODE_STEPS", "compare_with_checkpoint", "gate", "make_goldens", "verdict_json"]
+__all__ = ["MetricCheck", "compare_with_checkpoint", "golden_count", "goldens_of", "measure_answers", "verdict_json"]
 
-DECODE_STEPS = 16
-_CASES = 6
-_SEED, _FRESH_SEED = 20231, 20232
+GOLDEN_CASES, _FEW_CASES = 6, 2
+_FRESH_SEED, METRIC_SEED = 20232, 20233
+_WHOLE_MODEL = 500_000_000  # parameters of a model that is loaded whole, to answer questions in PyTorch
+_FLIPS = 2  # answers of a small sample that any change of rounding may turn
 
 
-@torch.no_grad()
-def make_goldens(model: InfMLLM, tokenizer: Tokenizer, cases: int = _CASES, seed: int = _SEED, examples: Sequence[Example] = ()) -> list[Golden]:
-    """Pictures with prompts of the short tasks and every pool size in turn; up to 16 greedy steps each.
+@dataclass(frozen=True)
+class MetricCheck:
+    """Scores per task in percent (PyTorch's, the bundle's) on the same questions; `skipped` says why there are none."""
 
-    They come from `examples`, which should be of the kind the model was trained on, or else are synthetic scenes.
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
+    count: int = 0
+    allowed: float = 0.0
+    skipped: str = ""
 
-    A case ends with the answer: what a trained model computes after its end-of-sequence token is noise that no user sees, and amplifies errors.
-    """
-    rng = np.random.default_rng(seed)
+    @property
+    def drop(self) -> float:
+        """Points lost on the mean over tasks (negative: gained)."""
+        return sum(torch - found for torch, found in self.scores.values()) / max(1, len(self.scores))
+
+    @property
+    def passed(self) -> bool:
+        """True when the drop is within what is allowed, or nothing was measured."""
+        return bool(self.skipped) or self.drop <= self.allowed
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        if not self.scores:
+            return {"skipped": self.skipped or "not yet measured"}
+        tasks = {task: {"pytorch": torch, "bundle": found} for task, (torch, found) in self.scores.items()}
+        return {"tasks": tasks, "count": self.count, "drop": self.drop, "allowed": self.allowed}
+
+
+def golden_count(spec: ModelSpec) -> int:
+    """How many golden cases a build makes: fewer where one takes a minute."""
+    return GOLDEN_CASES if spec.parameters <= _WHOLE_MODEL else _FEW_CASES
+
+
+def goldens_of(traces: Sequence[Trace]) -> list[Golden]:
+    """Golden cases from a walk's traces: the answer's tokens are fed one by one, and every step's logits compared."""
     goldens = []
-    for index in range(cases):
-        image, prompts = _case(examples, index, rng)
-        before, after = tokenizer.encode_prompt(prompts[index % len(prompts)])
-        p = model.spec.pool_sizes[index % len(model.spec.pool_sizes)]
-        pixels = to_pixels(image, model.spec)
-        embeds = model.embed_image(torch.from_numpy(pixels), p)[0]
-        sequence = model.sequence(before, embeds, after)
-        tokens: list[int] = []
-        logits = [model.logits(sequence)[0, -1]]
-        for _ in range(DECODE_STEPS):
-            token = int(logits[-1].argmax())
-            if tokens and token == model.spec.eos_id:
-                break
-            tokens.append(token)
-            sequence = torch.cat([sequence, model.decoder.embed_tokens(torch.tensor([[tokens[-1]]]))], dim=1)
-            logits.append(model.logits(sequence)[0, -1])
-        arrays = [np.asarray(ids, np.int64) for ids in (before, after)]
-        goldens.append(
-            Golden(pixels, p, arrays[0], arrays[1], embeds.numpy(), logits[0].numpy(), np.asarray(tokens, np.int64), torch.stack(logits[1:]).numpy())
-        )
+    for trace in traces:
+        case, logits, embeds = trace.case, trace.logits, trace.image_embeds
+        assert logits is not None and embeds is not None, "a finished walk has results"
+        ids = [np.asarray(part, np.int64) for part in (case.before, case.after, case.answer)]
+        goldens.append(Golden(case.pixels, case.pool_size, ids[0], ids[1], embeds, logits[0], ids[2], logits[1:]))
     return goldens
 
 
-def _case(examples: Sequence[Example], index: int, rng: np.random.Generator) -> tuple[Image.Image, list[Prompt]]:
-    """A picture and a prompt for each of its tasks."""
-    if examples:
-        image, samples = examples[int(rng.integers(len(examples)))].load()
-        by_task = {samples[int(i)].task: samples[int(i)] for i in rng.permutation(len(samples))}
-        return image, [by_task[task].prompt() for task in sorted(by_task)]
-    scene = draw_scene(rng)
-    phrase = ground_sample(scene, rng)
-    return scene.image, [render("caption", "describe"), vqa_sample(scene, rng).prompt(), phrase.prompt() if phrase else render("ground", "circle")]
-
-
-def gate(session: Session, tolerance: dict[str, float]) -> list[StageError]:
-    """Replays a bundle's goldens; raises `ParityError` naming the worst stage if any is out of tolerance."""
-    stages = replay(session, tolerance)
-    failed = [stage for stage in stages if not stage.passed]
-    if failed:
-        worst = max(failed, key=lambda stage: stage.error / stage.tolerance)
-        raise ParityError(
-            f"{worst.stage} differs from PyTorch by {worst.error:.3g} (relative RMS), the scheme allows {worst.tolerance:.3g}; nothing was written. "
-            "Try --calib with pictures of the kind the model was trained on, or a higher --precision; --allow-unverified keeps it, marked"
-        )
-    return stages
-
-
-def compare_with_checkpoint(session: Session, checkpoint: Checkpoint, cases: int, examples: Sequence[Example] = ()) -> list[StageError]:
+def compare_with_checkpoint(session: Session, checkpoint: StoredCheckpoint, cases: int, source: str) -> list[StageError]:
     """Errors of a bundle against a checkpoint on cases the bundle does not carry. Raises `BundleError` if they do not belong together."""
     built_from = session.bundle.provenance.get("checkpoint_sha256")
     if built_from != checkpoint.sha256:
@@ -96,11 +83,29 @@ def compare_with_checkpoint(session: Session, checkpoint: Checkpoint, cases: int
             f"{session.bundle.path} was built from checkpoint {str(built_from)[:12]}…, "
             f"{checkpoint.path} is {checkpoint.sha256[:12]}…; name the checkpoint it was built from"
         )
-    goldens = make_goldens(checkpoint.model, checkpoint.tokenizer, cases, _FRESH_SEED, examples)
+    fresh: list[Case] = draw_cases(draw_examples(source, cases, _FRESH_SEED), checkpoint.spec, checkpoint.tokenizer, _FRESH_SEED)
+    goldens = goldens_of(StreamedModel(checkpoint.spec, checkpoint.read).walk(fresh))
     return replay_goldens(session, goldens, session.bundle.tolerance)
 
 
-def verdict_json(verdict: str, stages: Sequence[StageError], tolerance: dict[str, float]) -> dict[str, Any]:
+def measure_answers(session: Session, checkpoint: StoredCheckpoint, source: str, images: int, allowed: float, seed: int = METRIC_SEED) -> MetricCheck:
+    """Asks PyTorch and the bundle the same questions; more than `allowed` points lost (two answers at least) is too much."""
+    if images == 0:
+        return MetricCheck(skipped="not asked for")
+    if checkpoint.spec.parameters > _WHOLE_MODEL:
+        return MetricCheck(
+            {}, skipped=f"{checkpoint.spec.parameters / 1e9:.1f} billion parameters are not loaded whole; run infmllm-eval where they fit"
+        )
+    examples = draw_examples(source, images, seed)
+    reference = CheckpointAnswerer(checkpoint.path, load_checkpoint(checkpoint.path))
+    figures = [evaluate(answerer, examples)[0].figures() for answerer in (reference, BundleAnswerer(session))]
+    scores = {task: (figures[0][task]["accuracy"], figures[1][task]["accuracy"]) for task in figures[0]}
+    count = int(sum(row["count"] for row in figures[0].values()))
+    return MetricCheck(scores, count, max(allowed, 100.0 * _FLIPS / count))
+
+
+def verdict_json(stages: Sequence[StageError], metrics: MetricCheck, tolerance: dict[str, float]) -> dict[str, Any]:
     """The manifest's parity entry."""
     rows = [{"stage": s.stage, "error": s.error, "tolerance": s.tolerance, "agreement": s.agreement} for s in stages]
-    return {"verdict": verdict, "decode_steps": DECODE_STEPS, "tolerance": tolerance, "stages": rows}
+    verdict = VERIFIED if stages and all(stage.passed for stage in stages) and metrics.passed else UNVERIFIED
+    return {"verdict": verdict, "tolerance": tolerance, "stages": rows, "metrics": metrics.to_json()}

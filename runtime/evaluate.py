@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
@@ -20,6 +20,9 @@ from runtime.contract.faults import Faults
 from runtime.contract.metrics import METRIC_NAMES
 from runtime.contract.sample import Sample
 from runtime.report import report_page
+
+if TYPE_CHECKING:
+    from runtime.session import Session
 
 __all__ = ["BundleAnswerer", "main", "open_answerer"]
 
@@ -36,12 +39,14 @@ Examples:
 
 
 class BundleAnswerer:
-    """Answers with a bundle's session."""
+    """Answers with a bundle's session, opened here or given."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        from runtime.session import load
+    def __init__(self, bundle: Path | Session, threads: int | None = None) -> None:
+        if isinstance(bundle, Path):
+            from runtime.session import load
 
-        self.session = load(path, threads=threads)
+            bundle = load(bundle, threads=threads)
+        self.session = bundle
 
     def answer(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> str:
         """See `Answerer.answer`."""

@@ -21,7 +21,7 @@ from runtime.contract.spec import ModelSpec
 from runtime.kv_cache import CacheBudget
 from runtime.session import Session
 
-__all__ = ["Golden", "StageError", "read_goldens", "replay", "replay_goldens", "write_goldens"]
+__all__ = ["Golden", "StageError", "read_goldens", "replay", "replay_goldens", "stage_errors", "write_goldens"]
 
 Array = NDArray[np.float32]
 
@@ -45,7 +45,10 @@ class Golden:
 
 @dataclass(frozen=True)
 class StageError:
-    """The largest relative RMS error of a stage over all cases, its bound, and how often the most likely token agreed (decoder stages)."""
+    """The largest relative RMS error of a stage over all cases (decoding: all steps of a case in one), and its bound.
+
+    `agreement` is how often the most likely token was the same (decoder stages).
+    """
 
     stage: str
     error: float
@@ -117,25 +120,29 @@ def replay(session: Session, tolerance: Mapping[str, float]) -> list[StageError]
 
 def replay_goldens(session: Session, goldens: Sequence[Golden], tolerance: Mapping[str, float]) -> list[StageError]:
     """Runs golden cases through the engine, each stage fed PyTorch's inputs, and returns the errors of vision, prefill and decode."""
-    worst = {"vision": 0.0, "prefill": 0.0, "decode": 0.0}
-    agreed: dict[str, list[bool]] = {"prefill": [], "decode": []}
+    found = []
     for golden in goldens:
-        pool = pool_matrix(session.spec.vision.grid, golden.pool_size)
-        embeds = session.engine.embed_image(golden.pixels, pool)[0]
-        worst["vision"] = max(worst["vision"], relative_error(embeds, golden.image_embeds))
+        embeds = session.engine.embed_image(golden.pixels, pool_matrix(session.spec.vision.grid, golden.pool_size))[0]
         text = len(golden.before) + len(golden.after)
         CacheBudget(session.engine.capacity, text + len(golden.tokens), golden.pool_size**2).allow(1)
         inputs = session.embed_prompt(golden.before.tolist(), golden.image_embeds, golden.after.tolist())
-        _compare(session.engine.forward(inputs, 0), golden.prefill, "prefill", worst, agreed)
+        prefill = session.engine.forward(inputs, 0).copy()
+        steps = np.empty_like(golden.steps)
         for index, token in enumerate(golden.tokens.tolist()):
-            logits = session.engine.forward(session.embed_prompt([token], golden.image_embeds[:0], []), inputs.shape[1] + index)
-            _compare(logits, golden.steps[index], "decode", worst, agreed)
-    return [
-        StageError(stage, error, float(tolerance.get(stage, 0.0)), float(np.mean(agreed[stage])) if agreed.get(stage) else None)
-        for stage, error in worst.items()
-    ]
+            steps[index] = session.engine.forward(session.embed_prompt([token], golden.image_embeds[:0], []), inputs.shape[1] + index)
+        found.append((embeds, prefill, steps))
+    return stage_errors(goldens, found, tolerance)
 
 
-def _compare(found: Array, expected: Array, stage: str, worst: dict[str, float], agreed: dict[str, list[bool]]) -> None:
-    worst[stage] = max(worst[stage], relative_error(found, expected))
-    agreed[stage].append(bool(found.argmax() == expected.argmax()))
+def stage_errors(goldens: Sequence[Golden], found: Sequence[tuple[Array, Array, Array]], tolerance: Mapping[str, float]) -> list[StageError]:
+    """The errors of results (image embeddings, prefill logits, logits of every step) against golden ones."""
+    rows: dict[str, list[tuple[Array, Array]]] = {"vision": [], "prefill": [], "decode": []}
+    for golden, results in zip(goldens, found, strict=True):
+        for stage, result, expected in zip(rows, results, (golden.image_embeds, golden.prefill, golden.steps), strict=True):
+            rows[stage].append((result, expected))
+    errors = []
+    for stage, pairs in rows.items():
+        same = np.concatenate([np.atleast_1d(result.argmax(-1) == expected.argmax(-1)) for result, expected in pairs])
+        worst = max(relative_error(result, expected) for result, expected in pairs)
+        errors.append(StageError(stage, worst, float(tolerance.get(stage, 0.0)), None if stage == "vision" else float(same.mean())))
+    return errors

@@ -45,7 +45,7 @@ def tokenizer_json() -> str:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    save_checkpoint(path, InfMLLM(TINY, torch.Generator().manual_seed(5)), tokenizer_json, {"recipe": "random"})
+    save_checkpoint(path, InfMLLM(TINY, torch.Generator().manual_seed(5)), tokenizer_json, {"recipe": "random", "data": [{"name": "synthetic"}]})
     return path
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,56 @@ from runtime.contract.spec import ModelSpec
 from runtime.contract.tokenizer import Tokenizer
 from trainer.model import InfMLLM
 
-__all__ = ["DEMO", "Checkpoint", "load_checkpoint", "save_checkpoint", "shard_files"]
+__all__ = [
+    "DEMO",
+    "Checkpoint",
+    "StoredCheckpoint",
+    "load_checkpoint",
+    "open_checkpoint",
+    "save_checkpoint",
+    "shard_files",
+    "write_random",
+    "write_shards",
+]
 
 DEMO = Path(__file__).parent / "demo"
 """The demo checkpoint shipped with the package."""
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "card.json"
 
+SHARD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class StoredCheckpoint:
+    """An opened checkpoint whose weights stay on disk until they are read. `sha256` identifies its weights, spec and tokenizer together.
+
+    `places` maps every parameter name of the model to the file that holds it.
+    """
+
+    path: Path
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    card: Mapping[str, Any]
+    sha256: str
+    places: Mapping[str, Path]
+
+    def read(self, name: str) -> Tensor:
+        """One parameter as float32. Raises `CheckpointError` if the file is damaged or holds NaN or infinite values."""
+        shard = self.places[name]
+        try:
+            with safe_open(shard, framework="pt") as file:
+                tensor = file.get_tensor(name).float()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{shard} cannot be read ({error}); copy the checkpoint again") from None
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{self.path} holds NaN or infinite values in {name}; train or import it again")
+        return tensor
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint. `sha256` identifies its weights, spec and tokenizer together."""
+    """A loaded checkpoint; see `StoredCheckpoint`."""
 
     path: Path
     model: InfMLLM
@@ -42,20 +81,16 @@ class Checkpoint:
     sha256: str
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint folder; weights become fp32. Raises `CheckpointError` (or `SpecError` for its config)."""
+def open_checkpoint(path: Path) -> StoredCheckpoint:
+    """Reads everything of a checkpoint folder but its weights, of which names and shapes are checked. Raises `CheckpointError` or `SpecError`."""
     config = path / CONFIG
     if not config.is_file():
         raise CheckpointError(f"no checkpoint at {path} ({CONFIG} not found); train one with: infmllm-train --preset nano --out {path}")
     spec = ModelSpec.from_text(config.read_bytes(), str(config))
     shards = _shards(path)
     with torch.device("meta"):
-        model = InfMLLM(spec)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = _read(shards, expected, path)
-    model = InfMLLM(spec)
-    model.load_state_dict(weights)
-    model.eval()
+        expected = {name: tuple(tensor.shape) for name, tensor in InfMLLM(spec).state_dict().items()}
+    places = _places(shards, expected, path)
     try:
         tokenizer = Tokenizer.load(path / TOKENIZER, spec)
     except BundleError as error:
@@ -64,7 +99,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         card = json.loads((path / CARD).read_bytes()) if (path / CARD).is_file() else {}
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / CARD} is not valid JSON ({error}); copy the checkpoint again") from None
-    return Checkpoint(path, model, tokenizer, card, _identity(path, shards))
+    return StoredCheckpoint(path, spec, tokenizer, card, _identity(path, shards), places)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a whole checkpoint folder; weights become fp32. Raises `CheckpointError` (or `SpecError` for its config)."""
+    stored = open_checkpoint(path)
+    model = InfMLLM(stored.spec)
+    model.load_state_dict({name: stored.read(name) for name in stored.places})
+    return Checkpoint(path, model.eval(), stored.tokenizer, stored.card, stored.sha256)
 
 
 def _identity(path: Path, shards: list[Path]) -> str:
@@ -97,26 +140,23 @@ def shard_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read(shards: list[Path], expected: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
+def _places(shards: list[Path], expected: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Path]:
+    """Which shard holds each parameter, after a strict check of names and shapes."""
+    places: dict[str, Path] = {}
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    if name in expected and tuple(file.get_slice(name).get_shape()) == expected[name]:
-                        weights[name] = file.get_tensor(name).float()
-                    else:
-                        shape = tuple(file.get_slice(name).get_shape())
-                        raise CheckpointError(f"{shard}: tensor {name} {shape} {_fault(name, expected)}; it was made for another config")
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{shard} cannot be read ({error}); copy the checkpoint again") from None
-    missing = sorted(set(expected) - set(weights))
+        for name, shape in shapes.items():
+            if expected.get(name) != shape:
+                raise CheckpointError(f"{shard}: tensor {name} {shape} {_fault(name, expected)}; it was made for another config")
+            places[name] = shard
+    missing = sorted(set(expected) - set(places))
     if missing:
         raise CheckpointError(f"{path} lacks {len(missing)} tensors, such as {', '.join(missing[:3])}; copy the checkpoint again")
-    bad = sorted(name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all()))
-    if bad:
-        raise CheckpointError(f"{path} holds NaN or infinite values in {', '.join(bad[:3])}; train or import it again")
-    return weights
+    return places
 
 
 def _fault(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
@@ -134,3 +174,41 @@ def save_checkpoint(path: Path, model: InfMLLM, tokenizer_json: str, card: Mappi
         (folder / TOKENIZER).write_text(tokenizer_json)
         (folder / CONFIG).write_text(json.dumps(model.spec.to_json(), indent=2) + "\n")
         (folder / CARD).write_text(json.dumps(dict(card), indent=2) + "\n")
+
+
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes named tensors as they come, in files of at most `shard_bytes` (or one tensor), with an index when there is more than one."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        held[name] = tensor
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / WEIGHTS)
+        return
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1) + "\n")
+
+
+def write_random(path: Path, spec: ModelSpec, tokenizer_json: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes a checkpoint of random weights, tensor by tensor: the start of training, and for measuring sizes no trained model is at hand for."""
+    with torch.device("meta"):
+        model = InfMLLM(spec)
+    generator = torch.Generator().manual_seed(seed)
+    with staged_folder(path, CONFIG) as folder:
+        write_shards(folder, ((name, model.initial(name, p.shape, generator).to(dtype)) for name, p in model.named_parameters()))
+        (folder / TOKENIZER).write_text(tokenizer_json)
+        (folder / CONFIG).write_text(json.dumps(spec.to_json(), indent=2) + "\n")
+        (folder / CARD).write_text(json.dumps({"recipe": "random", "seed": seed, "data": [{"name": "synthetic"}]}, indent=2) + "\n")

@@ -32,19 +32,22 @@ class InfMLLM(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Normal weights (std 0.02, residual outputs scaled by depth, GPT-2 style), zero biases, unit norms."""
+        """Fresh weights; see `initial`."""
         for name, parameter in self.named_parameters():
-            if "norm" in name and name.endswith("weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                depth = self.spec.vision.layers if name.startswith("vision_tower") else self.spec.decoder.layers
-                residual = name.endswith(("proj.weight", "fc2.weight")) and not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-                residual = residual and "gate_proj" not in name and "up_proj" not in name and "pool_adapter" not in name
-                fan_in = parameter.shape[1:].numel() if parameter.ndim > 1 else 1
-                std = _INIT_STD if "embed" in name or "token" in name else fan_in**-0.5
-                parameter.normal_(0.0, std / (2 * depth) ** 0.5 if residual else std, generator=generator)
+            parameter.copy_(self.initial(name, parameter.shape, generator))
+
+    def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """A parameter's start: normal (std by fan-in, residual outputs scaled by depth, GPT-2 style), zero biases, unit norms."""
+        if "norm" in name and name.endswith("weight"):
+            return torch.ones(shape)
+        if name.endswith("bias"):
+            return torch.zeros(shape)
+        depth = self.spec.vision.layers if name.startswith("vision_tower") else self.spec.decoder.layers
+        residual = name.endswith(("proj.weight", "fc2.weight")) and not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+        residual = residual and "gate_proj" not in name and "up_proj" not in name and "pool_adapter" not in name
+        fan_in = shape[1:].numel() if len(shape) > 1 else 1
+        std = _INIT_STD if "embed" in name or "token" in name else fan_in**-0.5
+        return torch.empty(shape).normal_(0.0, std / (2 * depth) ** 0.5 if residual else std, generator=generator)
 
     def pool_tensor(self, p: int) -> Tensor:
         """The pooling matrix [p*p, s*s] on the model's device."""

@@ -81,14 +81,21 @@ class VisionTower(nn.Module):
 
     def with_early_features(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The features, and the patches as they stand after a third of the blocks, both [N, s*s, C] (the latter for auxiliary losses)."""
-        patches = self.patch_embed(pixels_NCHW).flatten(2).transpose(1, 2)
-        cls = self.cls_token.expand(patches.shape[0], -1, -1)
-        x = torch.cat([cls, patches], dim=1) + self.pos_embed
-        early = x
+        x = early = self.embed(pixels_NCHW)
         for index, block in enumerate(self.blocks, 1):
             x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
             early = x if index == max(1, len(self.blocks) // 3) else early
-        return self.norm(x.float())[:, 1:].to(x.dtype), early[:, 1:]
+        return self.finish(x), early[:, 1:]
+
+    def embed(self, pixels_NCHW: Tensor) -> Tensor:
+        """Pixels to what the first block takes: CLS and patch embeddings with positions, [N, 1 + s*s, C]."""
+        patches = self.patch_embed(pixels_NCHW).flatten(2).transpose(1, 2)
+        cls = self.cls_token.expand(patches.shape[0], -1, -1)
+        return torch.cat([cls, patches], dim=1) + self.pos_embed
+
+    def finish(self, x_NLC: Tensor) -> Tensor:
+        """The last block's output to patch features: the final norm in fp32, without CLS."""
+        return self.norm(x_NLC.float())[:, 1:].to(x_NLC.dtype)
 
 
 class PoolAdapter(nn.Module):

@@ -8,11 +8,11 @@ import onnx_ir as ir
 
 from export.passes.contract import GraphPass, PassResult
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
-from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, ONNXSIM, REWRITE
+from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, REWRITE
 
 __all__ = ["LOWERING", "PASSES", "SIMPLIFY", "GraphPass", "PassResult", "run_passes"]
 
-SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWRITE, CLEAN, ONNXSIM)
+SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWRITE, CLEAN)
 """From the exporter's output to the canonical graph. Transposes of weights are folded before constants, so that weights keep their names."""
 
 LOWERING: dict[str, dict[str, tuple[GraphPass, ...]]] = {

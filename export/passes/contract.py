@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-__all__ = ["GraphPass", "PassResult", "initializer", "is_weight"]
+__all__ = ["GraphPass", "PassResult", "initializer", "is_weight", "lazy_initializer", "lazy_tensor", "replace_node"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,29 @@ def is_weight(value: ir.Value | None) -> bool:
 
 def initializer(model: ir.Model, name: str, array: object) -> ir.Value:
     """Adds a tensor to the graph under `name` and returns its value."""
-    tensor = ir.tensor(array, name=name)  # type: ignore[arg-type]
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return _register(model, ir.tensor(array, name=name))  # type: ignore[arg-type]
+
+
+def lazy_tensor(name: str, make: Callable[[], NDArray[np.generic]], dtype: ir.DataType, shape: Sequence[int]) -> ir.LazyTensor:
+    """A tensor computed whenever it is read, and never kept."""
+    return ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
+def lazy_initializer(model: ir.Model, name: str, make: Callable[[], NDArray[np.generic]], dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+    """`initializer` for a tensor that is computed when the graph is written."""
+    return _register(model, lazy_tensor(name, make, dtype, shape))
+
+
+def _register(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
     model.graph.register_initializer(value)
     return value
+
+
+def replace_node(model: ir.Model, old: ir.Node, result: ir.Value) -> None:
+    """Puts `result` in the place of a node's only output, under its name and shape, and removes the node."""
+    before = old.outputs[0]
+    result.shape, result.type, name = before.shape, before.type, before.name
+    ir.convenience.replace_all_uses_with(before, result, replace_graph_outputs=True)
+    model.graph.remove(old, safe=True)
+    result.name = name

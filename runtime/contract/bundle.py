@@ -21,11 +21,25 @@ from runtime.contract.files import sha256_file
 from runtime.contract.onnx_guard import external_locations
 from runtime.contract.spec import ModelSpec
 
-__all__ = ["DECODER", "EMBEDDINGS", "GOLDENS", "MANIFEST", "TOKENIZER", "VERSION", "VISION", "Bundle", "read_bundle", "write_manifest"]
+__all__ = [
+    "DECODER",
+    "EMBEDDINGS",
+    "GOLDENS",
+    "MANIFEST",
+    "PREFILL",
+    "TOKENIZER",
+    "VERSION",
+    "VISION",
+    "Bundle",
+    "cache_folder",
+    "read_bundle",
+    "write_manifest",
+]
 
 FORMAT, VERSION = "infmllm-bundle", 1
 MANIFEST = "manifest.json"
 VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS = "vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json", "goldens.npz"
+PREFILL = "prefill.onnx"  # optional: a second decoder graph for calls of more than one token
 REQUIRED = (VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS)
 VERIFIED, UNVERIFIED = "VERIFIED", "UNVERIFIED"
 
@@ -55,6 +69,11 @@ class Bundle:
         return self.path / name
 
     @property
+    def graphs(self) -> tuple[str, ...]:
+        """Names of the graph files."""
+        return (VISION, DECODER, *([PREFILL] if PREFILL in self.files else []))
+
+    @property
     def verdict(self) -> str:
         """ "VERIFIED" if the build proved the graphs equal to PyTorch, else "UNVERIFIED"."""
         return VERIFIED if self.parity.get("verdict") == VERIFIED else UNVERIFIED
@@ -71,7 +90,7 @@ class Bundle:
             found = sha256_file(self.path / name)
             if found != expected:
                 raise BundleError(f"{self.path / name} has sha256 {found[:12]}…, manifest says {expected[:12]}…; re-export or copy the bundle again")
-        for graph in (VISION, DECODER):
+        for graph in self.graphs:
             outside = external_locations(self.path / graph) - set(self.files)
             if outside:
                 raise BundleError(f"{self.path / graph} refers to data outside the bundle: {min(outside)!r:.80}; do not use it")
@@ -82,7 +101,7 @@ class Bundle:
         for name in sorted(self.files):
             info = (self.path / name).stat()
             identity.update(f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}\n".encode())
-        marks = _cache_folder() / "verified"
+        marks = cache_folder() / "verified"
         mark = marks / identity.hexdigest()
         if _is_file(mark):
             return
@@ -99,7 +118,8 @@ class Bundle:
 _MAX_MARKS = 256
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where this machine keeps what can be made again: $INFMLLM_CACHE, else the user's cache."""
     return Path(os.environ.get("INFMLLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infmllm")
 
 

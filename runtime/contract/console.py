@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -13,8 +15,9 @@ from runtime.contract.errors import InfMLLMError, UsageError
 
 if TYPE_CHECKING:
     import typer
+    from rich.progress import Progress
 
-__all__ = ["OneLineParser", "check_output", "command_app", "note", "positive", "run_command", "track"]
+__all__ = ["OneLineParser", "StepBar", "check_output", "command_app", "note", "positive", "run_command", "step_bar", "track"]
 
 T = TypeVar("T")
 _INTERRUPTED = 130
@@ -85,3 +88,39 @@ def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
     from rich.progress import track as rich_track
 
     yield from rich_track(items, description=text, total=total, console=Console(stderr=True))
+
+
+class StepBar:
+    """Progress of a job in named steps: a live line on a terminal, one line per step elsewhere."""
+
+    def __init__(self, total: int, live: Progress | None) -> None:
+        self._total, self._live, self._done, self._started = total, live, 0, time.monotonic()
+        self._row = live.add_task("starting", total=total) if live else None
+
+    def step(self, name: str) -> None:
+        """The next step begins."""
+        self._done += 1
+        if self._live is None or self._row is None:
+            note(f"[{self._done}/{self._total}] {name} ({time.monotonic() - self._started:.0f} s)")
+        else:
+            self._live.update(self._row, description=name, completed=self._done - 1)
+        self._name = name
+
+    def detail(self, done: int, total: int, text: str) -> None:
+        """How far the step is."""
+        if self._live is not None and self._row is not None:
+            self._live.update(self._row, description=f"{self._name}: {text}", completed=self._done - 1 + done / max(1, total))
+
+
+@contextlib.contextmanager
+def step_bar(total: int) -> Iterator[StepBar]:
+    """A bar with the time left on standard error (if that is a terminal)."""
+    if not sys.stderr.isatty():
+        yield StepBar(total, None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as live:
+        yield StepBar(total, live)

@@ -123,6 +123,12 @@ class VisionSpec:
         """Patches per side, s = S / patch."""
         return self.image_size // self.patch_size
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the tower holds."""
+        w, block = self.width, 4 * self.width**2 + 2 * self.width * self.mlp_width + self.mlp_width + 8 * self.width
+        return 3 * self.patch_size**2 * w + w + (self.grid**2 + 2) * w + self.layers * block + 2 * w
+
 
 @dataclass(frozen=True)
 class DecoderSpec:
@@ -150,6 +156,12 @@ class DecoderSpec:
         """Width of one attention head."""
         return self.hidden // self.heads
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the decoder holds, both vocabulary tables included."""
+        h, kv = self.hidden, self.kv_heads * self.head_dim
+        return 2 * self.vocab_size * h + h + self.layers * (2 * h * h + 2 * h * kv + 3 * h * self.mlp_width + 2 * h)
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -175,6 +187,12 @@ class ModelSpec:
         for name in ("bos_id", "eos_id", "pad_id"):
             value = getattr(self, name)
             _require(0 <= value < self.decoder.vocab_size, f"{name} is {value}, outside the vocabulary of {self.decoder.vocab_size}")
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the whole model holds."""
+        adapter = self.vision.width * self.decoder.hidden + self.decoder.hidden**2 + 2 * self.decoder.hidden
+        return self.vision.parameters + adapter + self.decoder.parameters
 
     def check_pool_size(self, p: int) -> None:
         """Raises `SpecError` unless p divides the patch grid."""

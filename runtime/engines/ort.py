@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from runtime.contract.bundle import DECODER, VISION, Bundle
+from runtime.contract.bundle import DECODER, PREFILL, VISION, Bundle
 from runtime.contract.errors import BundleError, ContextError, EngineError
 from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, SEQLENS_K, TOTAL_LENGTH, key_cache, present, value_cache
 from runtime.engines import EngineOptions
@@ -60,19 +61,20 @@ def _engine_errors() -> Iterator[None]:
         raise EngineError(f"ONNX Runtime failed: {str(error).splitlines()[0]:.300}; run infmllm-run --self-test, or re-export the bundle") from None
 
 
-def _check_contract(bundle: Bundle, vision: ort.InferenceSession, decoder: ort.InferenceSession) -> None:
-    """Raises `BundleError` unless both graphs have the inputs and outputs the spec calls for, with its static dimensions."""
+def _check_contract(bundle: Bundle, vision: ort.InferenceSession, decoders: Mapping[str, ort.InferenceSession]) -> None:
+    """Raises `BundleError` unless all graphs have the inputs and outputs the spec calls for, with its static dimensions."""
     tower, spec = bundle.spec.vision, bundle.spec.decoder
     cache = (None, spec.kv_heads, None, spec.head_dim)
     caches = {name: cache for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))}
     pixels = (None, 3, tower.image_size, tower.image_size)
     lengths: dict[str, tuple[int | None, ...]] = {SEQLENS_K: (None,), TOTAL_LENGTH: ()}
-    wanted = (
+    wanted: list[tuple[str, Any, dict[str, tuple[int | None, ...]]]] = [
         (VISION, vision.get_inputs(), {PIXELS: pixels, POOL: (None, tower.grid**2)}),
         (VISION, vision.get_outputs(), {IMAGE_EMBEDS: (None, None, spec.hidden)}),
-        (DECODER, decoder.get_inputs(), {INPUTS_EMBEDS: (None, None, spec.hidden), **lengths, **caches}),
-        (DECODER, decoder.get_outputs(), {LOGITS: (None, spec.vocab_size), **{present(name): cache for name in caches}}),
-    )
+    ]
+    for file, decoder in decoders.items():
+        wanted.append((file, decoder.get_inputs(), {INPUTS_EMBEDS: (None, None, spec.hidden), **lengths, **caches}))
+        wanted.append((file, decoder.get_outputs(), {LOGITS: (None, spec.vocab_size), **{present(name): cache for name in caches}}))
     for file, values, expected in wanted:
         found = {value.name: value for value in values}
         for name in sorted(set(found) ^ set(expected)):
@@ -86,7 +88,7 @@ def _check_contract(bundle: Bundle, vision: ort.InferenceSession, decoder: ort.I
 
 
 class OrtEngine:
-    """Both graphs of a `cpu` bundle in ONNX Runtime."""
+    """The graphs of a `cpu` bundle in ONNX Runtime. Calls of more than one token go to the prefill graph where the bundle has one."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         spec = bundle.spec.decoder
@@ -94,23 +96,26 @@ class OrtEngine:
         # The tower's threads would otherwise go on spinning on the cores that prefill and decode need.
         self._vision = _session(bundle.file(VISION), options, spinning=False)
         self._decoder = _session(bundle.file(DECODER), options)
-        _check_contract(bundle, self._vision, self._decoder)
+        self._prefill = _session(bundle.file(PREFILL), options) if PREFILL in bundle.files else self._decoder
+        _check_contract(bundle, self._vision, {DECODER: self._decoder, **({PREFILL: self._prefill} if PREFILL in bundle.files else {})})
+        kinds = {value.name: value.type for value in self._decoder.get_inputs()}
         self._caches: dict[str, ort.OrtValue] = {}
         try:
             for layer in range(spec.layers):
                 for name in (key_cache(layer), value_cache(layer)):
-                    rows = np.zeros((1, spec.kv_heads, self.capacity, spec.head_dim), np.float32)
+                    dtype = np.int8 if kinds[name] == "tensor(int8)" else np.float32
+                    rows = np.zeros((1, spec.kv_heads, self.capacity, spec.head_dim), dtype)
                     self._caches[name] = ort.OrtValue.ortvalue_from_numpy(rows)
         except MemoryError:
             raise ContextError(f"no memory for a cache of {self.capacity} rows; choose a smaller --context") from None
         self._seqlens, self._total = np.zeros(1, np.int32), np.zeros((), np.int32)
         self._logits = np.zeros((1, spec.vocab_size), np.float32)
         self._row = np.zeros((1, 1, spec.hidden), np.float32)
-        self._row_binding = self._bind(self._row)
+        self._row_binding = self._bind(self._decoder, self._row)
 
-    def _bind(self, inputs_embeds: NDArray[np.float32]) -> ort.IOBinding:
-        """Binds inputs of one length; caches, lengths and logits are always the same buffers."""
-        binding = self._decoder.io_binding()
+    def _bind(self, session: ort.InferenceSession, inputs_embeds: NDArray[np.float32]) -> ort.IOBinding:
+        """Binds inputs of one length; caches, lengths and logits are always the same buffers, whichever graph runs."""
+        binding = session.io_binding()
         for name, array in ((INPUTS_EMBEDS, inputs_embeds), (SEQLENS_K, self._seqlens), (TOTAL_LENGTH, self._total)):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(self._logits))
@@ -134,10 +139,10 @@ class OrtEngine:
         self._total[...] = end
         if length == 1:
             self._row[...] = inputs_embeds
-            binding = self._row_binding
+            session, binding = self._decoder, self._row_binding
         else:
-            binding = self._bind(np.ascontiguousarray(inputs_embeds, np.float32))
+            session, binding = self._prefill, self._bind(self._prefill, np.ascontiguousarray(inputs_embeds, np.float32))
         with _engine_errors():
-            self._decoder.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
         logits: NDArray[np.float32] = self._logits[0]
         return logits

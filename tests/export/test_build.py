@@ -11,22 +11,20 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-import torch
 from PIL import Image
 
 from export import pipeline
 from export.inspect import describe_bundle, format_description
-from export.passes.weights import quantize_per_channel
 from export.pipeline import STEPS, BuildOptions, build
-from export.schemes import SCHEMES, LinearScheme, find_scheme
-from export.verify import compare_with_checkpoint, make_goldens
+from export.schemes import SCHEMES, choose_scheme, find_scheme
+from export.verify import compare_with_checkpoint
 from runtime.contract.bundle import DECODER, VISION, read_bundle
 from runtime.contract.errors import BundleError, ParityError, UsageError
 from runtime.contract.image import to_pixels
 from runtime.contract.spec import key_cache, present
 from runtime.selftest import read_goldens, replay
 from runtime.session import load
-from trainer.checkpoint import load_checkpoint
+from trainer.checkpoint import load_checkpoint, open_checkpoint
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -37,8 +35,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_every_scheme_is_verified_and_far_from_its_bound(scheme: str, built: Callable[[str], Path], tiny_checkpoint: Path) -> None:
     session = load(built(scheme))
     assert session.bundle.verdict == "VERIFIED"
-    for stage in [*replay(session, SCHEMES[scheme].tolerance), *compare_with_checkpoint(session, load_checkpoint(tiny_checkpoint), 3)]:
-        assert stage.passed and stage.error < 0.8 * stage.tolerance, stage
+    for stage in [*replay(session, SCHEMES[scheme].tolerance), *compare_with_checkpoint(session, open_checkpoint(tiny_checkpoint), 3, "synthetic")]:
+        assert stage.passed and stage.error < (0.95 if "int4" in scheme else 0.8) * stage.tolerance, stage  # random weights are 4 bit's worst case
         if scheme == "fp32" and stage.agreement is not None:
             assert stage.agreement == 1.0
 
@@ -62,6 +60,7 @@ def test_what_is_stored_is_what_the_scheme_says(scheme: str, built: Callable[[st
 def test_int8_and_fp16_bundles_are_smaller(built: Callable[[str], Path]) -> None:
     weights = {s: sum((built(s) / f"{g}.weights").stat().st_size for g in ("vision", "decoder")) for s in SCHEMES}
     assert weights["fp16"] < 0.65 * weights["fp32"] and weights["int8"] < 0.55 * weights["fp32"]
+    assert weights["int4-all"] < 0.8 * weights["int4"] < 0.8 * weights["int8"]
 
 
 def test_weight_names_survive_capture(built: Callable[[str], Path], tiny_checkpoint: Path) -> None:
@@ -87,7 +86,7 @@ def test_a_build_can_be_dumped_and_repeated(tiny_checkpoint: Path, tmp_path: Pat
     before = snapshot(tmp_path / "b")
     build(replace(options, dump=None))
     after = snapshot(tmp_path / "b")
-    assert {n for n in before if before[n] != after[n]} <= {"goldens.npz", "manifest.json"}  # zip members carry a time
+    assert before == after
     assert first.counts and all(result.modified >= 0 for _, _, result in first.counts)
 
 
@@ -100,7 +99,7 @@ def test_a_failure_in_a_step_leaves_the_previous_bundle(copied: Path, tiny_check
 
     monkeypatch.setattr(pipeline, "STEPS", [(step, fail if step == name else run) for step, run in STEPS])
     with pytest.raises(RuntimeError, match="killed here"):
-        build(BuildOptions(tiny_checkpoint, SCHEMES["fp32"], "cpu", copied))
+        build(BuildOptions(tiny_checkpoint, SCHEMES["fp16"], "cpu", copied))
     assert snapshot(copied) == before
     assert [path.name for path in copied.parent.iterdir()] == [copied.name]
 
@@ -109,17 +108,16 @@ def test_the_gate_refuses_a_wrong_graph_and_names_the_stage(
     copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(state: pipeline.Build) -> pipeline.Build:
-        assert state.graphs
-        norm = state.graphs.decoder.graph.initializers["decoder.norm.weight"]
+        norm = state.graphs["decoder"].graph.initializers["decoder.layers.1.post_attention_layernorm.weight"]
         assert norm.const_value is not None
         norm.const_value = ir.tensor(norm.const_value.numpy() * np.linspace(0.5, 1.5, 64, dtype=np.float32), name=norm.name)
         return state
 
     before = snapshot(copied)
     steps = [(n, s) for n, s in STEPS]
-    monkeypatch.setattr(pipeline, "STEPS", [*steps[:5], ("break", broken), *steps[5:]])
-    options = BuildOptions(tiny_checkpoint, SCHEMES["fp32"], "cpu", copied)
-    with pytest.raises(ParityError, match=r"(prefill|decode) differs from PyTorch"):
+    monkeypatch.setattr(pipeline, "STEPS", [*steps[:3], ("break", broken), *steps[3:]])
+    options = BuildOptions(tiny_checkpoint, SCHEMES["fp32"], "cpu", copied, questions=0)
+    with pytest.raises(ParityError, match=r"(prefill|decode) differs from PyTorch.*between decoder.layers.1.post_att\w+ .* and decoder.norm "):
         build(options)
     assert snapshot(copied) == before
     assert build(replace(options, allow_unverified=True)).verdict == "UNVERIFIED"
@@ -127,9 +125,9 @@ def test_the_gate_refuses_a_wrong_graph_and_names_the_stage(
 
 
 def test_a_bundle_is_not_compared_with_another_checkpoint(built: Callable[[str], Path], tiny_checkpoint: Path) -> None:
-    other = replace(load_checkpoint(tiny_checkpoint), sha256="0" * 64)
+    other = replace(open_checkpoint(tiny_checkpoint), sha256="0" * 64)
     with pytest.raises(BundleError, match="built from checkpoint"):
-        compare_with_checkpoint(load(built("fp32")), other, 1)
+        compare_with_checkpoint(load(built("fp32")), other, 1, "synthetic")
 
 
 def test_unknown_names_list_the_choices(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -141,32 +139,12 @@ def test_unknown_names_list_the_choices(tiny_checkpoint: Path, tmp_path: Path) -
 
 
 def test_schemes_choose_by_the_longest_prefix() -> None:
-    scheme = replace(SCHEMES["int8"], parts={"": LinearScheme("int8", "int8-row"), "decoder.lm_head": LinearScheme("fp16")})
+    scheme = choose_scheme("int8", keep=["decoder.lm_head=fp16"])
     assert scheme.linear("decoder.lm_head.weight").weight == "fp16" and scheme.linear("decoder.layers.0.x").weight == "int8"
 
 
-def test_per_channel_quantisation_is_within_half_a_step() -> None:
-    weight = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32) * np.logspace(-3, 2, 8, dtype=np.float32)
-    weight[:, 3] = 0
-    integers, scale = quantize_per_channel(weight)
-    assert integers.dtype == np.int8 and np.abs(integers.astype(int)).max() == 127
-    assert (np.abs(integers * scale - weight) <= scale / 2 * 1.0001).all()
-
-
-def test_goldens_come_from_the_uncached_model(tiny_checkpoint: Path) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint)
-    (golden,) = make_goldens(checkpoint.model, checkpoint.tokenizer, 1)
-    model = checkpoint.model
-    ids = [*golden.after.tolist(), *golden.tokens.tolist()]
-    with torch.no_grad():
-        logits = model.logits(model.sequence(golden.before.tolist(), torch.from_numpy(golden.image_embeds), ids))[0]
-    assert np.allclose(logits[-1 - len(golden.tokens)].numpy(), golden.prefill, atol=1e-4)
-    assert np.allclose(logits[-len(golden.tokens) :].numpy(), golden.steps, atol=1e-4)
-    assert json.dumps(golden.tokens.tolist())
-
-
 def test_golden_cases_come_from_the_data_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    image = Image.new("RGB", (40, 30), (200, 10, 10))
+    image = Image.effect_noise((40, 30), 60).convert("RGB")
     image.save(tmp_path / "a.png")
     rows = [{"image": "a.png", "task": "vqa", "question": "what?", "answer": "x"}, {"image": "a.png", "task": "caption", "answer": "x"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -174,16 +152,4 @@ def test_golden_cases_come_from_the_data_named(tiny_checkpoint: Path, tmp_path: 
     session = load(tmp_path / "b")
     goldens = read_goldens(tmp_path / "b" / "goldens.npz")
     assert all(np.array_equal(golden.pixels, to_pixels(image, session.spec)) for golden in goldens)
-    assert session.bundle.provenance["goldens_from"]["name"] == "jsonl:d.jsonl" and session.bundle.verdict == "VERIFIED"
-
-
-def test_a_golden_case_ends_with_the_answer(tiny_checkpoint: Path) -> None:
-    checkpoint = load_checkpoint(tiny_checkpoint)
-    free = make_goldens(checkpoint.model, checkpoint.tokenizer, 6)
-    ends = replace(checkpoint.model.spec, eos_id=int(free[0].tokens[3]))
-    checkpoint.model.spec = ends
-    ended = make_goldens(checkpoint.model, checkpoint.tokenizer, 6)
-    assert [len(golden.tokens) for golden in free] == [16] * 6 and all(1 <= len(golden.tokens) <= 16 for golden in ended)
-    first = list(free[0].tokens).index(ends.eos_id)
-    assert ended[0].tokens.tolist() == free[0].tokens[: max(1, first)].tolist()
-    assert all(ends.eos_id not in golden.tokens[1:] for golden in ended)
+    assert session.bundle.provenance["goldens"]["source"] == "d.jsonl" and session.bundle.verdict == "VERIFIED"

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from runtime.contract.console import track
@@ -18,7 +17,7 @@ from runtime.contract.errors import BundleError, CheckpointError, UsageError
 from runtime.contract.files import staged_folder
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 from runtime.contract.tokenizer import Tokenizer
-from trainer.checkpoint import CARD, CONFIG, INDEX, TOKENIZER, WEIGHTS
+from trainer.checkpoint import CARD, CONFIG, SHARD_BYTES, TOKENIZER, write_shards
 from trainer.imports.files import open_weights
 from trainer.imports.layouts import Part, decoder_part, finite, pooler_part, vision_part
 from trainer.model import InfMLLM
@@ -26,7 +25,6 @@ from trainer.model import InfMLLM
 __all__ = ["DTYPES", "ImportOptions", "import_checkpoint"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_SHARD_BYTES = 1 << 30
 _POOL_SIZES = (16, 8, 32, 4)  # the ones offered where they divide the grid, in this order
 
 
@@ -44,7 +42,7 @@ class ImportOptions:
     image_mode: str = "stretch"
     dtype: str = "fp16"
     seed: int = 0
-    shard_bytes: int = _SHARD_BYTES
+    shard_bytes: int = SHARD_BYTES
 
 
 def import_checkpoint(options: ImportOptions) -> tuple[ModelSpec, list[str]]:
@@ -141,36 +139,10 @@ def _write(options: ImportOptions, spec: ModelSpec, parts: list[Part], tokenizer
         raise CheckpointError(str(error)) from None
     new: list[str] = []
     with staged_folder(options.out, CONFIG) as folder:
-        shards: list[list[str]] = []
-        held: dict[str, Tensor] = {}
-        for name, tensor in _tensors(options, spec, parts, new):
-            if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > options.shard_bytes:
-                shards.append(_shard(folder, len(shards), held))
-                held = {}
-            held[name] = tensor
-        shards.append(_shard(folder, len(shards), held))
-        _index(folder, shards)
+        write_shards(folder, _tensors(options, spec, parts, new), options.shard_bytes)
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         (folder / CONFIG).write_text(json.dumps(spec.to_json(), indent=2) + "\n")
         names = {"source": options.source.name, "vision": options.vision.name if options.vision else None}
         card = {"preset": None, "imported": names | {"dtype": options.dtype, "new_tensors": new}}
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return new
-
-
-def _shard(folder: Path, number: int, held: dict[str, Tensor]) -> list[str]:
-    save_file(held, folder / f"shard-{number}", metadata={"format": "pt"})
-    return list(held)
-
-
-def _index(folder: Path, shards: list[list[str]]) -> None:
-    """Gives the shards their final names; more than one get an index."""
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / WEIGHTS)
-        return
-    places: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        places |= dict.fromkeys(names, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1) + "\n")

@@ -1,0 +1,230 @@
+"""The calibration walk: block by block, what the data say is turned into scales, ranges and rounded weights, and written to disk.
+
+One block's weights and statistics are in memory at a time. A finished block is a file, so an interrupted walk goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from calibration.blocks import Block, Fed, Reader, StreamedModel, Trace
+from calibration.gptq import gptq
+from calibration.linear import Grid, LinearScheme, Quantised, grid_for, round_to
+from calibration.ranges import find_range
+from calibration.samples import Case
+from calibration.smoothing import search_scales
+from trainer.decoder import rotary_tables, rotate_half
+from trainer.model import InfMLLM
+
+__all__ = ["Calibrated", "Wanted", "calibrate"]
+
+Wanted = Callable[[str], Sequence[LinearScheme]]
+"""The schemes a weight will be used with, by parameter name."""
+
+_ROWS = 512  # activation rows kept per layer for searches
+_SEARCH_WORK = 1 << 31  # rows x inputs x outputs a search may take; larger layers use fewer rows
+_RANGE_VALUES = 1 << 20
+
+
+@dataclass
+class _Statistics:
+    """What is known of one input: a sample of rows, second moments where asked for, and the extremes of every channel."""
+
+    rows: list[Tensor] = field(default_factory=list)
+    moments: Tensor | None = None
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+    def add(self, x: Tensor, keep: int, with_moments: bool) -> None:
+        flat = x.reshape(-1, x.shape[-1])
+        stride = max(1, flat.shape[0] // max(1, keep))
+        self.rows.append(flat[::stride][:keep].clone())
+        low, high = flat.amin(0), flat.amax(0)
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        if with_moments:
+            if self.moments is None:
+                self.moments = torch.zeros(flat.shape[1], flat.shape[1])
+            self.moments.addmm_(flat.T, flat)
+
+
+def calibrate(
+    model: StreamedModel,
+    goldens: Sequence[Case],
+    cases: Sequence[Case],
+    wanted: Wanted,
+    folder: Path,
+    range_method: str = "mse",
+    cache: bool = False,
+    progress: Callable[[Block], None] = lambda block: None,
+) -> list[Trace]:
+    """Runs golden and calibration cases through the float model and writes what the latter say to `folder`; returns the goldens' traces.
+
+    `cache` also finds scales for 8-bit keys and values. Raises `CheckpointError`s of reading.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    observe = partial(_observed, wanted=wanted, folder=folder, keep=max(1, _ROWS // max(1, len(cases))), method=range_method, cache=cache)
+    return model.walk([*goldens, *cases], observe if cases else None, progress, len(goldens))[: len(goldens)]
+
+
+@contextlib.contextmanager
+def _observed(block: Block, model: InfMLLM, wanted: Wanted, folder: Path, keep: int, method: str, cache: bool) -> Iterator[None]:
+    """Watches one block run; afterwards writes its file."""
+    path = folder / f"{block.name}.npz"
+    if path.is_file():
+        yield
+        return
+    feeds = [feed for feed in block.feeds if any(scheme.calibrates for name in feed.linears for scheme in wanted(f"{name}.weight"))]
+    statistics, handles, found = [_Statistics() for _ in feeds], [], dict[str, NDArray[Any]]()
+    for feed, row in zip(feeds, statistics, strict=True):
+        moments = any(scheme.rounding == "gptq" for name in feed.linears for scheme in wanted(f"{name}.weight"))
+        watch = partial(_watch, row, keep, moments)
+        handles.append(model.get_submodule(feed.linears[0]).register_forward_pre_hook(watch))
+    if cache and block.name.startswith("decoder.layers."):
+        handles += _watch_cache(block, model, found)
+    yield
+    for handle in handles:
+        handle.remove()
+    found |= _results(block, model, feeds, statistics, wanted, method)
+    partial_file = path.with_suffix(".tmp")
+    with partial_file.open("wb") as file:
+        np.savez(file, **found)  # type: ignore[arg-type]
+    partial_file.rename(path)
+
+
+def _watch(row: _Statistics, keep: int, moments: bool, module: nn.Module, arguments: tuple[Tensor]) -> None:
+    row.add(arguments[0], keep, moments)
+
+
+def _watch_cache(block: Block, model: InfMLLM, found: dict[str, NDArray[Any]]) -> list[Any]:
+    """Largest magnitudes of rotated keys and of values, per head and channel [KV heads, D]."""
+    attention = model.get_submodule(f"{block.name}.self_attn")
+    spec = model.spec.decoder
+
+    def peak(key: str, x_BLHD: Tensor) -> None:
+        largest = x_BLHD.abs().amax(dim=(0, 2)).numpy()
+        found[key] = np.maximum(found.get(key, np.zeros_like(largest)), largest)
+
+    def after_keys(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        keys = output.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
+        peak(f"{block.name}|keys", rotate_half(keys, *rotary_tables(spec), torch.arange(keys.shape[2])[None]))
+
+    def after_values(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        peak(f"{block.name}|values", output.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2))
+
+    return [attention.k_proj.register_forward_hook(after_keys), attention.v_proj.register_forward_hook(after_values)]  # type: ignore[union-attr]
+
+
+def _results(
+    block: Block, model: InfMLLM, feeds: Sequence[Fed], statistics: Sequence[_Statistics], wanted: Wanted, method: str
+) -> dict[str, NDArray[Any]]:
+    """Scales of every smoothed input first, since a layer's rows may carry the next one's scale; then ranges and rounding on the scaled weights."""
+    found: dict[str, NDArray[Any]] = {}
+    scales: dict[str, Tensor] = {}
+    for feed, row in zip(feeds, statistics, strict=True):
+        weights = [(model.get_parameter(f"{name}.weight"), wanted(f"{name}.weight")) for name in feed.linears]
+        carrier = feed.norm or feed.rows
+        if carrier and any(scheme.smooth for _, schemes in weights for scheme in schemes):
+            rows = torch.cat(row.rows)
+            most = max(64, _SEARCH_WORK // sum(weight.numel() for weight, _ in weights))
+            chosen, strength = search_scales(rows[:: -(-len(rows) // most)], weights)
+            found[f"{carrier}|strength"] = np.float32(strength)  # type: ignore[assignment]
+            if chosen is not None:
+                scales |= dict.fromkeys((f"{name}|columns" for name in feed.linears), chosen)
+                scales[f"{carrier}|rows"] = chosen
+    found |= {name: value.numpy() for name, value in scales.items()}
+    for feed, row in zip(feeds, statistics, strict=True):
+        columns = scales.get(f"{feed.linears[0]}|columns")
+        rows = torch.cat(row.rows) if columns is None else torch.cat(row.rows) / columns
+        for name in feed.linears:
+            weight = _scaled(model.get_parameter(f"{name}.weight").detach(), columns, scales.get(f"{name}|rows"))
+            for scheme in wanted(f"{name}.weight"):
+                if scheme.activation == "int8-static":
+                    found[f"{name}|range"] = np.array(_static_range(rows, row, columns, method), np.float32)
+                if scheme.rounding == "gptq":
+                    assert row.moments is not None, "asked for above"
+                    moments = row.moments if columns is None else row.moments / columns / columns[:, None]
+                    levels = gptq(weight, moments, grid_for(weight, scheme))
+                    found |= _stored(f"{name}.weight", scheme, levels)
+    return found
+
+
+def _static_range(rows: Tensor, row: _Statistics, columns: Tensor | None, method: str) -> tuple[float, float]:
+    """A range from the sampled rows and the exact extremes of every channel."""
+    assert row.low is not None and row.high is not None, "the walk has seen data"
+    extremes = torch.cat([row.low, row.high]) / (1.0 if columns is None else columns.repeat(2))
+    values = rows.flatten()
+    values = values[:: max(1, len(values) // _RANGE_VALUES)]
+    return find_range(torch.cat([values, extremes]).numpy(), method)
+
+
+def _scaled(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+    """A weight [N, K] with its input scales multiplied in and its output scales divided out."""
+    tensor = tensor if columns is None else tensor * columns
+    return tensor if rows is None else tensor / rows[:, None]
+
+
+def _stored(name: str, scheme: LinearScheme, quantised: Quantised) -> dict[str, NDArray[Any]]:
+    kind = np.uint8 if quantised.grid.low >= 0 else np.int8
+    key = f"{name}|{scheme.text()}"
+    return {
+        f"{key}|levels": quantised.levels.numpy().astype(kind),
+        f"{key}|scale": quantised.grid.scale.numpy(),
+        f"{key}|zero": quantised.grid.zero.numpy(),
+    }
+
+
+class Calibrated:
+    """A checkpoint seen through a finished calibration: parameters with scales moved, and weights rounded as their scheme says.
+
+    Without a folder it is the checkpoint itself, rounded to the nearest.
+    """
+
+    def __init__(self, read: Reader, folder: Path | None = None) -> None:
+        self._read, self._places = read, dict[str, Path]()
+        for path in sorted(folder.glob("*.npz")) if folder else ():
+            with np.load(path) as data:
+                self._places |= dict.fromkeys(data.files, path)
+
+    def get(self, key: str) -> NDArray[Any] | None:
+        """One stored array; None if the calibration has none of that name."""
+        if key not in self._places:
+            return None
+        with np.load(self._places[key]) as data:
+            array: NDArray[Any] = data[key]
+            return array
+
+    def read(self, name: str) -> Tensor:
+        """A parameter as the compiled graphs hold it."""
+        tensor, module = self._read(name), name.rpartition(".")[0]
+        columns, rows = (self.get(f"{module}|{side}") for side in ("columns", "rows"))
+        if tensor.ndim == 1 and rows is not None:
+            return tensor / torch.from_numpy(rows)
+        if tensor.ndim != 2:
+            return tensor
+        return _scaled(tensor, *(None if side is None else torch.from_numpy(side) for side in (columns, rows)))
+
+    def quantised(self, name: str, scheme: LinearScheme) -> Quantised:
+        """A weight on its grid: as the calibration stored it, or rounded now."""
+        key = f"{name}|{scheme.text()}"
+        levels, scale, zero = (self.get(f"{key}|{part}") for part in ("levels", "scale", "zero"))
+        if levels is None or scale is None or zero is None:
+            weight = self.read(name)
+            return round_to(weight, grid_for(weight, scheme))
+        low, high = (0, 2**scheme.bits - 1) if levels.dtype == np.uint8 else (-127, 127)
+        block = min(scheme.block, levels.shape[1]) or levels.shape[1]
+        return Quantised(torch.from_numpy(levels.astype(np.int16)), Grid(torch.from_numpy(scale), torch.from_numpy(zero), low, high, block))
+
+    def strengths(self) -> Mapping[str, float]:
+        """The smoothing strength chosen in front of each group of layers."""
+        return {key.removesuffix("|strength"): float(self.get(key)) for key in self._places if key.endswith("|strength")}  # type: ignore[arg-type]

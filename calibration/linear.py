@@ -1,0 +1,153 @@
+"""What quantisation does to one linear layer: the scheme as data, weights rounded to a grid, activations rounded as they occur.
+
+Weights are [N, K] (output, input), as PyTorch keeps them. A grid has one scale per output channel, or one scale and zero point per block of K. The
+arithmetic here is the reference that the integer operators of every target are held against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "Grid", "LinearScheme", "Quantised", "fake_activation", "grid_for", "round_to"]
+
+_INT8 = 127
+_CANDIDATES = 12  # shrunken ranges the MSE search tries
+_SHRINK = 0.45  # the smallest, as a share of the full range
+_TINY = 1e-12
+ACTIVATIONS = ("float", "int8-row", "int8-tensor", "int8-static")
+
+
+@dataclass(frozen=True)
+class LinearScheme:
+    """Where a linear layer's weight and activation go.
+
+    `weight`: fp32, fp16, int8, int4. `activation`: "float"; "int8-row" (a symmetric scale per token, found as it occurs), "int8-tensor" (one range
+    for all tokens of a call, likewise), "int8-static" (one range, calibrated). `block` is the number of inputs that share a scale (0: all, per output
+    channel). `rounding`: "nearest", "mse" (ranges shrunk where that lowers the squared error) or "gptq" (data-aware, arXiv 2210.17323). `smooth`
+    moves scales between activations and weights first (SmoothQuant, arXiv 2211.10438; for float activations AWQ's variant, arXiv 2306.00978).
+    """
+
+    weight: str = "fp32"
+    activation: str = "float"
+    block: int = 0
+    rounding: str = "nearest"
+    smooth: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored weight."""
+        return {"fp32": 32, "fp16": 16, "int8": 8, "int4": 4}[self.weight]
+
+    @property
+    def quantised(self) -> bool:
+        """True for integer weights."""
+        return self.bits <= 8
+
+    @property
+    def calibrates(self) -> bool:
+        """True if it needs data."""
+        return self.smooth or self.rounding == "gptq" or self.activation == "int8-static"
+
+    def text(self) -> str:
+        """For people: "int4/128 gptq smooth"."""
+        parts = [f"{self.weight}/{self.block}" if self.block else self.weight]
+        parts += [self.activation] if self.activation != "float" else []
+        parts += [self.rounding] if self.rounding != "nearest" else []
+        return " ".join([*parts, *(["smooth"] if self.smooth else [])])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values a weight may take: (level - zero) * scale, level in [low, high]. `scale` and `zero` are [N, blocks]."""
+
+    scale: Tensor
+    zero: Tensor
+    low: int
+    high: int
+    block: int
+
+    def expand(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of every column, each [N, columns]."""
+        scale, zero = (t.repeat_interleave(self.block, dim=1)[:, :columns] for t in (self.scale, self.zero))
+        return scale, zero
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A weight on its grid; `levels` [N, K] int16 hold integers of the grid's range."""
+
+    levels: Tensor
+    grid: Grid
+
+    def dequantised(self) -> Tensor:
+        """The weight as float32 [N, K]."""
+        scale, zero = self.grid.expand(self.levels.shape[1])
+        return (self.levels - zero) * scale
+
+
+def grid_for(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
+    """The grid of a scheme: symmetric for 8 bit (-127 to 127 around 0), with zero points for 4 bit (0 to 15).
+
+    "mse" and "gptq" search each block's range for the least squared rounding error; "nearest" takes the whole range.
+    """
+    k = weight_NK.shape[1]
+    block = min(scheme.block, k) or k
+    padded = torch.nn.functional.pad(weight_NK, (0, -k % block)).unflatten(1, (-1, block))  # zeros are on every grid
+    low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
+    grid = _fitted(low, high, scheme, block)
+    if scheme.rounding == "nearest":
+        return grid
+    best = _error(padded, grid)
+    for step in range(1, _CANDIDATES + 1):
+        share = 1 - (1 - _SHRINK) * step / _CANDIDATES
+        trial = _fitted(low * share, high * share, scheme, block)
+        error = _error(padded, trial)
+        better = error < best
+        best = torch.where(better, error, best)
+        grid = replace(grid, scale=torch.where(better, trial.scale, grid.scale), zero=torch.where(better, trial.zero, grid.zero))
+    return grid
+
+
+def _fitted(low: Tensor, high: Tensor, scheme: LinearScheme, block: int) -> Grid:
+    """The grid that spans [low, high] of every block; an all-zero block gets scale 1."""
+    if scheme.bits == 8:
+        scale = torch.maximum(-low, high) / _INT8
+        scale = torch.where(scale > 0, scale, 1.0)
+        return Grid(scale, torch.zeros_like(scale), -_INT8, _INT8, block)
+    top = 2**scheme.bits - 1
+    scale = (high - low) / top
+    scale = torch.where(scale > 0, scale, 1.0)
+    return Grid(scale, (-low / scale).round().clamp(0, top), 0, top, block)
+
+
+def _error(blocks_NBK: Tensor, grid: Grid) -> Tensor:
+    scale, zero = grid.scale[..., None], grid.zero[..., None]
+    levels = (blocks_NBK / scale + zero).round_().clamp_(grid.low, grid.high)
+    return levels.sub_(zero).mul_(scale).sub_(blocks_NBK).square_().sum(2)
+
+
+def round_to(weight_NK: Tensor, grid: Grid) -> Quantised:
+    """Every weight to the nearest value of the grid."""
+    scale, zero = grid.expand(weight_NK.shape[1])
+    return Quantised((weight_NK / scale + zero).round_().clamp_(grid.low, grid.high).to(torch.int16), grid)
+
+
+def fake_activation(x_RK: Tensor, kind: str, static: tuple[float, float] | None = None) -> Tensor:
+    """Rows of activations rounded as the target will round them, back in float32. `static` is the calibrated (low, high)."""
+    if kind == "float":
+        return x_RK
+    if kind == "int8-row":
+        scale = x_RK.abs().amax(-1, keepdim=True).clamp(min=_TINY) / _INT8
+        return (x_RK / scale).round_().mul_(scale)
+    step, zero = activation_grid(*(static or (float(x_RK.min()), float(x_RK.max()))))
+    return ((x_RK / step).round_() + zero).clamp_(0, 255).sub_(zero).mul_(step)
+
+
+def activation_grid(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point of unsigned 8-bit activations that span [low, high] and hold zero exactly."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / 255, _TINY)
+    return scale, round(min(max(-low / scale, 0), 255))

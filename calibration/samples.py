@@ -1,0 +1,114 @@
+"""The calibration set: pictures with questions and answers of the kind the model was trained on, drawn by seed, listed and hashed.
+
+The same set gives the parity cases. It is never random data: ranges and second moments of noise say nothing about what a model will see.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.contract.errors import DataError, InfMLLMError, UsageError
+from runtime.contract.evaluation import open_examples
+from runtime.contract.image import to_pixels
+from runtime.contract.sample import Example, Sample
+from runtime.contract.spec import ModelSpec
+from runtime.contract.tokenizer import Tokenizer
+from trainer.batch import answer_ids
+from trainer.datasets.scene_text import caption_sample, ground_sample, vqa_sample
+from trainer.datasets.scenes import draw_scene
+
+__all__ = ["MIN_IMAGES", "Case", "default_source", "draw_cases", "draw_examples", "set_card"]
+
+SCENES = "synthetic"
+MIN_IMAGES = 4
+MAX_ANSWER = 16  # tokens of an answer that are kept
+_FLAT = 4.0  # a picture whose brightest and darkest value differ by less says nothing, of 255
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question with its answer, ready to run: pixels [1,3,S,S], pool size, ids around the image and of the answer; `name` for listings."""
+
+    name: str
+    pixels: NDArray[np.float32]
+    pool_size: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def default_source(card: Mapping[str, Any], calib: str) -> str:
+    """The data argument to draw from: `calib`, or the training mix where it can be made anew. Raises `UsageError` where it cannot."""
+    if calib:
+        return calib
+    names = [str(row.get("name")) for row in card.get("data", []) if isinstance(row, Mapping)]
+    if SCENES in names:
+        return SCENES
+    said = f"was trained on {', '.join(names)}" if names else "does not say what it was trained on"
+    raise UsageError(f"calibration needs pictures of the kind the model was trained on, and its card {said}; name some: --calib DATA")
+
+
+def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Example]:
+    """`count` examples of a data argument, in random order by seed; scenes are drawn fresh. Raises `DataError` below `least`."""
+    rng = np.random.default_rng(seed)
+    if source == SCENES:
+        return list(_scenes(count, rng))
+    found = open_examples(source)
+    if len(found) < least:
+        raise DataError(f"data {source!r} has {len(found)} pictures, calibration needs at least {least}; add some")
+    return [found[int(index)] for index in rng.permutation(len(found))[:count]]
+
+
+def _scenes(count: int, rng: np.random.Generator) -> Iterator[Example]:
+    for index in range(count):
+        scene = draw_scene(rng)
+        phrase = ground_sample(scene, rng)
+        samples = [caption_sample(scene, rng, "describe"), vqa_sample(scene, rng), *([phrase] if phrase else [])]
+        yield Example(scene.image, tuple(samples), name=f"scene {index}")
+
+
+def draw_cases(examples: Sequence[Example], spec: ModelSpec, tokenizer: Tokenizer, seed: int) -> list[Case]:
+    """One case of every example, tasks and pool sizes in turn. Raises `DataError` naming an unreadable or constant picture."""
+    rng, cases = np.random.default_rng(seed), []
+    for index, example in enumerate(examples):
+        try:
+            image, samples = example.load()
+        except InfMLLMError as error:
+            raise DataError(f"calibration picture {example.name or example.picture} cannot be used: {error}") from None
+        _check_picture(image, example.name)
+        sample = _pick(samples, index, rng)
+        p = spec.pool_sizes[index % len(spec.pool_sizes)]
+        before, after = tokenizer.encode_prompt(sample.prompt())
+        answer = answer_ids(tokenizer, sample)[:-1][:MAX_ANSWER]  # a model computes noise after its end-of-sequence id
+        if len(before) + len(after) + len(answer) + p * p <= spec.decoder.context and answer:
+            cases.append(Case(example.name, to_pixels(image, spec), p, tuple(before), tuple(after), tuple(answer)))
+    if not cases:
+        raise DataError("no calibration case fits the model's context; use shorter questions or fewer visual tokens")
+    return cases
+
+
+def _pick(samples: Sequence[Sample], index: int, rng: np.random.Generator) -> Sample:
+    by_task = {samples[int(i)].task: samples[int(i)] for i in rng.permutation(len(samples))}
+    return by_task[sorted(by_task)[index % len(by_task)]]
+
+
+def _check_picture(image: Image.Image, name: str) -> None:
+    values = np.asarray(image.convert("L"))
+    if float(values.max()) - float(values.min()) < _FLAT:
+        raise DataError(f"calibration picture {name or 'without a name'} is one flat colour; ranges from it would be wrong, remove it")
+
+
+def set_card(source: str, cases: Sequence[Case]) -> dict[str, Any]:
+    """What the manifest says about a set: where from, which pictures, and a hash of all that was run."""
+    digest = hashlib.sha256()
+    for case in cases:
+        digest.update(case.pixels.tobytes())
+        digest.update(repr((case.pool_size, case.before, case.after, case.answer)).encode())
+    return {"source": source.split("/")[-1], "count": len(cases), "names": [case.name for case in cases], "sha256": digest.hexdigest()}

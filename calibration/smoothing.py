@@ -1,0 +1,55 @@
+"""Scales moved between activations and weights, so that neither has outliers its grid cannot afford.
+
+y = W x = (W s)(x / s) for any positive s per input channel; the division is folded into the norm (or the linear layer) that makes x, so the graph
+stays as it is. s = |x|^a / |W|^(1-a) (SmoothQuant, arXiv 2211.10438), where the strength a is the one with the least error of the layers' rounded
+outputs on calibration rows, under each layer's own scheme; with float activations the search is AWQ's (arXiv 2306.00978). Doing nothing counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from calibration.linear import LinearScheme, fake_activation, grid_for, round_to
+
+__all__ = ["STRENGTHS", "output_error", "search_scales"]
+
+STRENGTHS = (0.25, 0.4, 0.5, 0.6, 0.75, 0.9)
+_FLOOR = 1e-5
+_LIMIT = 1e4  # scales beyond this leave half precision behind
+
+
+def output_error(rows_RK: Tensor, weight_NK: Tensor, scheme: LinearScheme, scales_K: Tensor | None = None) -> float:
+    """Relative squared error of a linear layer's output after smoothing and rounding weight and activation."""
+    exact = rows_RK @ weight_NK.T
+    if scales_K is not None:
+        rows_RK, weight_NK = rows_RK / scales_K, weight_NK * scales_K
+    if scheme.quantised:
+        plain = replace(scheme, rounding="nearest") if scheme.rounding == "gptq" else scheme
+        weight_NK = round_to(weight_NK, grid_for(weight_NK, plain)).dequantised()
+    found = fake_activation(rows_RK, scheme.activation) @ weight_NK.T
+    return float((found - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
+
+
+def search_scales(rows_RK: Tensor, layers: Sequence[tuple[Tensor, Sequence[LinearScheme]]]) -> tuple[Tensor | None, float]:
+    """The scales [K] with the least summed error over layers (weight [N,K], the schemes it will be used with), and their strength.
+
+    None and 0 when leaving everything as it is does best.
+    """
+    activation = rows_RK.abs().amax(0).clamp(min=_FLOOR)
+    weight = torch.stack([w.abs().amax(0) for w, _ in layers]).amax(0).clamp(min=_FLOOR)
+
+    def error(scales: Tensor | None) -> float:
+        return sum(output_error(rows_RK, w, scheme, scales) for w, schemes in layers for scheme in schemes)
+
+    best, chosen, strength = error(None), None, 0.0
+    for share in STRENGTHS:
+        scales = activation.pow(share) / weight.pow(1 - share)
+        scales = (scales / scales.log().mean().exp()).clamp(1 / _LIMIT, _LIMIT)
+        found = error(scales)
+        if found < best:
+            best, chosen, strength = found, scales, share
+    return chosen, strength

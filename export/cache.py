@@ -1,0 +1,56 @@
+"""What a build has finished, kept until the bundle is in place: a killed build goes on where it stopped, an identical one is not repeated.
+
+Everything is filed under a hash of all that decides the result, our own source files included, so a stale piece can never be taken for a fresh one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import calibration
+import export
+import runtime
+import trainer
+from runtime.contract.bundle import cache_folder
+from runtime.contract.files import sha256_file
+
+__all__ = ["build_key", "source_digest", "workspace"]
+
+_KEEP_SECONDS = 7 * 24 * 3600  # what an abandoned build left is removed after this
+
+
+def source_digest() -> str:
+    """SHA-256 of our own source files: whatever changed, a result made before is not taken for one made after."""
+    digest = hashlib.sha256()
+    for package in (runtime, trainer, calibration, export):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}:{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def build_key(parts: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that decides a result, with the compiler's source."""
+    return hashlib.sha256(json.dumps({**parts, "source": source_digest()}, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def workspace(key: str) -> Iterator[Path]:
+    """The folder where the pieces of this build lie; removed after a clean exit, kept after anything else."""
+    root = cache_folder() / "builds"
+    folder = root / key[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in root.iterdir():
+        if old != folder and time.time() - old.stat().st_mtime > _KEEP_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    os.utime(folder)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
