@@ -11,12 +11,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Grid", "LinearScheme", "Quantised", "fake_activation", "grid_for", "round_to"]
+__all__ = ["ACTIVATIONS", "KERNEL_BLOCKS", "Grid", "LinearScheme", "Quantised", "fake_activation", "grid_for", "round_to"]
 
 _INT8 = 127
 _CANDIDATES = 12  # shrunken ranges the MSE search tries
 _SHRINK = 0.45  # the smallest, as a share of the full range
 _TINY = 1e-12
+KERNEL_BLOCKS = (16, 32, 64, 128, 256)
+"""Inputs that may share a scale in weight-only layers, as ONNX Runtime's MatMulNBits has them."""
+
+_FULL_BLOCK = 128  # for weight-only layers without a block of their own
 ACTIVATIONS = ("float", "int8-row", "int8-tensor", "int8-static")
 
 
@@ -50,6 +54,11 @@ class LinearScheme:
     def calibrates(self) -> bool:
         """True if it needs data."""
         return self.smooth or self.rounding == "gptq" or self.activation == "int8-static"
+
+    def kernel_block(self, inputs: int) -> int:
+        """How many inputs share a scale where weights alone are quantised: kernels know powers of two, and no block longer than it must be."""
+        block = self.block or _FULL_BLOCK
+        return block if block <= inputs else next((size for size in KERNEL_BLOCKS if size >= inputs), KERNEL_BLOCKS[-1])
 
     def text(self) -> str:
         """For people: "int4/128 gptq smooth"."""

@@ -24,7 +24,7 @@ app = command_app("Compile InfMLLM checkpoints into verified bundles.")
 )
 def build(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder. Default: the demo checkpoint.")] = None,
-    precision: Annotated[str, typer.Option(help="A scheme: fp32, fp16, int8, int8-static, int8-weights, int4, int4-hybrid, int4-all.")] = "int8",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-static, int8-weights, int4, int4-hybrid, int4-all, or auto.")] = "int8",
     target: Annotated[str, typer.Option(help="Where the bundle runs: cpu.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")] = Path("infmllm-bundle"),
     calib: Annotated[str, typer.Option(help="Data to calibrate and compare with, as infmllm-eval takes them. Default: the training mix.")] = "",
@@ -36,19 +36,27 @@ def build(
     keep: Annotated[
         list[str] | None, typer.Option(help="BLOCK=SCHEME: another scheme for a block, such as decoder.layers.0=fp16. Repeatable.")
     ] = None,
+    max_drop: Annotated[float, typer.Option(help="auto: points of accuracy that may be lost.")] = 0.5,
+    metric: Annotated[str, typer.Option(help="auto: the accuracy that counts: mean, caption, vqa, ground or chat.")] = "mean",
+    auto_questions: Annotated[int, typer.Option(min=1, help="auto: pictures whose questions measure a mixture.")] = 150,
     questions: Annotated[int, typer.Option(min=0, help="Pictures the bundle answers against PyTorch; 0 leaves this check out.")] = 16,
     dump: Annotated[Path | None, typer.Option(help="Write each graph after every step to this folder.")] = None,
     allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Keep a bundle that fails parity, marked UNVERIFIED.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Calibrates, captures, simplifies, lowers, quantises and packs a checkpoint, and proves the result equal to PyTorch."""
+    from export.auto import Budget
     from export.pipeline import BuildOptions
-    from export.report import run_build
+    from export.report import run_auto, run_build
     from export.schemes import choose_scheme
     from trainer.checkpoint import DEMO
 
-    scheme = choose_scheme(precision, block, rounding, kv, keep or [])
-    run_build(BuildOptions(checkpoint or DEMO, scheme, target, out, dump, allow_unverified, calib, samples, ranges, questions), as_json)
+    scheme = choose_scheme("int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [])
+    options = BuildOptions(checkpoint or DEMO, scheme, target, out, dump, allow_unverified, calib, samples, ranges, questions)
+    if precision == "auto":
+        run_auto(options, Budget(max_drop, metric, auto_questions), as_json)
+    else:
+        run_build(options, as_json)
 
 
 @app.command(epilog="Example:\n\n    infmllm-export parity infmllm-bundle")
@@ -78,19 +86,47 @@ def parity(
         raise ParityError(f"{', '.join(failed)} out of tolerance; rebuild the bundle from this checkpoint")
 
 
-@app.command(epilog="Example:\n\n    infmllm-export inspect infmllm-bundle --json")
+@app.command(
+    epilog="Examples:\n\n    infmllm-export plan --preset 7b --precision int4 --device orin-nano-8gb"
+    "\n\n    infmllm-export plan checkpoints/mine --precision int8 --context 512 --json"
+)
+def plan(
+    checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder (only its config.json is read). Default: the demo checkpoint.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A shape instead of a checkpoint: nano, edge or 7b.")] = None,
+    precision: Annotated[str, typer.Option(help="A scheme, as for build; all of them if left out.")] = "",
+    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="orin-nano-8gb, orin-agx-64gb, rtx4090 or a JSON file. Default: this machine.")] = None,
+    block: Annotated[int | None, typer.Option(help="Block size of 4-bit weights.")] = None,
+    kv: Annotated[str, typer.Option(help="Keys and values: fp32 or int8.")] = "fp32",
+    context: Annotated[int | None, typer.Option(min=1, help="Rows of the key/value cache. Default: the model's context.")] = None,
+    samples: Annotated[int, typer.Option(min=4, help="Pictures the build would calibrate with.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Predicts disk, memory and latency from the shape alone, in seconds; says what does not fit and what to change."""
+    from export.report import run_plan
+
+    run_plan(checkpoint, preset, precision, target, device, block, kv, context, samples, as_json)
+
+
+@app.command(epilog="Examples:\n\n    infmllm-export inspect infmllm-bundle --json\n\n    infmllm-export inspect infmllm-bundle --html bundle.html")
 def inspect(
     bundle: Annotated[Path | None, typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with a picture of every block.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Shows operators, parameters, bytes, schemes, parity and what passes changed or refused."""
+    """Shows operators, parameters, bytes, schemes per block, parity, and what passes changed or refused."""
     from export.inspect import describe_bundle, format_description
+    from export.picture import block_page
     from runtime.contract.bundle import read_bundle
+    from runtime.contract.console import check_output
 
+    check_output(html)
     opened = read_bundle(bundle or default_bundle())
     opened.verify() if verify else opened.verify_once()
     description = describe_bundle(opened)
+    if html:
+        html.write_text(block_page(description))
     print(json.dumps(description) if as_json else format_description(description))
 
 

@@ -1,4 +1,4 @@
-"""`infmllm-export inspect`: what a bundle holds, read from its manifest and graphs, as text or JSON."""
+"""`infmllm-export inspect`: what a bundle holds, read from its manifest and graphs, as data or text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import onnx_ir as ir
 
-from runtime.contract.bundle import DECODER, VISION, Bundle
+from runtime.contract.bundle import Bundle
 
 __all__ = ["describe_bundle", "format_description"]
 
+_SUFFIXES = (".int8", ".int4", ".fp16")
+
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Verdict, schemes, bytes per file, and per graph: operators, parameters and bytes by storage type."""
-    graphs = {name: _describe_graph(ir.load(bundle.path / name)) for name in (VISION, DECODER)}
+    """Verdict, schemes, bytes per file, and per graph: operators, parameters and bytes by storage type, blocks with how their layers are stored."""
     return {
         "path": str(bundle.path),
         "model": bundle.spec.to_json(),
@@ -24,7 +25,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "schemes": dict(bundle.schemes),
         "files": {name: size for name, (size, _) in bundle.files.items()},
         "bytes": sum(size for size, _ in bundle.files.values()),
-        "graphs": graphs,
+        "graphs": {name: _describe_graph(ir.load(bundle.path / name)) for name in bundle.graphs},
         "provenance": dict(bundle.provenance),
     }
 
@@ -32,16 +33,42 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
 def _describe_graph(model: ir.Model) -> dict[str, Any]:
     operators = Counter(node.op_type for node in model.graph.all_nodes())
     storage: dict[str, dict[str, int]] = {}
-    for value in model.graph.initializers.values():
-        if value.const_value is not None:
-            row = storage.setdefault(value.const_value.dtype.name.lower(), {"parameters": 0, "bytes": 0})
-            row["parameters"] += value.const_value.size
-            row["bytes"] += value.const_value.nbytes
-    blocks: Counter[str] = Counter()
+    blocks: dict[str, dict[str, Any]] = {}
     for name, value in model.graph.initializers.items():
-        if value.const_value is not None:
-            blocks[_block(name)] += value.const_value.nbytes
-    return {"nodes": sum(operators.values()), "operators": dict(operators.most_common()), "storage": storage, "bytes_per_block": dict(blocks)}
+        if value.const_value is None:
+            continue
+        row = storage.setdefault(value.const_value.dtype.name.lower(), {"parameters": 0, "bytes": 0})
+        row["parameters"] += value.const_value.size
+        row["bytes"] += value.const_value.nbytes
+        block = blocks.setdefault(_block(name), {"bytes": 0, "layers": {}})
+        block["bytes"] += value.const_value.nbytes
+    for node in model.graph:
+        if layer := _layer(node):
+            name, how = layer
+            blocks.setdefault(_block(name), {"bytes": 0, "layers": {}})["layers"][name] = how
+    return {"nodes": sum(operators.values()), "operators": dict(operators.most_common()), "storage": storage, "blocks": blocks}
+
+
+def _layer(node: ir.Node) -> tuple[str, str] | None:
+    """A linear layer's parameter name and how it is computed: "int4/32", "int8 x int8", "fp16", "fp32"."""
+    if node.op_type not in ("MatMul", "MatMulInteger", "MatMulNBits") or node.inputs[1] is None:
+        return None
+    weight: ir.Value | None = node.inputs[1]
+    producer = weight.producer() if weight is not None else None
+    if producer is not None and producer.op_type in ("Cast", "DequantizeLinear"):
+        weight = producer.inputs[0]
+    if weight is None or weight.name is None or (not weight.name.removesuffix("weight").endswith(".") and ".weight" not in weight.name):
+        return None
+    name = weight.name
+    for suffix in _SUFFIXES:
+        name = name.removesuffix(suffix)
+    if node.op_type == "MatMulNBits":
+        return name, f"int{node.attributes['bits'].as_int()}/{node.attributes['block_size'].as_int()}"
+    if node.op_type == "MatMulInteger":
+        return name, "int8 x int8"
+    if producer is None:
+        return name, "fp32"
+    return name, "fp16" if producer.op_type == "Cast" else "int8 x int8 static"
 
 
 def _block(name: str) -> str:
@@ -61,10 +88,21 @@ def format_description(data: dict[str, Any]) -> str:
     ]
     for stage in data["parity"].get("stages", []):
         lines.append(f"parity {stage['stage']}: {stage['error']:.3g} (allowed {stage['tolerance']:.3g})")
+    metrics = data["parity"].get("metrics", {})
+    for task, row in metrics.get("tasks", {}).items():
+        lines.append(f"answers {task}: {row['bundle']:.1f} %, PyTorch {row['pytorch']:.1f} % ({metrics['count']} questions in all)")
+    if "skipped" in metrics:
+        lines.append(f"answers not compared: {metrics['skipped']}")
     for name, size in data["files"].items():
         lines.append(f"  {name:20} {size:>12,} bytes")
     for name, graph in data["graphs"].items():
         storage = ", ".join(f"{kind} {row['parameters']:,} ({row['bytes'] / 1e6:.2f} MB)" for kind, row in graph["storage"].items())
         lines += [f"{name}: {graph['nodes']} nodes; {storage}", "  " + ", ".join(f"{op} {count}" for op, count in graph["operators"].items())]
+        for block, row in graph["blocks"].items():
+            kinds = ", ".join(f"{count} {how}" for how, count in Counter(row["layers"].values()).items())
+            lines.append(f"  {block:28} {row['bytes'] / 1e3:>10,.1f} kB  {kinds}")
+    calibration = data["provenance"].get("calibration")
+    if calibration:
+        lines.append(f"calibrated with {calibration['count']} pictures of {calibration['source']}, sha256 {calibration['sha256'][:12]}…")
     refused = [reason for row in data["provenance"].get("passes", []) for reason in row["refused"]]
     return "\n".join([*lines, *(f"refused: {reason}" for reason in refused)])

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export.plan import PIECE_BYTES
 from runtime.contract.bundle import DECODER, PREFILL, VISION
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, SEQLENS_K, TOTAL_LENGTH, ModelSpec
@@ -22,9 +23,6 @@ from runtime.engines.ort import session_options
 from runtime.selftest import Golden, StageError, stage_errors
 
 __all__ = ["cut_points", "opened_part", "replay_in_pieces", "run_part"]
-
-PIECE_BYTES = 1 << 30
-"""Weights of a part that is in memory at once."""
 
 Array = NDArray[np.float32]
 Feed = dict[str, NDArray[np.generic]]

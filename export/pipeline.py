@@ -14,7 +14,7 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -29,11 +29,13 @@ from calibration.calibrate import Calibrated, calibrate
 from calibration.samples import MIN_IMAGES, Case, default_source, draw_cases, draw_examples, set_card
 from export.cache import build_key, workspace
 from export.capture import capture
+from export.devices import DEVICES
 from export.drift import find_drift
 from export.passes import LOWERING, SIMPLIFY, GraphPass, PassResult, run_passes
 from export.passes.int8_cache import int8_cache
 from export.passes.quantise import quantise_linears, store_half
 from export.pieces import replay_in_pieces
+from export.plan import LARGE_BYTES, MIB, make_plan
 from export.schemes import Scheme
 from export.verify import MetricCheck, golden_count, goldens_of, measure_answers, verdict_json
 from runtime.contract.bundle import (
@@ -62,7 +64,7 @@ _GOLDEN_SEED, _CALIBRATION_SEED = 20231, 20230
 Detail = Callable[[int, int, str], None]
 """Hears how many parts of how many a long step has done, and of what."""
 
-_LARGE_BYTES = 2 << 30  # of weights, above which a bundle is not loaded whole
+_ANY_DEVICE = DEVICES["rtx4090"]  # bytes and memory of a build do not depend on it
 _FILES = {"vision": VISION, "decoder": DECODER, "prefill": PREFILL}
 
 
@@ -71,7 +73,8 @@ class BuildOptions:
     """What to build and where. `dump` receives each graph after every step; `allow_unverified` keeps a bundle that fails parity, marked.
 
     `calib` names the data that calibration, golden cases and questions come from (empty: the training mix), `samples` how many pictures calibrate,
-    `ranges` how static ranges are found, `questions` on how many pictures the bundle answers against PyTorch.
+    `ranges` how static ranges are found, `questions` on how many pictures the bundle answers against PyTorch; `notes` go into the
+    manifest's provenance as they are.
     """
 
     checkpoint: Path
@@ -84,6 +87,7 @@ class BuildOptions:
     samples: int = 32
     ranges: str = "mse"
     questions: int = 16
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def _apply_scheme(build: Build) -> Build:
     def steps(name: str) -> list[GraphPass]:
         scheme_of = partial(scheme.linear, prefill=name == "prefill")
         cache = [int8_cache(calibrated)] if scheme.cache == "int8" and name != "vision" else []
-        return [store_half(scheme_of), quantise_linears(scheme_of, calibrated), *cache]
+        return [store_half(scheme.half), quantise_linears(scheme_of, calibrated), *cache]
 
     return _passes(build, steps)
 
@@ -229,7 +233,7 @@ def _compare(build: Build) -> tuple[list[StageError], MetricCheck]:
     """Parity and answers of the packed bundle; graphs too large to load beside PyTorch are replayed part by part, and asked nothing."""
     options, tolerance = build.options, dict(build.options.scheme.tolerance)
     weights = sum(file.stat().st_size for file in build.folder.glob("*.weights"))
-    if weights > _LARGE_BYTES:
+    if weights > LARGE_BYTES:
         table = np.load(build.folder / EMBEDDINGS, mmap_mode="r")
         stages = replay_in_pieces(build.folder, build.checkpoint.spec, table, read_goldens(build.folder / GOLDENS), tolerance)
         return stages, MetricCheck(skipped=f"{weights / 1e9:.1f} GB of weights are compared part by part; run infmllm-eval where they fit")
@@ -316,10 +320,19 @@ def _write_manifest(build: Build) -> None:
     if build.cases and build.calibrated:
         provenance["smoothing"] = {name: round(value, 3) for name, value in build.calibrated.strengths().items()}
     schemes = {"vision": scheme.name, "decoder": scheme.name, "embeddings": scheme.embeddings, "cache": scheme.cache}
-    provenance |= {"tools": _tools(), "passes": passes, "steps": build.costs}
+    provenance |= {"tools": _tools(), "passes": passes, "steps": build.costs, **build.options.notes}
+    provenance["plan"] = _predicted(build)
     write_manifest(
         build.folder, build.checkpoint.spec, build.options.target, schemes, provenance, verdict_json(build.stages, build.metrics, tolerance)
     )
+
+
+def _predicted(build: Build) -> dict[str, Any]:
+    """What the plan said of this build, and what came: bytes on disk (without the manifest) and peak memory of the process."""
+    plan = make_plan(build.checkpoint.spec, build.options.scheme, _ANY_DEVICE, samples=len(build.cases))
+    actual = sum(file.stat().st_size for file in build.folder.iterdir())
+    peak = max((row["peak_mib"] for row in build.costs.values()), default=0.0)
+    return {"disk": plan.disk_bytes, "disk_actual": actual, "build_peak_mib": round(plan.build_peak / MIB), "build_peak_mib_actual": peak}
 
 
 def _dump_graph(build: Build, name: str, model: ir.Model, step: str) -> None:

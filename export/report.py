@@ -7,14 +7,36 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+from export.auto import Budget, choose_mixture
+from export.devices import find_device
+from export.passes import LOWERING
 from export.pipeline import STEPS, Build, BuildOptions, build
+from export.plan import make_plan
+from export.schemes import SCHEMES, choose_scheme
 from runtime.contract.console import note, step_bar
+from runtime.contract.errors import UsageError
 from runtime.selftest import StageError
+from trainer.checkpoint import DEMO, read_spec
+from trainer.config import find_preset
 
-__all__ = ["print_stages", "run_build"]
+__all__ = ["print_stages", "run_auto", "run_build", "run_plan"]
+
+
+def run_auto(options: BuildOptions, budget: Budget, as_json: bool) -> Build:
+    """Finds the cheapest mixture within a budget, prints what was measured on the way, and builds it."""
+    with step_bar(1) as bar:
+        bar.step("choosing a mixture")
+        scheme, rows = choose_mixture(options, budget, bar.detail)
+    for row in rows:
+        nats = f"{row.predicted:.2e}" if row.predicted is not None else "-"
+        scores = "  ".join(f"{task} {value:.1f}" for task, value in (row.scores or {}).items())
+        note(f"{'*' if row.chosen else ' '} {row.name:40} {row.bytes / 1e6:8.2f} MB  predicted {nats:>9} nats  {scores}  lost {row.drop:+.2f}")
+    notes = {"auto": {"max_drop": budget.max_drop, "metric": budget.metric, "table": [row.to_json() for row in rows]}}
+    return run_build(replace(options, scheme=scheme, notes=notes), as_json)
 
 
 def run_build(options: BuildOptions, as_json: bool) -> Build:
@@ -47,3 +69,41 @@ def print_stages(stages: Iterable[StageError]) -> None:
         agreement = f", same token {100 * stage.agreement:.0f} %" if stage.agreement is not None else ""
         verdict = "ok" if stage.passed else "FAILED"
         print(f"parity {stage.stage:8} {stage.error:.3g} of {stage.tolerance:.3g} allowed{agreement}  {verdict}", file=sys.stderr)
+
+
+def run_plan(
+    checkpoint: Path | None,
+    preset: str | None,
+    precision: str,
+    target: str,
+    device: str | None,
+    block: int | None,
+    kv: str,
+    context: int | None,
+    samples: int,
+    as_json: bool,
+) -> None:
+    """Prints the plan of one scheme in full, or of all in a table. Raises `UsageError` for unknown names."""
+    if target not in LOWERING:
+        raise UsageError(f"unknown target {target!r}; choose one of: {', '.join(LOWERING)}")
+    spec = find_preset(preset).spec if preset else read_spec(checkpoint or DEMO)
+    chosen = find_device(device)
+    names = [precision] if precision else list(SCHEMES)
+    if not precision and block:
+        raise UsageError("--block needs a --precision with 4-bit weights, for example int4")
+    plans = {name: make_plan(spec, choose_scheme(name, block, None, kv), chosen, context, samples) for name in names}
+    if as_json:
+        print(json.dumps({name: plan.to_json() for name, plan in plans.items()}))
+        return
+    print(f"{spec.name} ({spec.parameters / 1e6:.1f} M parameters), visual tokens {', '.join(str(p * p) for p in spec.pool_sizes)}, on {chosen.name}")
+    print(f"{'precision':14} {'disk MB':>9} {'build MB':>9} {'run MB':>9} {'first token ms':>15} {'tokens/s':>9}  fits")
+    for name, plan in plans.items():
+        times = plan.latency
+        figures = f"{plan.disk_bytes / 1e6:>9.1f} {plan.build_peak / 1e6:>9.0f} {plan.run_bytes / 1e6:>9.0f}"
+        print(f"{name:14} {figures} {times['first_token_ms']:>15.1f} {times['tokens_per_second']:>9.1f}  {'yes' if plan.fits else 'NO'}")
+        for line in plan.advice:
+            print(f"{'':14} {line}")
+        if precision:
+            for title, parts in (("disk", plan.disk), ("running", plan.run)):
+                print(f"  {title}: " + ", ".join(f"{part} {size / 1e6:.1f}" for part, size in parts.items()) + " MB")
+            print("  at best: " + ", ".join(f"{stage.replace('_', ' ')} {value:.1f}" for stage, value in times.items()))

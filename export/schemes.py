@@ -11,18 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calibration.linear import LinearScheme
+from calibration.linear import KERNEL_BLOCKS, LinearScheme
 from runtime.contract.errors import UsageError
 
-__all__ = ["BLOCKS", "CACHES", "ROUNDINGS", "SCHEMES", "Scheme", "choose_scheme", "find_scheme", "mixed"]
+__all__ = ["CACHES", "ROUNDINGS", "SCHEMES", "Scheme", "choose_scheme", "find_scheme", "mixed"]
 
 ROUNDINGS = ("nearest", "mse", "gptq")
 """How 4-bit weights are rounded, the cheapest first."""
 
 CACHES = ("fp32", "int8")
-BLOCKS = (16, 32, 64, 128, 256)
-"""Inputs that may share a scale in weight-only layers, as ONNX Runtime's MatMulNBits has them."""
-
 FLOAT = LinearScheme()
 HALF = LinearScheme("fp16")
 # The tower sees many tokens in every call and takes a scale per token. The decoder's hot call is one token, where one range is a scale per token
@@ -30,9 +27,9 @@ HALF = LinearScheme("fp16")
 ROWS = LinearScheme("int8", "int8-row", smooth=True)
 TENSOR = LinearScheme("int8", "int8-tensor", smooth=True)
 STATIC = LinearScheme("int8", "int8-static", smooth=True)
-WEIGHTS8 = LinearScheme("int8", block=128)
-WEIGHTS4 = LinearScheme("int4", block=32, rounding="gptq")
-DECODER = "decoder."
+WEIGHTS8 = LinearScheme("int8", block=64)
+WEIGHTS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True)
+DECODER, VISION = "decoder.", "vision_tower."
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,10 @@ class Scheme:
         matches = [prefix for prefix in table if parameter.startswith(prefix)]
         return table[max(matches, key=len)] if matches else FLOAT
 
+    def half(self, parameter: str, dimensions: int) -> bool:
+        """True for a tensor stored in fp16: weights of that scheme, and with half-precision embeddings also what the patches are embedded with."""
+        return self.linear(parameter).weight == "fp16" or (self.embeddings == "fp16" and parameter.startswith(VISION) and dimensions > 2)
+
     def wanted(self, parameter: str) -> tuple[LinearScheme, ...]:
         """All schemes a weight is stored in."""
         both = (self.linear(parameter), *([self.linear(parameter, True)] if self.prefill and parameter.startswith(DECODER) else ()))
@@ -81,10 +82,10 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("int8", {"": ROWS, DECODER: TENSOR}, "fp16", _INTEGER, "8-bit weights and activations (W8A8), ranges found as they occur"),
         Scheme("int8-static", {"": STATIC}, "fp16", _STATIC, "W8A8 with calibrated ranges"),
         Scheme("int8-weights", {"": WEIGHTS8}, "fp16", _INTEGER, "8-bit weights in blocks"),
-        Scheme("int4", {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": WEIGHTS8}, "fp16", _FOUR, "4-bit decoder (GPTQ), W8A8 tower"),
+        Scheme("int4", {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": TENSOR}, "fp16", _FOUR, "4-bit decoder (GPTQ), W8A8 tower and head"),
         Scheme(
             "int4-hybrid",
-            {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": WEIGHTS8},
+            {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": TENSOR},
             "fp16",
             _FOUR,
             "int4 with a second, W8A8 decoder for prefill: faster to the first token, larger",
@@ -111,8 +112,8 @@ def choose_scheme(name: str, block: int | None = None, rounding: str | None = No
     four = [prefix for prefix, linear in scheme.parts.items() if linear.bits == 4]
     if (block or rounding) and not four:
         raise UsageError(f"precision {name} has no 4-bit weights, so --block and --rounding do not apply; leave them out")
-    if block is not None and block not in BLOCKS:
-        raise UsageError(f"blocks of {block} are not supported; choose one of: {', '.join(map(str, BLOCKS))}")
+    if block is not None and block not in KERNEL_BLOCKS:
+        raise UsageError(f"blocks of {block} are not supported; choose one of: {', '.join(map(str, KERNEL_BLOCKS))}")
     if rounding is not None and rounding not in ROUNDINGS:
         raise UsageError(f"unknown rounding {rounding!r}; choose one of: {', '.join(ROUNDINGS)}")
     if cache not in CACHES:

@@ -29,6 +29,7 @@ __all__ = [
     "StoredCheckpoint",
     "load_checkpoint",
     "open_checkpoint",
+    "read_spec",
     "save_checkpoint",
     "shard_files",
     "write_random",
@@ -81,12 +82,17 @@ class Checkpoint:
     sha256: str
 
 
-def open_checkpoint(path: Path) -> StoredCheckpoint:
-    """Reads everything of a checkpoint folder but its weights, of which names and shapes are checked. Raises `CheckpointError` or `SpecError`."""
+def read_spec(path: Path) -> ModelSpec:
+    """The spec of a checkpoint folder. Raises `CheckpointError` or `SpecError`."""
     config = path / CONFIG
     if not config.is_file():
         raise CheckpointError(f"no checkpoint at {path} ({CONFIG} not found); train one with: infmllm-train --preset nano --out {path}")
-    spec = ModelSpec.from_text(config.read_bytes(), str(config))
+    return ModelSpec.from_text(config.read_bytes(), str(config))
+
+
+def open_checkpoint(path: Path) -> StoredCheckpoint:
+    """Reads everything of a checkpoint folder but its weights, of which names and shapes are checked. Raises `CheckpointError` or `SpecError`."""
+    spec = read_spec(path)
     shards = _shards(path)
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in InfMLLM(spec).state_dict().items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -26,24 +26,22 @@ SchemeOf = Callable[[str], LinearScheme]
 
 _LEVELS = 127.0
 _MIN_ROWS = 16  # smaller weights cost more in quantisation than they save
-_FULL_BLOCK = 128  # for weight-only 8 bit without a block of its own
 _FP32, _U8, _I8 = ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8
 
 
-def store_half(scheme_of: SchemeOf) -> GraphPass:
-    """The pass that stores tables and weights in fp16 with a Cast behind them, which engines fold when they load the graph."""
+def store_half(chosen: Callable[[str, int], bool]) -> GraphPass:
+    """The pass that stores the tensors `chosen` by name and number of dimensions in fp16, with a Cast behind them that engines fold as they load."""
 
     def run(model: ir.Model) -> PassResult:
         modified, refused = 0, []
         for name, value in list(model.graph.initializers.items()):
             tensor = value.const_value
-            if tensor is None or tensor.dtype != _FP32 or len(tensor.shape) < 2 or scheme_of(name).weight != "fp16":
+            if tensor is None or tensor.dtype != _FP32 or len(tensor.shape) < 2 or not chosen(name, len(tensor.shape)):
                 continue
             if np.abs(tensor.numpy()).max(initial=0.0) > np.finfo(np.float16).max:
                 refused.append(f"fp16: {name} has values beyond 65504")
                 continue
-            shape = tuple(tensor.shape.numpy())
-            half = lazy_initializer(model, f"{name}.fp16", lambda tensor=tensor: tensor.numpy().astype(np.float16), ir.DataType.FLOAT16, shape)  # type: ignore[misc]
+            half = lazy_initializer(model, f"{name}.fp16", partial(_as_half, tensor), ir.DataType.FLOAT16, tensor.shape.numpy())
             node = ir.node("Cast", [half], {"to": _FP32})
             node.outputs[0].shape, node.outputs[0].type = value.shape, ir.TensorType(_FP32)
             model.graph.insert_before(model.graph[0], node)
@@ -53,6 +51,10 @@ def store_half(scheme_of: SchemeOf) -> GraphPass:
         return PassResult(modified, tuple(refused))
 
     return GraphPass("store_half", run)
+
+
+def _as_half(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
+    return tensor.numpy().astype(np.float16)
 
 
 def quantise_linears(scheme_of: SchemeOf, calibrated: Calibrated) -> GraphPass:
@@ -201,9 +203,7 @@ def _static(layer: _Layer) -> None:
 
 def _weight_only(layer: _Layer) -> None:
     """Weights in blocks, unpacked inside the kernel; activations stay float to the graph (the kernel rounds them to 8 bit per block of a row)."""
-    bits, block = layer.scheme.bits, layer.scheme.block or _FULL_BLOCK
-    if block > layer.k:
-        block = next(size for size in (16, 32, 64, 128, 256) if size >= layer.k or size == 256)
+    bits, block = layer.scheme.bits, layer.scheme.kernel_block(layer.k)
     count = -(-layer.k // block)
     pairs = -(-count // 2) if bits == 4 else count
     offset = 128 if bits == 8 else 0

@@ -149,7 +149,7 @@ def test_schemes_change_every_linear_once_and_little(scheme: str, bound: float, 
         for name, value in m.graph.initializers.items()
         if value.const_value is not None and len(value.const_value.shape) == 2
     }
-    steps = [store_half(scheme_of), quantise_linears(scheme_of, Calibrated(weights.__getitem__))]
+    steps = [store_half(SCHEMES[scheme].half), quantise_linears(scheme_of, Calibrated(weights.__getitem__))]
     counts = [sum(result.modified for _, result in run_passes(model, steps)) for model in (vision, decoder)]
     assert counts[1] == (17 if scheme == "fp16" else 15)  # fp16 also stores the two rotary tables
     assert counts[0] >= 10
