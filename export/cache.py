@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ import export
 import runtime
 import trainer
 from runtime.contract.bundle import cache_folder
-from runtime.contract.files import sha256_file
+from runtime.contract.errors import BusyError
+from runtime.contract.files import locked, sha256_file
 
 __all__ = ["build_key", "source_digest", "workspace"]
 
@@ -44,13 +46,23 @@ def build_key(parts: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def workspace(key: str) -> Iterator[Path]:
-    """The folder where the pieces of this build lie; removed after a clean exit, kept after anything else."""
+    """The folder where the pieces of this build lie; removed after a clean exit, kept after anything else.
+
+    A second process that builds the same at the same time works in a folder of its own.
+    """
     root = cache_folder() / "builds"
     folder = root / key[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in root.iterdir():
-        if old != folder and time.time() - old.stat().st_mtime > _KEEP_SECONDS:
-            shutil.rmtree(old, ignore_errors=True)
-    os.utime(folder)
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(folder))
+        except BusyError:
+            yield Path(held.enter_context(tempfile.TemporaryDirectory(prefix="busy-", dir=root)))
+            return
+        folder.mkdir(exist_ok=True)
+        for old in root.iterdir():
+            if old != folder and old.is_dir() and time.time() - old.stat().st_mtime > _KEEP_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+        os.utime(folder)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)

@@ -24,13 +24,14 @@ class PassResult:
 class GraphPass:
     """A step over an `onnx_ir.Model`, in place.
 
-    `requires` are operators (as "domain::Op") of which one at least must be present; `removes` are operators that may not be left
-    when it reports no refusal. Both are checked around the call.
+    `requires` are operators (as "domain::Op") of which one at least must be present; `ensures` are operators that must be there once it has changed
+    anything, `removes` those that may not be left when it reports no refusal. All are checked around the call.
     """
 
     name: str
     run: Callable[[ir.Model], PassResult]
     requires: frozenset[str] = field(default_factory=frozenset)
+    ensures: frozenset[str] = field(default_factory=frozenset)
     removes: frozenset[str] = field(default_factory=frozenset)
 
     def __call__(self, model: ir.Model) -> PassResult:
@@ -38,8 +39,10 @@ class GraphPass:
         if self.requires and not self.requires & _operators(model):
             return PassResult(0, (f"{self.name}: none of {', '.join(sorted(self.requires))} in the graph",))
         result = self.run(model)
-        left = self.removes & _operators(model)
+        after = _operators(model)
+        left, lacking = self.removes & after, self.ensures - after
         assert not left or result.refused, f"pass {self.name} left {sorted(left)} without saying why"
+        assert not lacking or not result.modified, f"pass {self.name} changed {result.modified} places but made no {sorted(lacking)}"
         return result
 
 

@@ -126,5 +126,9 @@ def _remove_unused(graph: ir.Graph) -> None:
 
 
 GROUP_QUERY_ATTENTION = GraphPass(
-    "group_query_attention", _lower, requires=frozenset({"::Attention"}), removes=frozenset({"::Attention", "::RotaryEmbedding", "::ScatterElements"})
+    "group_query_attention",
+    _lower,
+    requires=frozenset({"::Attention"}),
+    ensures=frozenset({"com.microsoft::GroupQueryAttention"}),
+    removes=frozenset({"::Attention", "::RotaryEmbedding", "::ScatterElements"}),
 )

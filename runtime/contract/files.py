@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runtime.contract.errors import BuildError, BusyError
 
-__all__ = ["check_target", "sha256_file", "staged_folder", "sync_file"]
+__all__ = ["check_target", "locked", "sha256_file", "staged_folder", "sync_file"]
 
 _CHUNK = 1 << 20
 _AT_FDCWD = -100
@@ -54,7 +54,7 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
     swapped = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target):
+        with locked(target):
             _restore(target)
             check_target(target, marker)
             _remove(staging)
@@ -76,8 +76,8 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Holds `.NAME.lock` beside the target. The file goes away with the lock; who opened it earlier finds another inode."""
+def locked(target: Path) -> Iterator[None]:
+    """Holds `.NAME.lock` beside the target, or raises `BusyError`. The file goes away with the lock; who opened it earlier finds another inode."""
     path = target.parent / f".{target.name}.lock"
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
