@@ -32,7 +32,6 @@ Wanted = Callable[[str], Sequence[LinearScheme]]
 """The schemes a weight will be used with, by parameter name."""
 
 _ROWS = 512  # activation rows kept per layer for searches
-_SEARCH_WORK = 1 << 31  # rows x inputs x outputs a search may take; larger layers use fewer rows
 _RANGE_VALUES = 1 << 20
 
 
@@ -135,9 +134,7 @@ def _results(
         weights = [(model.get_parameter(f"{name}.weight"), wanted(f"{name}.weight")) for name in feed.linears]
         carrier = feed.norm or feed.rows
         if carrier and any(scheme.smooth for _, schemes in weights for scheme in schemes):
-            rows = torch.cat(row.rows)
-            most = max(64, _SEARCH_WORK // sum(weight.numel() for weight, _ in weights))
-            chosen, strength = search_scales(rows[:: -(-len(rows) // most)], weights)
+            chosen, strength = search_scales(torch.cat(row.rows), weights)
             found[f"{carrier}|strength"] = np.float32(strength)  # type: ignore[assignment]
             if chosen is not None:
                 scales |= dict.fromkeys((f"{name}|columns" for name in feed.linears), chosen)

@@ -17,6 +17,7 @@ _INT8 = 127
 _CANDIDATES = 12  # shrunken ranges the MSE search tries
 _SHRINK = 0.45  # the smallest, as a share of the full range
 _TINY = 1e-12
+_ELEMENTS = 1 << 23  # weights worked on at once, so that copies of a vocabulary-sized layer stay small
 KERNEL_BLOCKS = (16, 32, 64, 128, 256)
 """Inputs that may share a scale in weight-only layers, as ONNX Runtime's MatMulNBits has them."""
 
@@ -102,6 +103,15 @@ def grid_for(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
 
     "mse" and "gptq" search each block's range for the least squared rounding error; "nearest" takes the whole range.
     """
+    parts = [_grid_of_rows(rows, scheme) for rows in weight_NK.split(_rows_at_once(weight_NK))]
+    return replace(parts[0], scale=torch.cat([part.scale for part in parts]), zero=torch.cat([part.zero for part in parts]))
+
+
+def _rows_at_once(weight_NK: Tensor) -> int:
+    return max(1, _ELEMENTS // weight_NK.shape[1])
+
+
+def _grid_of_rows(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
     k = weight_NK.shape[1]
     block = min(scheme.block, k) or k
     padded = torch.nn.functional.pad(weight_NK, (0, -k % block)).unflatten(1, (-1, block))  # zeros are on every grid
@@ -140,8 +150,13 @@ def _error(blocks_NBK: Tensor, grid: Grid) -> Tensor:
 
 def round_to(weight_NK: Tensor, grid: Grid) -> Quantised:
     """Every weight to the nearest value of the grid."""
-    scale, zero = grid.expand(weight_NK.shape[1])
-    return Quantised((weight_NK / scale + zero).round_().clamp_(grid.low, grid.high).to(torch.int16), grid)
+    levels = torch.empty(weight_NK.shape, dtype=torch.int16)
+    step = _rows_at_once(weight_NK)
+    for start in range(0, weight_NK.shape[0], step):
+        rows = slice(start, start + step)
+        scale, zero = replace(grid, scale=grid.scale[rows], zero=grid.zero[rows]).expand(weight_NK.shape[1])
+        levels[rows] = (weight_NK[rows] / scale + zero).round_().clamp_(grid.low, grid.high).to(torch.int16)
+    return Quantised(levels, grid)
 
 
 def fake_activation(x_RK: Tensor, kind: str, static: tuple[float, float] | None = None) -> Tensor:

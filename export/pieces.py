@@ -69,7 +69,11 @@ def opened_part(path: Path, starts: Collection[str], ends: Collection[str]) -> I
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part") as file:
         file.write(ir.to_proto(part(path, starts, ends)).SerializeToString())
         file.flush()
-        yield ort.InferenceSession(file.name, session_options(None), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(file.name, session_options(None), providers=["CPUExecutionProvider"])
+        try:
+            yield session
+        finally:
+            del session
 
 
 def run_part(session: ort.InferenceSession, inputs: Feed, cache: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
@@ -114,6 +118,7 @@ def replay_in_pieces(
     found: list[tuple[Array, Array, Array]] = []
     with opened_part(folder / VISION, (), [IMAGE_EMBEDS]) as session:
         embeds = [run_part(session, {PIXELS: g.pixels, POOL: pool_matrix(spec.vision.grid, g.pool_size)}, ())[IMAGE_EMBEDS][0] for g in goldens]
+        del session
     streams = []
     for golden in goldens:
         prompt = np.concatenate([table[golden.before], golden.image_embeds, table[golden.after]], dtype=np.float32)[None]
@@ -123,26 +128,34 @@ def replay_in_pieces(
         caches = sorted(_caches_of(part(file, starts, ends)))
         first = folder / PREFILL if (folder / PREFILL).exists() else file
         keep = [*ends, *(f"present.{name}" for name in caches)]
-        held: list[Feed] = []
-        results: list[list[Array]] = []
-        with opened_part(first, starts, keep) as session:
-            for rows in streams:
-                length, total = rows[0].shape[1], rows[0].shape[1] + len(rows) - 1
-                shape = (1, spec.decoder.kv_heads, total, spec.decoder.head_dim)
-                outputs = run_part(session, _lengths(starts, rows[0], length), shape)
-                results.append([np.asarray(outputs[ends[0]], np.float32)])
-                held.append({name: outputs[f"present.{name}"] for name in caches})
-        with opened_part(file, starts, keep) as session:
-            for index, rows in enumerate(streams):
-                for step, row in enumerate(rows[1:], 1):
-                    outputs = run_part(session, {**_lengths(starts, row, rows[0].shape[1] + step), **held[index]}, ())
-                    results[index].append(np.asarray(outputs[ends[0]], np.float32))
-                    held[index] = {name: outputs[f"present.{name}"] for name in caches}
-        streams = results
+        streams = _through(file, first, starts, keep, caches, streams, spec)
     for vectors, golden_embeds in zip(streams, embeds, strict=True):
         steps = np.concatenate(vectors[1:]) if len(vectors) > 1 else np.zeros((0, spec.decoder.vocab_size), np.float32)
         found.append((np.asarray(golden_embeds, np.float32), vectors[0][0], steps))
     return stage_errors(goldens, found, tolerance)
+
+
+def _through(
+    file: Path, first: Path, starts: Sequence[str], ends: Sequence[str], caches: Sequence[str], streams: Sequence[Sequence[Array]], spec: ModelSpec
+) -> list[list[Array]]:
+    """All cases through one part: the prompt by the graph `first`, the tokens after it one by one; `ends` begin with the stream that leaves."""
+    held: list[Feed] = []
+    results: list[list[Array]] = []
+    for graph, decoding in ((first, False), (file, True)) if first != file else ((file, None),):
+        with opened_part(graph, starts, ends) as session:
+            for index, rows in enumerate(streams):
+                if not decoding:
+                    total = rows[0].shape[1] + len(rows) - 1
+                    shape = (1, spec.decoder.kv_heads, total, spec.decoder.head_dim)
+                    outputs = run_part(session, _lengths(starts, rows[0], rows[0].shape[1]), shape)
+                    results.append([np.asarray(outputs[ends[0]], np.float32)])
+                    held.append({name: outputs[f"present.{name}"] for name in caches})
+                for step, row in enumerate(rows[1:] if decoding is not False else (), 1):
+                    outputs = run_part(session, {**_lengths(starts, row, rows[0].shape[1] + step), **held[index]}, ())
+                    results[index].append(np.asarray(outputs[ends[0]], np.float32))
+                    held[index] = {name: outputs[f"present.{name}"] for name in caches}
+            del session  # the next part is opened without this one
+    return results
 
 
 def _caches_of(model: ir.Model) -> list[str]:

@@ -31,7 +31,7 @@ _PACKED = {"fp32": 2.0, "fp16": 3.0, "int8": 2.0, "int4": 2.0}  # resident bytes
 _ROUNDING = 4.0  # float copies of a weight while it is rounded
 _TEXT_TOKENS, _ANSWER = 16, 5  # of a usual question and answer
 LARGE_BYTES = 2 << 30  # of weights, above which a build does not load its bundle whole
-PIECE_BYTES = 1 << 30  # of weights in memory at once then
+PIECE_BYTES = 1 << 29  # of weights in memory at once then
 
 
 @lru_cache(maxsize=8)
