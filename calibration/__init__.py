@@ -1,1 +1,1 @@
-"""Calibration: ranges and sensitivities measured on real samples. The int8 scheme of today needs none; its activations are scaled as they occur."""
+"""Calibration: a checkpoint run block by block on real samples, and what its blocks say about ranges, scales, rounding and sensitivity."""

@@ -18,9 +18,10 @@ from calibration.calibrate import Calibrated, calibrate
 from calibration.linear import LinearScheme
 from calibration.samples import MIN_IMAGES, draw_cases, draw_examples
 from calibration.sensitivity import sensitivities
-from export.pipeline import BuildOptions, Detail, build, open_build
+from export.pipeline import build
 from export.plan import linear_bytes, linears, part_bytes
 from export.schemes import DECODER, SCHEMES, Scheme
+from export.state import BuildOptions, Detail, open_build
 from export.verify import METRIC_SEED
 from runtime.contract.errors import ParityError, UsageError
 from runtime.contract.evaluation import Answerer, evaluate
@@ -32,7 +33,10 @@ from trainer.evaluate import CheckpointAnswerer
 __all__ = ["CANDIDATES", "METRICS", "Budget", "Mixture", "choose_mixture", "upgrade_path"]
 
 MEAN = "mean"
-METRICS = (MEAN, "caption", "vqa", "ground", "chat")
+SAME = "same"
+METRICS = (MEAN, "caption", "vqa", "ground", "chat", SAME)
+"""Accuracy over all tasks or of one, or the share of answers that are PyTorch's word for word, which sees far smaller changes."""
+
 _SENSITIVITY_CASES, _SENSITIVITY_SEED = 16, 20234
 _UNIFORM = ("int8", "int4-all")
 CANDIDATES: Mapping[str, Mapping[str, LinearScheme]] = {
@@ -73,7 +77,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A row of the table: graph bytes, predicted divergence in nats (None for uniform schemes), accuracy in percent per task, points lost."""
+    """A row of the table: graph bytes, predicted divergence in nats (None for uniform schemes), accuracy in percent per task, points lost.
+
+    `scores` also has the share of answers equal to PyTorch's, "same".
+    """
 
     name: str
     scheme: Scheme
@@ -197,6 +204,7 @@ class _Meter:
     folder: Path
     detail: Detail
     reference: Mapping[str, float] | None = None
+    answers: Sequence[str] = ()
     built: int = 0
 
     def measure(self, mixture: Mixture) -> Mixture:
@@ -208,13 +216,17 @@ class _Meter:
         build(replace(self.options, scheme=mixture.scheme, out=out, questions=0, allow_unverified=True, dump=None))
         scores = self._ask(BundleAnswerer(out))
         lost = {task: self.reference[task] - scores[task] for task in scores}
+        tasks = [points for task, points in lost.items() if task != SAME]
         if self.budget.metric != MEAN and self.budget.metric not in lost:
             raise UsageError(f"--metric {self.budget.metric}: the data have no such questions, only {', '.join(lost)}")
-        drop = sum(lost.values()) / len(lost) if self.budget.metric == MEAN else lost[self.budget.metric]
+        drop = sum(tasks) / len(tasks) if self.budget.metric == MEAN else lost[self.budget.metric]
         return replace(mixture, scores=scores, drop=drop)
 
     def _ask(self, answerer: Answerer) -> dict[str, float]:
-        return {task: row["accuracy"] for task, row in evaluate(answerer, self.examples)[0].figures().items()}
+        figures, _, rows = evaluate(answerer, self.examples)
+        self.answers = self.answers or [row.answer for row in rows]
+        same = 100 * sum(row.answer == answer for row, answer in zip(rows, self.answers, strict=True)) / len(rows)
+        return {task: row["accuracy"] for task, row in figures.figures().items()} | {SAME: same}
 
 
 def _lost(mixture: Mixture) -> float:

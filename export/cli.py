@@ -37,7 +37,9 @@ def build(
         list[str] | None, typer.Option(help="BLOCK=SCHEME: another scheme for a block, such as decoder.layers.0=fp16. Repeatable.")
     ] = None,
     max_drop: Annotated[float, typer.Option(help="auto: points of accuracy that may be lost.")] = 0.5,
-    metric: Annotated[str, typer.Option(help="auto: the accuracy that counts: mean, caption, vqa, ground or chat.")] = "mean",
+    metric: Annotated[
+        str, typer.Option(help="auto: what counts: accuracy (mean, caption, vqa, ground, chat), or answers that stay the same (same).")
+    ] = "mean",
     auto_questions: Annotated[int, typer.Option(min=1, help="auto: pictures whose questions measure a mixture.")] = 150,
     questions: Annotated[int, typer.Option(min=0, help="Pictures the bundle answers against PyTorch; 0 leaves this check out.")] = 16,
     dump: Annotated[Path | None, typer.Option(help="Write each graph after every step to this folder.")] = None,
@@ -46,9 +48,9 @@ def build(
 ) -> None:
     """Calibrates, captures, simplifies, lowers, quantises and packs a checkpoint, and proves the result equal to PyTorch."""
     from export.auto import Budget
-    from export.pipeline import BuildOptions
     from export.report import run_auto, run_build
     from export.schemes import choose_scheme
+    from export.state import BuildOptions
     from trainer.checkpoint import DEMO
 
     scheme = choose_scheme("int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [])

@@ -9,16 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import platform
 import resource
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,105 +23,26 @@ import onnx_ir as ir
 
 from calibration.blocks import Block, StreamedModel
 from calibration.calibrate import Calibrated, calibrate
-from calibration.samples import MIN_IMAGES, Case, default_source, draw_cases, draw_examples, set_card
-from export.cache import build_key, workspace
+from export import manifest
+from export.cache import workspace
 from export.capture import capture
-from export.devices import DEVICES
 from export.drift import find_drift
-from export.passes import LOWERING, SIMPLIFY, GraphPass, PassResult, run_passes
+from export.passes import LOWERING, SIMPLIFY, GraphPass, run_passes
 from export.passes.int8_cache import int8_cache
 from export.passes.quantise import quantise_linears, store_half
 from export.pieces import replay_in_pieces
-from export.plan import LARGE_BYTES, MIB, make_plan
-from export.schemes import Scheme
-from export.verify import MetricCheck, golden_count, goldens_of, measure_answers, verdict_json
-from runtime.contract.bundle import (
-    DECODER,
-    EMBEDDINGS,
-    GOLDENS,
-    MANIFEST,
-    PREFILL,
-    TOKENIZER,
-    UNVERIFIED,
-    VERIFIED,
-    VISION,
-    read_bundle,
-    write_manifest,
-)
-from runtime.contract.errors import BuildError, BundleError, ParityError, UsageError
+from export.plan import LARGE_BYTES
+from export.state import Build, BuildOptions, Detail, open_build
+from export.verify import MetricCheck, goldens_of, measure_answers
+from runtime.contract.bundle import DECODER, EMBEDDINGS, GOLDENS, MANIFEST, PREFILL, TOKENIZER, UNVERIFIED, VERIFIED, VISION
+from runtime.contract.errors import BuildError, ParityError
 from runtime.contract.files import staged_folder
 from runtime.selftest import StageError, read_goldens, replay, write_goldens
 from runtime.session import load
-from trainer.checkpoint import StoredCheckpoint, open_checkpoint
 
-__all__ = ["STEPS", "Build", "BuildOptions", "build", "open_build"]
+__all__ = ["STEPS", "Build", "BuildOptions", "build"]
 
-_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
-_GOLDEN_SEED, _CALIBRATION_SEED = 20231, 20230
-Detail = Callable[[int, int, str], None]
-"""Hears how many parts of how many a long step has done, and of what."""
-
-_ANY_DEVICE = DEVICES["rtx4090"]  # bytes and memory of a build do not depend on it
 _FILES = {"vision": VISION, "decoder": DECODER, "prefill": PREFILL}
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What to build and where. `dump` receives each graph after every step; `allow_unverified` keeps a bundle that fails parity, marked.
-
-    `calib` names the data that calibration, golden cases and questions come from (empty: the training mix), `samples` how many pictures calibrate,
-    `ranges` how static ranges are found, `questions` on how many pictures the bundle answers against PyTorch; `notes` go into the
-    manifest's provenance as they are.
-    """
-
-    checkpoint: Path
-    scheme: Scheme
-    target: str
-    out: Path
-    dump: Path | None = None
-    allow_unverified: bool = False
-    calib: str = ""
-    samples: int = 32
-    ranges: str = "mse"
-    questions: int = 16
-    notes: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Build:
-    """The value the steps pass on. `counts` lists (graph, pass, result) in order; `work` keeps finished pieces; `key` names what is built."""
-
-    options: BuildOptions
-    checkpoint: StoredCheckpoint
-    source: str
-    key: str
-    goldens: Sequence[Case]
-    cases: Sequence[Case]
-    folder: Path = Path()
-    work: Path = Path()
-    detail: Detail = field(default=lambda done, total, text: None, repr=False)
-    calibrated: Calibrated | None = None
-    graphs: dict[str, ir.Model] = field(default_factory=dict)
-    counts: tuple[tuple[str, str, PassResult], ...] = ()
-    stages: tuple[StageError, ...] = ()
-    metrics: MetricCheck = field(default_factory=MetricCheck)
-    costs: dict[str, dict[str, float]] = field(default_factory=dict)
-    verdict: str = UNVERIFIED
-    reused: bool = False
-
-
-def open_build(options: BuildOptions) -> Build:
-    """Opens the checkpoint, draws the calibration set, and names the build by the hash of all that decides its result."""
-    if options.target not in LOWERING:
-        raise UsageError(f"unknown target {options.target!r}; choose one of: {', '.join(LOWERING)}")
-    checkpoint, scheme = open_checkpoint(options.checkpoint), options.scheme
-    source = default_source(checkpoint.card, options.calib)
-    draw = partial(draw_cases, spec=checkpoint.spec, tokenizer=checkpoint.tokenizer)
-    goldens = draw(draw_examples(source, golden_count(checkpoint.spec), _GOLDEN_SEED), seed=_GOLDEN_SEED)
-    cases = draw(draw_examples(source, options.samples, _CALIBRATION_SEED, MIN_IMAGES), seed=_CALIBRATION_SEED) if scheme.calibrates else []
-    decides: dict[str, Any] = {"checkpoint": checkpoint.sha256, "scheme": scheme, "target": options.target, "questions": options.questions}
-    decides |= {"goldens": set_card(source, goldens), "calibration": set_card(source, cases), "ranges": options.ranges, "tools": _tools()}
-    return Build(options, checkpoint, source, build_key(decides), goldens, cases)
 
 
 def _calibrate(build: Build) -> Build:
@@ -211,7 +129,7 @@ def _pack(build: Build) -> Build:
     np.save(folder / EMBEDDINGS, table.astype(dtype))
     shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
     shutil.copyfile(build.work / GOLDENS, folder / GOLDENS)
-    _write_manifest(build)
+    manifest.write(build)
     return replace(build, graphs={})
 
 
@@ -278,8 +196,8 @@ def build(options: BuildOptions, progress: Callable[[str], None] = lambda step: 
     `progress` hears each step's name, `detail` what a long step is at. Raises `BuildError`s and `CheckpointError`s.
     """
     state = replace(open_build(options), detail=detail)
-    if existing := _existing(state):
-        return existing
+    if found := manifest.existing(state):
+        return found
     with staged_folder(options.out, MANIFEST) as folder, workspace(state.key) as work:
         state = replace(state, folder=folder, work=work)
         for name, step in STEPS:
@@ -288,51 +206,8 @@ def build(options: BuildOptions, progress: Callable[[str], None] = lambda step: 
             state = step(state)
             cost = {"seconds": round(time.monotonic() - started, 1), "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
             state = replace(state, costs={**state.costs, name: cost})
-        _write_manifest(state)
+        manifest.write(state)
     return state
-
-
-def _existing(build: Build) -> Build | None:
-    """The bundle at the target, if it is whole, came from an equal build, and may be kept."""
-    try:
-        bundle = read_bundle(build.options.out)
-        same = bundle.provenance.get("build_key") == build.key and not build.options.dump
-        if not same or (bundle.verdict != VERIFIED and not build.options.allow_unverified):
-            return None
-        bundle.verify()
-    except BundleError:
-        return None
-    stages = tuple(StageError(row["stage"], row["error"], row["tolerance"], row["agreement"]) for row in bundle.parity["stages"])
-    return replace(build, stages=stages, verdict=bundle.verdict, reused=True)
-
-
-def _tools() -> dict[str, str]:
-    return {name: version(name) for name in _TOOLS} | {"python": platform.python_version()}
-
-
-def _write_manifest(build: Build) -> None:
-    (build.folder / MANIFEST).unlink(missing_ok=True)
-    scheme, tolerance = build.options.scheme, dict(build.options.scheme.tolerance)
-    passes = [{"graph": g, "pass": p, "modified": r.modified, "refused": list(r.refused)} for g, p, r in build.counts]
-    provenance: dict[str, Any] = {"checkpoint": build.checkpoint.path.name, "checkpoint_sha256": build.checkpoint.sha256, "build_key": build.key}
-    provenance |= {"goldens": set_card(build.source, build.goldens), "calibration": set_card(build.source, build.cases) if build.cases else None}
-    provenance["linears"] = {prefix or "rest": linear.text() for prefix, linear in scheme.parts.items()}
-    if build.cases and build.calibrated:
-        provenance["smoothing"] = {name: round(value, 3) for name, value in build.calibrated.strengths().items()}
-    schemes = {"vision": scheme.name, "decoder": scheme.name, "embeddings": scheme.embeddings, "cache": scheme.cache}
-    provenance |= {"tools": _tools(), "passes": passes, "steps": build.costs, **build.options.notes}
-    provenance["plan"] = _predicted(build)
-    write_manifest(
-        build.folder, build.checkpoint.spec, build.options.target, schemes, provenance, verdict_json(build.stages, build.metrics, tolerance)
-    )
-
-
-def _predicted(build: Build) -> dict[str, Any]:
-    """What the plan said of this build, and what came: bytes on disk (without the manifest) and peak memory of the process."""
-    plan = make_plan(build.checkpoint.spec, build.options.scheme, _ANY_DEVICE, samples=len(build.cases))
-    actual = sum(file.stat().st_size for file in build.folder.iterdir())
-    peak = max((row["peak_mib"] for row in build.costs.values()), default=0.0)
-    return {"disk": plan.disk_bytes, "disk_actual": actual, "build_peak_mib": round(plan.build_peak / MIB), "build_peak_mib_actual": peak}
 
 
 def _dump_graph(build: Build, name: str, model: ir.Model, step: str) -> None:

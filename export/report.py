@@ -14,9 +14,10 @@ from typing import Any
 from export.auto import Budget, choose_mixture
 from export.devices import find_device
 from export.passes import LOWERING
-from export.pipeline import STEPS, Build, BuildOptions, build
+from export.pipeline import STEPS, build
 from export.plan import make_plan
 from export.schemes import SCHEMES, choose_scheme
+from export.state import Build, BuildOptions
 from runtime.contract.console import note, step_bar
 from runtime.contract.errors import UsageError
 from runtime.selftest import StageError

@@ -1,0 +1,59 @@
+"""The manifest of a build: what was made from what, how it compares with PyTorch, and what was predicted of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from calibration.samples import set_card
+from export.devices import DEVICES
+from export.plan import MIB, make_plan
+from export.state import Build, tools
+from export.verify import verdict_json
+from runtime.contract.bundle import MANIFEST, VERIFIED, read_bundle, write_manifest
+from runtime.contract.errors import BundleError
+from runtime.selftest import StageError
+
+__all__ = ["existing", "write"]
+
+_ANY_DEVICE = DEVICES["rtx4090"]  # bytes and memory of a build do not depend on it
+
+
+def existing(build: Build) -> Build | None:
+    """The bundle at the target, if it is whole, came from an equal build, and may be kept."""
+    try:
+        bundle = read_bundle(build.options.out)
+        same = bundle.provenance.get("build_key") == build.key and not build.options.dump
+        if not same or (bundle.verdict != VERIFIED and not build.options.allow_unverified):
+            return None
+        bundle.verify()
+    except BundleError:
+        return None
+    stages = tuple(StageError(row["stage"], row["error"], row["tolerance"], row["agreement"]) for row in bundle.parity["stages"])
+    return replace(build, stages=stages, verdict=bundle.verdict, reused=True)
+
+
+def write(build: Build) -> None:
+    """Writes the manifest of a build's folder, as far as the build is."""
+    (build.folder / MANIFEST).unlink(missing_ok=True)
+    scheme, tolerance = build.options.scheme, dict(build.options.scheme.tolerance)
+    passes = [{"graph": g, "pass": p, "modified": r.modified, "refused": list(r.refused)} for g, p, r in build.counts]
+    provenance: dict[str, Any] = {"checkpoint": build.checkpoint.path.name, "checkpoint_sha256": build.checkpoint.sha256, "build_key": build.key}
+    provenance |= {"goldens": set_card(build.source, build.goldens), "calibration": set_card(build.source, build.cases) if build.cases else None}
+    provenance["linears"] = {prefix or "rest": linear.text() for prefix, linear in scheme.parts.items()}
+    if build.cases and build.calibrated:
+        provenance["smoothing"] = {name: round(value, 3) for name, value in build.calibrated.strengths().items()}
+    schemes = {"vision": scheme.name, "decoder": scheme.name, "embeddings": scheme.embeddings, "cache": scheme.cache}
+    provenance |= {"tools": tools(), "passes": passes, "steps": build.costs, **build.options.notes}
+    provenance["plan"] = _predicted(build)
+    write_manifest(
+        build.folder, build.checkpoint.spec, build.options.target, schemes, provenance, verdict_json(build.stages, build.metrics, tolerance)
+    )
+
+
+def _predicted(build: Build) -> dict[str, Any]:
+    """What the plan said of this build, and what came: bytes on disk (without the manifest) and peak memory of the process."""
+    plan = make_plan(build.checkpoint.spec, build.options.scheme, _ANY_DEVICE, samples=len(build.cases))
+    actual = sum(file.stat().st_size for file in build.folder.iterdir())
+    peak = max((row["peak_mib"] for row in build.costs.values()), default=0.0)
+    return {"disk": plan.disk_bytes, "disk_actual": actual, "build_peak_mib": round(plan.build_peak / MIB), "build_peak_mib_actual": peak}

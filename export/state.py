@@ -1,0 +1,98 @@
+"""What a build is made of: its options, and the value that the pipeline's steps pass on.
+
+A build is named by the hash of all that decides its result, so that pieces and bundles made before can be told from others.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from calibration.calibrate import Calibrated
+from calibration.samples import MIN_IMAGES, Case, default_source, draw_cases, draw_examples, set_card
+from export.cache import build_key
+from export.passes import LOWERING, PassResult
+from export.schemes import Scheme
+from export.verify import MetricCheck, golden_count
+from runtime.contract.bundle import UNVERIFIED
+from runtime.contract.errors import UsageError
+from runtime.selftest import StageError
+from trainer.checkpoint import StoredCheckpoint, open_checkpoint
+
+__all__ = ["Build", "BuildOptions", "Detail", "open_build", "tools"]
+
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+_GOLDEN_SEED, _CALIBRATION_SEED = 20231, 20230
+Detail = Callable[[int, int, str], None]
+"""Hears how many parts of how many a long step has done, and of what."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What to build and where. `dump` receives each graph after every step; `allow_unverified` keeps a bundle that fails parity, marked.
+
+    `calib` names the data that calibration, golden cases and questions come from (empty: the training mix), `samples` how many pictures calibrate,
+    `ranges` how static ranges are found, `questions` on how many pictures the bundle answers against PyTorch; `notes` go into the
+    manifest's provenance as they are.
+    """
+
+    checkpoint: Path
+    scheme: Scheme
+    target: str
+    out: Path
+    dump: Path | None = None
+    allow_unverified: bool = False
+    calib: str = ""
+    samples: int = 32
+    ranges: str = "mse"
+    questions: int = 16
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Build:
+    """The value the steps pass on. `counts` lists (graph, pass, result) in order; `work` keeps finished pieces; `key` names what is built."""
+
+    options: BuildOptions
+    checkpoint: StoredCheckpoint
+    source: str
+    key: str
+    goldens: Sequence[Case]
+    cases: Sequence[Case]
+    folder: Path = Path()
+    work: Path = Path()
+    detail: Detail = field(default=lambda done, total, text: None, repr=False)
+    calibrated: Calibrated | None = None
+    graphs: dict[str, ir.Model] = field(default_factory=dict)
+    counts: tuple[tuple[str, str, PassResult], ...] = ()
+    stages: tuple[StageError, ...] = ()
+    metrics: MetricCheck = field(default_factory=MetricCheck)
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    verdict: str = UNVERIFIED
+    reused: bool = False
+
+
+def open_build(options: BuildOptions) -> Build:
+    """Opens the checkpoint, draws the calibration set, and names the build by the hash of all that decides its result."""
+    if options.target not in LOWERING:
+        raise UsageError(f"unknown target {options.target!r}; choose one of: {', '.join(LOWERING)}")
+    checkpoint, scheme = open_checkpoint(options.checkpoint), options.scheme
+    source = default_source(checkpoint.card, options.calib)
+    draw = partial(draw_cases, spec=checkpoint.spec, tokenizer=checkpoint.tokenizer)
+    goldens = draw(draw_examples(source, golden_count(checkpoint.spec), _GOLDEN_SEED), seed=_GOLDEN_SEED)
+    cases = draw(draw_examples(source, options.samples, _CALIBRATION_SEED, MIN_IMAGES), seed=_CALIBRATION_SEED) if scheme.calibrates else []
+    decides: dict[str, Any] = {"checkpoint": checkpoint.sha256, "scheme": scheme, "target": options.target, "questions": options.questions}
+    decides |= {"goldens": set_card(source, goldens), "calibration": set_card(source, cases), "ranges": options.ranges, "tools": tools()}
+    return Build(options, checkpoint, source, build_key(decides), goldens, cases)
+
+
+def tools() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {name: version(name) for name in _TOOLS} | {"python": platform.python_version()}
