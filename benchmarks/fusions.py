@@ -1,0 +1,139 @@
+"""What graph rewrites are worth on this machine: the same decoder in several forms, prompt and single steps, interleaved in one run.
+
+Forms: canonical (standard operators, caches copied), GroupQueryAttention (what builds use), and that with a layer's projections packed into one
+product.
+
+python benchmarks/fusions.py [--shape nano|wide] [--repetitions 30]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+
+from export.capture import capture
+from export.passes import SIMPLIFY, run_passes
+from export.passes.contract import initializer
+from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
+from runtime.contract.spec import INPUTS_EMBEDS, LOGITS, POSITION_IDS, SEQLENS_K, TOTAL_LENGTH, DecoderSpec, ModelSpec, VisionSpec, present
+from runtime.engines.ort import session_options
+from trainer.config import find_preset
+from trainer.model import InfMLLM
+
+_PROMPT, _CONTEXT, _STEPS = 75, 128, 16
+WIDE = ModelSpec(
+    "wide",
+    VisionSpec(image_size=32, patch_size=8, width=32, layers=1, heads=4, mlp_width=64),
+    DecoderSpec(vocab_size=2048, hidden=2048, layers=3, heads=32, kv_heads=4, mlp_width=5632, context=512),
+    (4,),
+)
+
+
+def pack_projections(model: ir.Model) -> int:
+    """One product for all layers that share an input, split afterwards (inside GroupQueryAttention for queries, keys and values)."""
+    by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in model.graph:
+        if node.op_type == "MatMul" and node.inputs[0] is not None:
+            by_input[node.inputs[0]].append(node)
+    packed = 0
+    for x, nodes in by_input.items():
+        if len(nodes) < 2:
+            continue
+        arrays = [node.inputs[1].const_value.numpy() for node in nodes]  # type: ignore[union-attr]
+        weight = initializer(model, f"{nodes[0].inputs[1].name}.packed", np.concatenate(arrays, axis=1))  # type: ignore[union-attr]
+        product = ir.node("MatMul", [x, weight])
+        product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        model.graph.insert_before(nodes[0], product)
+        attention = [use.node for use in nodes[0].outputs[0].uses() if use.node.op_type == "GroupQueryAttention"]
+        if attention:
+            attention[0].replace_input_with(0, product.outputs[0])
+            attention[0].replace_input_with(1, None)
+            attention[0].replace_input_with(2, None)
+        else:
+            sizes = initializer(model, f"{weight.name}.sizes", np.array([a.shape[1] for a in arrays], np.int64))
+            split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=len(nodes))
+            model.graph.insert_before(nodes[0], split)
+            for node, output in zip(nodes, split.outputs, strict=True):
+                ir.convenience.replace_all_uses_with(node.outputs[0], output)
+        for node in nodes:
+            model.graph.remove(node, safe=True)
+        packed += 1
+    return packed
+
+
+class Form:
+    """A session with its caches."""
+
+    def __init__(self, model: ir.Model, spec: DecoderSpec) -> None:
+        data = ir.to_proto(model).SerializeToString()
+        self._session = ort.InferenceSession(data, session_options(None), providers=["CPUExecutionProvider"])
+        self._names = [value.name for value in self._session.get_inputs()]
+        self._caches = {
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, spec.kv_heads, _CONTEXT, spec.head_dim), np.float32))
+            for name in self._names
+            if "cache" in name
+        }
+
+    def run(self, embeds: np.ndarray, start: int) -> np.ndarray:
+        """Logits of one call; caches are updated in place where the graph can, else swapped."""
+        end = start + embeds.shape[1]
+        feed = {
+            INPUTS_EMBEDS: embeds,
+            POSITION_IDS: np.arange(start, end)[None],
+            SEQLENS_K: np.array([end - 1], np.int32),
+            TOTAL_LENGTH: np.array(end, np.int32),
+        }
+        binding, in_place = self._session.io_binding(), POSITION_IDS not in self._names
+        for name in self._names:
+            binding.bind_ortvalue_input(name, self._caches[name] if name in self._caches else ort.OrtValue.ortvalue_from_numpy(feed[name]))
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_output(present(name), cache) if in_place else binding.bind_output(present(name))
+        binding.bind_output(LOGITS)
+        self._session.run_with_iobinding(binding)
+        found = dict(zip([*map(present, self._caches), LOGITS], binding.get_outputs(), strict=True))
+        if not in_place:
+            self._caches = {name: found[present(name)] for name in self._caches}
+        return np.asarray(found[LOGITS].numpy())
+
+
+def main() -> None:
+    """Prints medians per form, and their ratios to the first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=("nano", "wide"), default="nano")
+    parser.add_argument("--repetitions", type=int, default=30)
+    given = parser.parse_args()
+    spec = find_preset("nano").spec if given.shape == "nano" else WIDE
+    model = InfMLLM(spec, torch.Generator().manual_seed(0)).eval()
+    canonical = capture(spec, lambda name: model.get_parameter(name).detach()).decoder
+    run_passes(canonical, SIMPLIFY)
+    lowered = canonical.clone()
+    GROUP_QUERY_ATTENTION(lowered)
+    packed = lowered.clone()
+    pack_projections(packed)
+    forms = {name: Form(graph, spec.decoder) for name, graph in (("canonical", canonical), ("GroupQueryAttention", lowered), ("packed", packed))}
+    embeds = np.random.default_rng(0).normal(size=(1, _PROMPT, spec.decoder.hidden)).astype(np.float32)
+    times: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    results: dict[str, np.ndarray] = {}
+    for _ in range(given.repetitions + 2):
+        for name, form in forms.items():
+            started = time.perf_counter()
+            form.run(embeds, 0)
+            middle = time.perf_counter()
+            for step in range(_STEPS):
+                results[name] = form.run(embeds[:, step : step + 1], _PROMPT + step)
+            times[name].append((1e3 * (middle - started), 1e3 * (time.perf_counter() - middle) / _STEPS))
+    for name, rows in times.items():
+        prefill, decode = (statistics.median(column) for column in zip(*rows[2:], strict=True))
+        error = float(np.abs(results[name] - results["canonical"]).max())
+        print(f"{name:20} prefill {prefill:.2f} ms, step {decode:.3f} ms, largest difference from canonical {error:.1e}")
+
+
+if __name__ == "__main__":
+    main()
