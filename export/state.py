@@ -16,9 +16,11 @@ from typing import Any
 import onnx_ir as ir
 
 from calibration.calibrate import Calibrated
+from calibration.ranges import RANGES
 from calibration.samples import MIN_IMAGES, Case, default_source, draw_cases, draw_examples, set_card
 from export.cache import build_key
 from export.passes import LOWERING, PassResult
+from export.plan import linears
 from export.schemes import Scheme
 from export.verify import MetricCheck, golden_count
 from runtime.contract.bundle import UNVERIFIED
@@ -83,7 +85,14 @@ def open_build(options: BuildOptions) -> Build:
     """Opens the checkpoint, draws the calibration set, and names the build by the hash of all that decides its result."""
     if options.target not in LOWERING:
         raise UsageError(f"unknown target {options.target!r}; choose one of: {', '.join(LOWERING)}")
+    if options.ranges not in RANGES:
+        raise UsageError(f"unknown --ranges {options.ranges!r}; choose one of: {', '.join(RANGES)}")
     checkpoint, scheme = open_checkpoint(options.checkpoint), options.scheme
+    idle = [prefix for prefix in scheme.parts if not any(name.startswith(prefix) for name in linears(checkpoint.spec))]
+    if idle:
+        raise UsageError(
+            f"{checkpoint.spec.name} has no linear layers under {idle[0]!r}; blocks are called like decoder.layers.0, vision_tower.blocks.0"
+        )
     source = default_source(checkpoint.card, options.calib)
     draw = partial(draw_cases, spec=checkpoint.spec, tokenizer=checkpoint.tokenizer)
     goldens = draw(draw_examples(source, golden_count(checkpoint.spec), _GOLDEN_SEED), seed=_GOLDEN_SEED)
