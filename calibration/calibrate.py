@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from calibration.blocks import Block, Fed, Reader, StreamedModel, Trace
 from calibration.gptq import gptq
 from calibration.linear import Grid, LinearScheme, Quantised, grid_for, round_to
-from calibration.ranges import find_range
+from calibration.ranges import MIN_MAX, find_range
 from calibration.samples import Case
 from calibration.smoothing import search_scales
-from trainer.decoder import rotary_tables, rotate_half
 from trainer.model import InfMLLM
 
 __all__ = ["Calibrated", "Wanted", "calibrate"]
@@ -106,7 +105,10 @@ def _watch(row: _Statistics, keep: int, moments: bool, module: nn.Module, argume
 
 
 def _watch_cache(block: Block, model: InfMLLM, found: dict[str, NDArray[Any]]) -> list[Any]:
-    """Largest magnitudes of rotated keys and of values, per head and channel [KV heads, D]."""
+    """Largest magnitudes of keys and of values, per head and channel [KV heads, D].
+
+    Rotation turns pairs of a key's channels into each other by an angle that depends on the position; at some position either is as long as the pair.
+    """
     attention = model.get_submodule(f"{block.name}.self_attn")
     spec = model.spec.decoder
 
@@ -116,7 +118,8 @@ def _watch_cache(block: Block, model: InfMLLM, found: dict[str, NDArray[Any]]) -
 
     def after_keys(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
         keys = output.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2)
-        peak(f"{block.name}|keys", rotate_half(keys, *rotary_tables(spec), torch.arange(keys.shape[2])[None]))
+        first, second = keys.chunk(2, dim=-1)
+        peak(f"{block.name}|keys", torch.hypot(first, second).repeat(1, 1, 1, 2))
 
     def after_values(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
         peak(f"{block.name}|values", output.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2))
@@ -157,12 +160,12 @@ def _results(
 
 
 def _static_range(rows: Tensor, row: _Statistics, columns: Tensor | None, method: str) -> tuple[float, float]:
-    """A range from the sampled rows and the exact extremes of every channel."""
+    """A range from the sampled rows; "min-max" takes the exact extremes of every channel too."""
     assert row.low is not None and row.high is not None, "the walk has seen data"
     extremes = torch.cat([row.low, row.high]) / (1.0 if columns is None else columns.repeat(2))
     values = rows.flatten()
     values = values[:: max(1, len(values) // _RANGE_VALUES)]
-    return find_range(torch.cat([values, extremes]).numpy(), method)
+    return find_range((torch.cat([values, extremes]) if method == MIN_MAX else values).numpy(), method)
 
 
 def _scaled(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:

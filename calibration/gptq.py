@@ -19,7 +19,7 @@ _DAMPING = (0.01, 0.1, 1.0)  # shares of the mean diagonal, the next taken when 
 def gptq(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid) -> Quantised:
     """Levels [N, K] that minimise the error of `weight @ x` over inputs whose second moments are `hessian_KK` (the sum of x xᵀ).
 
-    `hessian_KK` is used up. Columns whose input is always zero are rounded to the nearest.
+    Columns whose input is always zero are rounded to the nearest.
     """
     n, k = weight_NK.shape
     order = hessian_KK.diagonal().argsort(descending=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RANGES", "find_range"]
+__all__ = ["MIN_MAX", "RANGES", "find_range"]
 
 Values = NDArray[np.float32]
 _BINS = 2048
@@ -44,7 +44,9 @@ def _entropy(values: Values) -> tuple[float, float]:
     """The shrunken range whose 256-level histogram tells most of the 2048-bin one (least Kullback-Leibler divergence, clipped mass at the ends)."""
     low, high = _min_max(values)
     counts, edges = np.histogram(values, _BINS, (low, high) if high > low else (low, low + 1))
-    return min(((low * share, high * share) for share in _SHARES), key=lambda bounds: _divergence(counts, edges, *bounds))
+    found = {(low * share, high * share): _divergence(counts, edges, low * share, high * share) for share in _SHARES}
+    best = min(found, key=lambda bounds: found[bounds])
+    return best if np.isfinite(found[best]) else (low, high)  # too few different values to tell
 
 
 def _divergence(counts: NDArray[np.int64], edges: NDArray[np.float64], low: float, high: float) -> float:
@@ -64,7 +66,8 @@ def _divergence(counts: NDArray[np.int64], edges: NDArray[np.float64], low: floa
     return float((p[used] * np.log(p[used] / np.maximum(q[used], 1e-10))).sum())
 
 
-RANGES: dict[str, Callable[[Values], tuple[float, float]]] = {"min-max": _min_max, "percentile": _percentile, "mse": _mse, "entropy": _entropy}
+MIN_MAX = "min-max"
+RANGES: dict[str, Callable[[Values], tuple[float, float]]] = {MIN_MAX: _min_max, "percentile": _percentile, "mse": _mse, "entropy": _entropy}
 
 
 def find_range(values: Values, method: str) -> tuple[float, float]:

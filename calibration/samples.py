@@ -81,8 +81,11 @@ def _scenes(count: int, rng: np.random.Generator) -> Iterator[Example]:
         yield Example(scene.image, tuple(samples), name=f"scene {index}")
 
 
-def draw_cases(examples: Sequence[Example], spec: ModelSpec, tokenizer: Tokenizer, seed: int) -> list[Case]:
-    """One case of every example, tasks and pool sizes in turn. Raises `DataError` naming an unreadable or constant picture."""
+def draw_cases(examples: Sequence[Example], spec: ModelSpec, tokenizer: Tokenizer, seed: int, least: int = 1) -> list[Case]:
+    """One case of every example that fits the context, tasks and pool sizes in turn.
+
+    Raises `DataError` naming an unreadable or constant picture, and when fewer than `least` are left.
+    """
     rng, cases = np.random.default_rng(seed), []
     for index, example in enumerate(examples):
         try:
@@ -96,8 +99,8 @@ def draw_cases(examples: Sequence[Example], spec: ModelSpec, tokenizer: Tokenize
         answer = answer_ids(tokenizer, sample)[:-1][:MAX_ANSWER]  # a model computes noise after its end-of-sequence id
         if len(before) + len(after) + len(answer) + p * p <= spec.decoder.context and answer:
             cases.append(Case(example.name, to_pixels(image, spec), p, tuple(before), tuple(after), tuple(answer)))
-    if not cases:
-        raise DataError("no calibration case fits the model's context; use shorter questions or fewer visual tokens")
+    if len(cases) < least:
+        raise DataError(f"only {len(cases)} of {len(examples)} questions fit the model's context, calibration needs {least}; use shorter ones")
     return cases
 
 

@@ -21,7 +21,7 @@ import export
 import runtime
 import trainer
 from runtime.contract.bundle import cache_folder
-from runtime.contract.errors import BusyError
+from runtime.contract.errors import BuildError, BusyError
 from runtime.contract.files import locked, sha256_file
 
 __all__ = ["build_key", "source_digest", "workspace"]
@@ -52,7 +52,12 @@ def workspace(key: str) -> Iterator[Path]:
     """
     root = cache_folder() / "builds"
     folder = root / key[:32]
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise BuildError(f"cannot write {root} ({error.strerror}), where a build keeps its pieces; set INFMLLM_CACHE to a writable folder") from None
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(folder))

@@ -11,6 +11,7 @@ import typer
 
 from runtime.cli import default_bundle
 from runtime.contract.console import command_app, note, run_command
+from runtime.contract.errors import UsageError
 
 __all__ = ["main"]
 
@@ -53,6 +54,8 @@ def build(
     from export.state import BuildOptions
     from trainer.checkpoint import DEMO
 
+    if precision == "auto" and (block or rounding):
+        raise UsageError("--precision auto chooses blocks and rounding itself; leave out --block and --rounding")
     scheme = choose_scheme("int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [])
     options = BuildOptions(checkpoint or DEMO, scheme, target, out, dump, allow_unverified, calib, samples, ranges, questions)
     if precision == "auto":
@@ -95,7 +98,7 @@ def parity(
 def plan(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder (only its config.json is read). Default: the demo checkpoint.")] = None,
     preset: Annotated[str | None, typer.Option(help="A shape instead of a checkpoint: nano, edge or 7b.")] = None,
-    precision: Annotated[str, typer.Option(help="A scheme, as for build; all of them if left out.")] = "",
+    precision: Annotated[str, typer.Option(help="A scheme of build (not auto); all of them if left out.")] = "",
     target: Annotated[str, typer.Option(help="Where the bundle runs: cpu.")] = "cpu",
     device: Annotated[str | None, typer.Option(help="orin-nano-8gb, orin-agx-64gb, rtx4090 or a JSON file. Default: this machine.")] = None,
     block: Annotated[int | None, typer.Option(help="Block size of 4-bit weights.")] = None,

@@ -9,7 +9,7 @@ from calibration.samples import set_card
 from export.devices import DEVICES
 from export.plan import MIB, make_plan
 from export.state import Build, tools
-from export.verify import verdict_json
+from export.verify import MetricCheck, verdict_json
 from runtime.contract.bundle import MANIFEST, VERIFIED, read_bundle, write_manifest
 from runtime.contract.errors import BundleError
 from runtime.selftest import StageError
@@ -30,7 +30,10 @@ def existing(build: Build) -> Build | None:
     except BundleError:
         return None
     stages = tuple(StageError(row["stage"], row["error"], row["tolerance"], row["agreement"]) for row in bundle.parity["stages"])
-    return replace(build, stages=stages, verdict=bundle.verdict, reused=True)
+    known = bundle.parity.get("metrics", {})
+    scores = {task: (row["pytorch"], row["bundle"]) for task, row in known.get("tasks", {}).items()}
+    metrics = MetricCheck(scores, known.get("count", 0), known.get("allowed", 0.0), known.get("skipped", ""))
+    return replace(build, stages=stages, metrics=metrics, verdict=bundle.verdict, reused=True)
 
 
 def write(build: Build) -> None:
@@ -41,6 +44,8 @@ def write(build: Build) -> None:
     provenance: dict[str, Any] = {"checkpoint": build.checkpoint.path.name, "checkpoint_sha256": build.checkpoint.sha256, "build_key": build.key}
     provenance |= {"goldens": set_card(build.source, build.goldens), "calibration": set_card(build.source, build.cases) if build.cases else None}
     provenance["linears"] = {prefix or "rest": linear.text() for prefix, linear in scheme.parts.items()}
+    if scheme.prefill is not None:
+        provenance["linears_prefill"] = {prefix or "rest": linear.text() for prefix, linear in scheme.prefill.items()}
     if build.cases and build.calibrated:
         provenance["smoothing"] = {name: round(value, 3) for name, value in build.calibrated.strengths().items()}
     schemes = {"vision": scheme.name, "decoder": scheme.name, "embeddings": scheme.embeddings, "cache": scheme.cache}

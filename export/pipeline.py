@@ -37,7 +37,7 @@ from export.verify import MetricCheck, goldens_of, measure_answers
 from runtime.contract.bundle import DECODER, EMBEDDINGS, GOLDENS, MANIFEST, PREFILL, TOKENIZER, UNVERIFIED, VERIFIED, VISION
 from runtime.contract.errors import BuildError, ParityError
 from runtime.contract.files import staged_folder
-from runtime.selftest import StageError, read_goldens, replay, write_goldens
+from runtime.selftest import StageError, read_goldens, replay, replay_goldens, write_goldens
 from runtime.session import load
 
 __all__ = ["STEPS", "Build", "BuildOptions", "build"]
@@ -167,11 +167,24 @@ def _failure(build: Build, stages: Sequence[StageError], metrics: MetricCheck) -
         worse = f"answers got worse by {metrics.drop:.1f} points on {metrics.count} questions, {metrics.allowed:.1f} are allowed ({tasks})"
         return f"{worse}; nothing was written. {_REMEDY}"
     worst = max(failed, key=lambda stage: stage.error / stage.tolerance)
-    drift = find_drift(build.folder, build.checkpoint, build.goldens[0], dict(build.options.scheme.tolerance))
-    return (
+    differs = (
         f"{worst.stage} differs from PyTorch by {worst.error:.3g} (relative RMS), the scheme allows {worst.tolerance:.3g}; nothing was written. "
-        f"{drift}. {_REMEDY}"
     )
+    return f"{differs}{_location(build, worst.stage)}. {_REMEDY}"
+
+
+def _location(build: Build, stage: str) -> str:
+    """Where the worst golden case leaves PyTorch, in words. Never an error: the verdict must reach the person."""
+    tolerance = dict(build.options.scheme.tolerance)
+    if sum(file.stat().st_size for file in build.folder.glob("*.weights")) > LARGE_BYTES:
+        return "The graphs are too large to search for the place"
+    try:
+        session, goldens = load(build.folder), read_goldens(build.folder / GOLDENS)
+        errors = [next(row.error for row in replay_goldens(session, [golden], tolerance) if row.stage == stage) for golden in goldens]
+        drift = find_drift(build.folder, build.checkpoint, build.goldens[int(np.argmax(errors))], tolerance)
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class
+        return f"The place was not found ({' '.join(str(error).split())[:120]})"
+    return str(drift) if drift else "The picture and the prompt alone are within bounds: it is the steps after them that drift"
 
 
 _REMEDY = (

@@ -49,11 +49,17 @@ class Scheme:
     cache: str = "fp32"
     drop: float = 0.5
 
-    def linear(self, parameter: str, prefill: bool = False) -> LinearScheme:
-        """The scheme of a parameter by its longest matching prefix."""
+    def entry(self, parameter: str, prefill: bool = False) -> str | None:
+        """The prefix that decides a parameter: the longest that ends where a part of its name does, the later one of equals."""
         table = self.prefill if prefill and self.prefill is not None else self.parts
-        matches = [prefix for prefix in table if parameter.startswith(prefix)]
-        return table[max(matches, key=len)] if matches else FLOAT
+        found = [(len(prefix.rstrip(".")), place, prefix) for place, prefix in enumerate(table) if _covers(prefix, parameter)]
+        return max(found)[2] if found else None
+
+    def linear(self, parameter: str, prefill: bool = False) -> LinearScheme:
+        """The scheme of a parameter."""
+        table = self.prefill if prefill and self.prefill is not None else self.parts
+        prefix = self.entry(parameter, prefill)
+        return FLOAT if prefix is None else table[prefix]
 
     def half(self, parameter: str, dimensions: int) -> bool:
         """True for a tensor stored in fp16: weights of that scheme, and with half-precision embeddings also what the patches are embedded with."""
@@ -69,6 +75,11 @@ class Scheme:
         """True if it needs data."""
         tables = (*self.parts.values(), *(self.prefill or {}).values())
         return self.cache == "int8" or any(linear.calibrates for linear in tables)
+
+
+def _covers(prefix: str, parameter: str) -> bool:
+    whole = prefix.rstrip(".")
+    return not whole or parameter == whole or parameter.startswith(f"{whole}.")
 
 
 _INTEGER = {"vision": 0.06, "prefill": 0.12, "decode": 0.12}
@@ -99,7 +110,7 @@ SCHEMES: dict[str, Scheme] = {
 def find_scheme(name: str) -> Scheme:
     """The scheme of that name; raises `UsageError` listing the choices."""
     if name not in SCHEMES:
-        raise UsageError(f"unknown precision {name!r}; choose one of: {', '.join(SCHEMES)}")
+        raise UsageError(f"unknown precision {name!r}; choose one of: {', '.join(SCHEMES)} (or auto, for build)")
     return SCHEMES[name]
 
 
@@ -109,6 +120,14 @@ def choose_scheme(name: str, block: int | None = None, rounding: str | None = No
     `block` and `rounding` apply to its 4-bit weights, `cache` to keys and values, `keep` lists "PREFIX=SCHEME" for blocks that go another way.
     """
     scheme = find_scheme(name)
+    if cache not in CACHES:
+        raise UsageError(f"unknown --kv {cache!r}; choose one of: {', '.join(CACHES)}")
+    for text in keep:
+        prefix, equals, other = text.partition("=")
+        if not equals or not prefix:
+            raise UsageError(f"--keep {text!r}: write BLOCK=SCHEME, for example decoder.layers.0=fp16")
+        kept = find_scheme(other)
+        scheme = replace(mixed(scheme, {prefix: kept.linear(f"{prefix.rstrip('.')}.weight")}), tolerance=_loosest(scheme.tolerance, kept.tolerance))
     four = [prefix for prefix, linear in scheme.parts.items() if linear.bits == 4]
     if (block or rounding) and not four:
         raise UsageError(f"precision {name} has no 4-bit weights, so --block and --rounding do not apply; leave them out")
@@ -116,18 +135,16 @@ def choose_scheme(name: str, block: int | None = None, rounding: str | None = No
         raise UsageError(f"blocks of {block} are not supported; choose one of: {', '.join(map(str, KERNEL_BLOCKS))}")
     if rounding is not None and rounding not in ROUNDINGS:
         raise UsageError(f"unknown rounding {rounding!r}; choose one of: {', '.join(ROUNDINGS)}")
-    if cache not in CACHES:
-        raise UsageError(f"unknown --kv {cache!r}; choose one of: {', '.join(CACHES)}")
     changed = {
         prefix: replace(linear, **_given(block=block, rounding=rounding)) if prefix in four else linear for prefix, linear in scheme.parts.items()
     }
-    mixture = replace(scheme, parts=changed, cache=cache)
-    for text in keep:
-        prefix, equals, other = text.partition("=")
-        if not equals or not prefix:
-            raise UsageError(f"--keep {text!r}: write BLOCK=SCHEME, for example decoder.layers.0=fp16")
-        mixture = mixed(mixture, {prefix: find_scheme(other).linear(prefix)})
-    return mixture
+    tolerance = _loosest(scheme.tolerance, {**_INTEGER, "vision": 0.0}) if cache == "int8" else scheme.tolerance
+    return replace(scheme, parts=changed, cache=cache, tolerance=tolerance)
+
+
+def _loosest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """A mixture may drift as far as the loosest scheme in it."""
+    return {stage: max(one[stage], other[stage]) for stage in one}
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from export.cache import build_key
 from export.passes import LOWERING, PassResult
 from export.plan import linears
 from export.schemes import Scheme
-from export.verify import MetricCheck, golden_count
+from export.verify import METRIC_SEED, MetricCheck, golden_count
 from runtime.contract.bundle import UNVERIFIED
 from runtime.contract.errors import UsageError
 from runtime.selftest import StageError
@@ -85,10 +85,16 @@ def open_build(options: BuildOptions) -> Build:
     """Opens the checkpoint, draws the calibration set, and names the build by the hash of all that decides its result."""
     if options.target not in LOWERING:
         raise UsageError(f"unknown target {options.target!r}; choose one of: {', '.join(LOWERING)}")
+    if options.dump is not None:
+        try:
+            options.dump.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write --dump {options.dump} ({error.strerror}); choose another folder") from None
     if options.ranges not in RANGES:
         raise UsageError(f"unknown --ranges {options.ranges!r}; choose one of: {', '.join(RANGES)}")
     checkpoint, scheme = open_checkpoint(options.checkpoint), options.scheme
-    idle = [prefix for prefix in scheme.parts if not any(name.startswith(prefix) for name in linears(checkpoint.spec))]
+    used = {scheme.entry(name) for name in linears(checkpoint.spec)}
+    idle = [prefix for prefix in scheme.parts if prefix not in used]
     if idle:
         raise UsageError(
             f"{checkpoint.spec.name} has no linear layers under {idle[0]!r}; blocks are called like decoder.layers.0, vision_tower.blocks.0"
@@ -96,9 +102,15 @@ def open_build(options: BuildOptions) -> Build:
     source = default_source(checkpoint.card, options.calib)
     draw = partial(draw_cases, spec=checkpoint.spec, tokenizer=checkpoint.tokenizer)
     goldens = draw(draw_examples(source, golden_count(checkpoint.spec), _GOLDEN_SEED), seed=_GOLDEN_SEED)
-    cases = draw(draw_examples(source, options.samples, _CALIBRATION_SEED, MIN_IMAGES), seed=_CALIBRATION_SEED) if scheme.calibrates else []
+    cases = (
+        draw(draw_examples(source, options.samples, _CALIBRATION_SEED, MIN_IMAGES), seed=_CALIBRATION_SEED, least=MIN_IMAGES)
+        if scheme.calibrates
+        else []
+    )
     decides: dict[str, Any] = {"checkpoint": checkpoint.sha256, "scheme": scheme, "target": options.target, "questions": options.questions}
     decides |= {"goldens": set_card(source, goldens), "calibration": set_card(source, cases), "ranges": options.ranges, "tools": tools()}
+    asked = [(example.name, example.samples) for example in draw_examples(source, options.questions, METRIC_SEED)] if options.questions else []
+    decides |= {"source": source, "asked": repr(asked), "notes": options.notes}
     return Build(options, checkpoint, source, build_key(decides), goldens, cases)
 
 

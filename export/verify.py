@@ -17,6 +17,7 @@ from calibration.samples import Case, draw_cases, draw_examples
 from runtime.contract.bundle import UNVERIFIED, VERIFIED
 from runtime.contract.errors import BundleError
 from runtime.contract.evaluation import evaluate
+from runtime.contract.faults import Faults
 from runtime.contract.spec import ModelSpec
 from runtime.evaluate import BundleAnswerer
 from runtime.selftest import Golden, StageError, replay_goldens
@@ -24,7 +25,7 @@ from runtime.session import Session
 from trainer.checkpoint import StoredCheckpoint, load_checkpoint
 from trainer.evaluate import CheckpointAnswerer
 
-__all__ = ["MetricCheck", "compare_with_checkpoint", "golden_count", "goldens_of", "measure_answers", "verdict_json"]
+__all__ = ["METRIC_SEED", "MetricCheck", "compare_with_checkpoint", "golden_count", "goldens_of", "measure_answers", "verdict_json"]
 
 GOLDEN_CASES, _FEW_CASES = 6, 2
 _FRESH_SEED, METRIC_SEED = 20232, 20233
@@ -98,10 +99,13 @@ def measure_answers(session: Session, checkpoint: StoredCheckpoint, source: str,
         )
     examples = draw_examples(source, images, seed)
     reference = CheckpointAnswerer(checkpoint.path, load_checkpoint(checkpoint.path))
-    figures = [evaluate(answerer, examples)[0].figures() for answerer in (reference, BundleAnswerer(session))]
+    figures = [evaluate(answerer, examples, faults=Faults(True))[0].figures() for answerer in (reference, BundleAnswerer(session))]
+    if not figures[0] or set(figures[0]) != set(figures[1]):
+        return MetricCheck(skipped="no question fits the model's context")
     scores = {task: (figures[0][task]["accuracy"], figures[1][task]["accuracy"]) for task in figures[0]}
     count = int(sum(row["count"] for row in figures[0].values()))
-    return MetricCheck(scores, count, max(allowed, 100.0 * _FLIPS / count))
+    fewest = min(row["count"] for row in figures[0].values())
+    return MetricCheck(scores, count, max(allowed, 100.0 * _FLIPS / (fewest * len(scores))))
 
 
 def verdict_json(stages: Sequence[StageError], metrics: MetricCheck, tolerance: dict[str, float]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Keys and values as 8-bit integers: a quarter of the cache's memory and of what a decoding step reads of it.
 
-One symmetric scale per head and channel, from the largest magnitude the calibration saw (of keys after rotation, which is what the cache holds), with
-headroom. Rows are rounded when they are written; attention computes in float over the restored rows.
+One symmetric scale per head and channel, from the largest magnitude the calibration saw (of keys at any rotation, since that depends on the
+position), with headroom. Rows are rounded when they are written; attention computes in float over the restored rows.
 """
 
 from __future__ import annotations

@@ -84,10 +84,11 @@ def test_a_build_can_be_dumped_and_repeated(tiny_checkpoint: Path, tmp_path: Pat
     dumped = {path.name for path in (tmp_path / "dump").glob("*.onnx")}
     assert {"vision.00-capture.onnx", "decoder.00-capture.onnx"} < dumped and any("group_query_attention" in name for name in dumped)
     before = snapshot(tmp_path / "b")
-    build(replace(options, dump=None))
-    after = snapshot(tmp_path / "b")
-    assert before == after
-    assert first.counts and all(result.modified >= 0 for _, _, result in first.counts)
+    again = build(replace(options, dump=None, out=tmp_path / "c"))
+    after = snapshot(tmp_path / "c")
+    assert not again.reused and {name for name in before if before[name] != after[name]} == {"manifest.json"}  # which records times
+    changed = {(graph, step): result.modified for graph, step, result in first.counts}
+    assert changed["decoder", "group_query_attention"] == 2 and changed["vision", "fold_transposes"] == 10
 
 
 @pytest.mark.parametrize("name", ["capture graphs", "verify against PyTorch"])
@@ -153,3 +154,47 @@ def test_golden_cases_come_from_the_data_named(tiny_checkpoint: Path, tmp_path: 
     goldens = read_goldens(tmp_path / "b" / "goldens.npz")
     assert all(np.array_equal(golden.pixels, to_pixels(image, session.spec)) for golden in goldens)
     assert session.bundle.provenance["goldens"]["source"] == "d.jsonl" and session.bundle.verdict == "VERIFIED"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "graph", "name", "place"),
+    [
+        ("fp32", "decoder", "decoder.lm_head.weight", r"between decoder.norm \(error [\d.e-]+\) and logits"),
+        (
+            "int4-hybrid",
+            "prefill",
+            "decoder.layers.1.input_layernorm.weight",
+            r"between \S+1.input_layernorm .* and decoder.layers.1.post",
+        ),
+        ("fp32", "vision", "pool_adapter.fc2.bias", r"between vision_tower.norm \(error [\d.e-]+\) and image_embeds"),
+    ],
+)
+def test_a_fault_is_found_where_it_was_planted(
+    scheme: str, graph: str, name: str, place: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(state: pipeline.Build) -> pipeline.Build:
+        value = state.graphs[graph].graph.initializers[name]
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        value.const_value = ir.tensor(array + np.float32(2) * np.roll(array, 7, axis=-1) + np.float32(0.3), name=name)
+        return state
+
+    monkeypatch.setattr(pipeline, "STEPS", [*STEPS[:5], ("break", broken), *STEPS[5:]])
+    with pytest.raises(ParityError, match=place):
+        build(BuildOptions(tiny_checkpoint, SCHEMES[scheme], "cpu", tmp_path / "b", questions=0))
+
+
+def test_mixtures_may_drift_as_far_as_what_they_mix() -> None:
+    assert choose_scheme("fp32", cache="int8").tolerance["decode"] == SCHEMES["int8"].tolerance["decode"]
+    assert choose_scheme("fp32", cache="int8").tolerance["vision"] == SCHEMES["fp32"].tolerance["vision"]
+    assert choose_scheme("fp16", keep=["vision_tower=int8"]).tolerance == SCHEMES["int8"].tolerance
+
+
+def test_names_of_blocks_end_where_their_parts_do() -> None:
+    scheme = choose_scheme("int8", keep=["decoder.layers.1=fp16"])
+    assert scheme.linear("decoder.layers.1.mlp.up_proj.weight").weight == "fp16"
+    assert scheme.linear("decoder.layers.10.mlp.up_proj.weight").weight == "int8"
+    assert choose_scheme("int8", keep=["decoder=fp16"]).linear("decoder.lm_head.weight").weight == "fp16"
+    assert choose_scheme("fp32", keep=["decoder=int8"]).linear("decoder.lm_head.weight").activation == "int8-tensor"
+    four = choose_scheme("int4", 128, "nearest", keep=["vision_tower=int4-all"])
+    assert four.linear("vision_tower.blocks.0.mlp.fc1.weight").text() == "int4/128 smooth"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,15 +15,18 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from PIL import Image
 
+from calibration import samples
 from calibration.blocks import StreamedModel
 from export import cache, pipeline
-from export.cache import build_key, workspace
+from export.cache import workspace
 from export.drift import first_drift
 from export.passes.contract import GraphPass, PassResult
 from export.pieces import replay_in_pieces
 from export.pipeline import STEPS, BuildOptions, build
 from export.schemes import SCHEMES, choose_scheme
+from export.state import open_build
 from runtime.contract.bundle import EMBEDDINGS, GOLDENS, cache_folder, read_bundle
 from runtime.selftest import read_goldens, replay_goldens
 from runtime.session import load
@@ -42,7 +46,7 @@ def test_an_identical_build_returns_at_once_and_a_changed_one_does_not(tiny_chec
     count = len(steps)
     again = build(options(tiny_checkpoint, tmp_path / "b"), steps.append)
     assert again.reused and not first.reused and len(steps) == count == len(STEPS)
-    assert again.stages == first.stages and again.verdict == "VERIFIED"
+    assert again.stages == first.stages and again.metrics == first.metrics and again.verdict == "VERIFIED"
     changed = build(replace(options(tiny_checkpoint, tmp_path / "b"), samples=9), steps.append)
     assert not changed.reused and changed.key != first.key
     data = bytearray((tmp_path / "b" / "decoder.weights").read_bytes())
@@ -51,12 +55,25 @@ def test_an_identical_build_returns_at_once_and_a_changed_one_does_not(tiny_chec
     assert not build(replace(options(tiny_checkpoint, tmp_path / "b"), samples=9)).reused
 
 
-def test_every_decision_is_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {build_key({"scheme": scheme, "n": n}) for scheme in SCHEMES.values() for n in (1, 2)}
-    assert len(keys) == 2 * len(SCHEMES)
-    before = build_key({"n": 1})
+def test_every_decision_is_in_the_key(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = options(tiny_checkpoint, tmp_path / "b")
+    others = [{"scheme": SCHEMES["int8"]}, {"samples": 9}, {"ranges": "entropy"}, {"questions": 3}, {"calib": "synthetic:40"}, {"notes": {"a": 1}}]
+    others += [{"scheme": choose_scheme("int4", cache="int8")}, {"scheme": choose_scheme("int4", 16)}]
+    keys = [open_build(replace(base, **changed)).key for changed in ({}, *others)]
+    assert len(set(keys)) == len(keys) and open_build(replace(base, out=tmp_path / "c")).key == keys[0]
     monkeypatch.setattr(cache, "source_digest", lambda: "other sources")
-    assert build_key({"n": 1}) != before
+    assert open_build(base).key != keys[0]
+
+
+def test_labels_of_the_questions_are_in_the_key(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "a.png")
+    keys = set()
+    for answer in ("red", "blue"):
+        rows = [{"image": "a.png", "task": "caption", "answer": answer if index == 11 else "x"} for index in range(12)]
+        (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        samples._opened.cache_clear()
+        keys.add(open_build(replace(options(tiny_checkpoint, tmp_path / "b", "fp32"), calib=str(tmp_path / "d.jsonl"), questions=12)).key)
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("stopped", ["capture graphs", "pack bundle", "verify against PyTorch"])
