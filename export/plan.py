@@ -24,11 +24,13 @@ __all__ = ["LARGE_BYTES", "MIB", "PIECE_BYTES", "Plan", "linear_bytes", "linears
 
 MIB = 1 << 20
 # Measured on Linux x86 with the CPU builds of torch 2.13, onnx 1.23 and onnxruntime 1.31; see docs/benchmarks.md.
-_EXPORTER = 400 * MIB  # torch, onnx and onnxruntime imported, and a traced graph
+_EXPORTER = 450 * MIB  # torch, onnx and onnxruntime imported, and a traced graph
 _GRAPH_NODE = 350  # bytes of an ONNX node and its tensors' descriptions
 _RUNTIME = 78 * MIB  # Python, numpy, Pillow, tokenizers and onnxruntime
-_PACKED = {"fp32": 2.0, "fp16": 3.0, "int8": 2.0, "int4": 2.0}  # resident bytes per stored byte: mapped from the file, and packed for the kernels
+_PACKED = {"fp32": 1.3, "fp16": 2.6, "int8": 1.3, "int4": 1.3}  # resident bytes per stored byte: the kernels' own copy, and what is still mapped
 _ROUNDING = 4.0  # float copies of a weight while it is rounded
+_BLOCK_COPIES = 4.7  # of the largest block's float weights while it is read, checked and run
+_ACTIVATIONS = 2.5  # what the engine reserves for them, against what they take
 _TEXT_TOKENS, _ANSWER = 16, 5  # of a usual question and answer
 LARGE_BYTES = 2 << 30  # of weights, above which a build does not load its bundle whole
 PIECE_BYTES = 1 << 29  # of weights in memory at once then
@@ -135,7 +137,7 @@ def _run_memory(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], contex
     patches, length = tower.grid**2 + 1, spec.pool_sizes[0] ** 2 + _TEXT_TOKENS
     seen = 4 * (patches * (6 * tower.width + 2 * tower.mlp_width) + tower.heads * patches**2)
     read = 4 * length * (4 * decoder.hidden + 3 * decoder.mlp_width) + 4 * decoder.heads * length**2
-    return {"runtime": _RUNTIME, "weights": int(resident), "cache": cache, "activations": seen + read}
+    return {"runtime": _RUNTIME, "weights": int(resident), "cache": cache, "activations": int(_ACTIVATIONS * (seen + read))}
 
 
 def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], samples: int) -> int:
@@ -146,7 +148,7 @@ def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], sample
     decoder_layer = sum(n * k for name, (n, k) in shapes.items() if name.startswith(f"{DECODER}layers.0."))
     table = spec.decoder.vocab_size * spec.decoder.hidden
     moments = max((k * k for name, (_, k) in shapes.items() if any(s.rounding == "gptq" for s in scheme.wanted(name))), default=0)
-    block = 4 * max(decoder_layer + (2 * largest if scheme.calibrates else 0), 2 * table) + 4 * 5 * moments
+    block = int(4 * _BLOCK_COPIES * max(decoder_layer, table)) + 4 * 5 * moments
     cases = golden_count(spec) + (samples if scheme.calibrates else 0)
     states = 4 * cases * max((spec.vision.grid**2 + 1) * spec.vision.width + 3 * spec.vision.image_size**2, 400 * spec.decoder.hidden)
     rounding = int(4 * _ROUNDING * largest) if any(scheme.linear(name).quantised for name in names) else 8 * largest
