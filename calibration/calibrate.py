@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from calibration.blocks import Block, Fed, Reader, StreamedModel, Trace
 from calibration.gptq import gptq
 from calibration.linear import Grid, LinearScheme, Quantised, grid_for, round_to
-from calibration.ranges import MIN_MAX, find_range
+from calibration.ranges import PERCENTILE, find_range
 from calibration.samples import Case
 from calibration.smoothing import search_scales
 from trainer.model import InfMLLM
@@ -160,12 +160,12 @@ def _results(
 
 
 def _static_range(rows: Tensor, row: _Statistics, columns: Tensor | None, method: str) -> tuple[float, float]:
-    """A range from the sampled rows; "min-max" takes the exact extremes of every channel too."""
+    """A range from the sampled rows; what a sample misses are rare large rows, which all but the percentile must see."""
     assert row.low is not None and row.high is not None, "the walk has seen data"
     extremes = torch.cat([row.low, row.high]) / (1.0 if columns is None else columns.repeat(2))
     values = rows.flatten()
     values = values[:: max(1, len(values) // _RANGE_VALUES)]
-    return find_range((torch.cat([values, extremes]) if method == MIN_MAX else values).numpy(), method)
+    return find_range((torch.cat([values, extremes]) if method != PERCENTILE else values).numpy(), method)
 
 
 def _scaled(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MIN_MAX", "RANGES", "find_range"]
+__all__ = ["PERCENTILE", "RANGES", "find_range"]
 
 Values = NDArray[np.float32]
 _BINS = 2048
@@ -66,8 +66,8 @@ def _divergence(counts: NDArray[np.int64], edges: NDArray[np.float64], low: floa
     return float((p[used] * np.log(p[used] / np.maximum(q[used], 1e-10))).sum())
 
 
-MIN_MAX = "min-max"
-RANGES: dict[str, Callable[[Values], tuple[float, float]]] = {MIN_MAX: _min_max, "percentile": _percentile, "mse": _mse, "entropy": _entropy}
+PERCENTILE = "percentile"
+RANGES: dict[str, Callable[[Values], tuple[float, float]]] = {"min-max": _min_max, PERCENTILE: _percentile, "mse": _mse, "entropy": _entropy}
 
 
 def find_range(values: Values, method: str) -> tuple[float, float]:

@@ -30,7 +30,7 @@ __all__ = ["MIN_IMAGES", "Case", "default_source", "draw_cases", "draw_examples"
 SCENES = "synthetic"
 MIN_IMAGES = 4
 MAX_ANSWER = 16  # tokens of an answer that are kept
-_FLAT = 4.0  # a picture whose brightest and darkest value differ by less says nothing, of 255
+_FLAT = 4.0  # a picture none of whose channels spans more says nothing, of 255
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def draw_cases(examples: Sequence[Example], spec: ModelSpec, tokenizer: Tokenize
             image, samples = example.load()
         except InfMLLMError as error:
             raise DataError(f"calibration picture {example.name or example.picture} cannot be used: {error}") from None
-        _check_picture(image, example.name)
+        _check_picture(image.convert("RGB"), example.name)
         sample = _pick(samples, index, rng)
         p = spec.pool_sizes[index % len(spec.pool_sizes)]
         before, after = tokenizer.encode_prompt(sample.prompt())
@@ -110,8 +110,8 @@ def _pick(samples: Sequence[Sample], index: int, rng: np.random.Generator) -> Sa
 
 
 def _check_picture(image: Image.Image, name: str) -> None:
-    values = np.asarray(image.convert("L"))
-    if float(values.max()) - float(values.min()) < _FLAT:
+    values = np.asarray(image, np.float32)
+    if float((values.max((0, 1)) - values.min((0, 1))).max()) < _FLAT:
         raise DataError(f"calibration picture {name or 'without a name'} is one flat colour; ranges from it would be wrong, remove it")
 
 

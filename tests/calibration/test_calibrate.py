@@ -168,3 +168,10 @@ def test_bad_sets_are_refused(stored: StoredCheckpoint, tmp_path: Path) -> None:
     long = replace(sample, text="word " * 400)
     with pytest.raises(DataError, match="only 0 of 1 questions fit"):
         draw_cases([Example(Image.open(tmp_path / "a.png"), (replace(long, task="caption"),))], TINY, stored.tokenizer, 0)
+
+
+def test_a_picture_of_one_brightness_but_two_colours_is_no_flat_one(stored: StoredCheckpoint) -> None:
+    image = Image.new("RGB", (40, 30), (76, 76, 76))
+    image.paste((254, 0, 0), (5, 5, 20, 20))  # the same brightness
+    assert image.convert("L").getextrema()[0] == image.convert("L").getextrema()[1]
+    assert len(draw_cases([Example(image, (Sample("vqa", "what?", "x"),), "red")], stored.spec, stored.tokenizer, 0)) == 1

@@ -35,7 +35,7 @@ def rename_entry(name: str) -> Callable[[dict[str, Any]], None]:
 def test_a_good_bundle_reads(copied: Path) -> None:
     bundle = read_bundle(copied)
     bundle.verify()
-    assert bundle.verdict == "VERIFIED" and set(bundle.schemes) == {"vision", "decoder", "embeddings"}
+    assert bundle.verdict == "VERIFIED" and set(bundle.schemes) == {"vision", "decoder", "embeddings", "cache"}
 
 
 def test_missing_bundle_says_how_to_build_one(tmp_path: Path) -> None:
