@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -23,17 +22,22 @@ from trainer.tokenize import build_tokenizer
 _SAMPLE = Path(__file__).parent.parent / "trainer" / "demo" / "sample.png"
 
 
-def timed(command: list[str]) -> tuple[dict[str, Any], float, float]:
+_CODE = """
+import atexit, sys
+from runtime.contract.console import peak_memory_mib
+from {module} import main
+atexit.register(lambda: print(peak_memory_mib(), file=sys.stderr))
+main()
+"""
+
+
+def timed(module: str, *arguments: str) -> tuple[dict[str, Any], float, float]:
     """Runs a command that prints one JSON object: (the object, seconds, peak memory in MiB of that process)."""
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with {process.returncode}")
-    return json.loads(output), time.monotonic() - started, usage.ru_maxrss / 1024
+    result = subprocess.run([sys.executable, "-c", _CODE.format(module=module), *arguments], capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{module} {' '.join(arguments)} failed: {result.stderr.strip().splitlines()[-1]}")
+    return json.loads(result.stdout), time.monotonic() - started, float(result.stderr.split()[-1])
 
 
 def main() -> None:
@@ -48,7 +52,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--keep-files", action="store_true")
     given = parser.parse_args()
-    bin_folder, checkpoint = Path(sys.executable).parent, given.folder / given.preset
+    checkpoint = given.folder / given.preset
     started = time.monotonic()
     if not checkpoint.exists():
         write_random(checkpoint, find_preset(given.preset).spec, build_tokenizer(corpus()).to_str())
@@ -56,14 +60,14 @@ def main() -> None:
     print(json.dumps({"checkpoint_gb": round(size / 1e9, 2), "minutes": round((time.monotonic() - started) / 60, 2)}), flush=True)
     for precision in given.precision:
         out = given.folder / f"{given.preset}-{precision}"
-        build = [str(bin_folder / "infmllm-export"), "build", str(checkpoint), "--precision", precision, "--samples", str(given.samples)]
+        build = ["build", str(checkpoint), "--precision", precision, "--samples", str(given.samples)]
         build += ["--rounding", given.rounding] if given.rounding and precision.startswith("int4") else []
-        result, seconds, peak = timed([*build, "--questions", "0", "--json", "-o", str(out)])
+        result, seconds, peak = timed("export.cli", *build, "--questions", "0", "--json", "-o", str(out))
         row = {"precision": precision, "minutes": round(seconds / 60, 2), "build_peak_mib": round(peak), "bundle_gb": round(result["bytes"] / 1e9, 3)}
         print(json.dumps(row | {"verdict": result["verdict"], "parity": {s["stage"]: s["error"] for s in result["stages"]}}), flush=True)
-        ask = [str(bin_folder / "infmllm-run"), str(_SAMPLE), "describe", "--bundle", str(out), "--json"]
+        ask = [str(_SAMPLE), "describe", "--bundle", str(out), "--json"]
         for attempt in ("first", "second"):  # the first run also hashes every file
-            answer, seconds, peak = timed([*ask, "--max-new-tokens", str(given.tokens), "--context", str(given.context)])
+            answer, seconds, peak = timed("runtime.cli", *ask, "--max-new-tokens", str(given.tokens), "--context", str(given.context))
             times = answer["timings"]
             first = sum(times[stage] for stage in ("decode_image", "preprocess", "vision", "prefill"))
             row = {"run": attempt, "visual_tokens": answer["visual_tokens"], "first_token_ms": round(first), "vision_ms": round(times["vision"])}

@@ -58,7 +58,7 @@ def write(build: Build) -> None:
 
 def _predicted(build: Build) -> dict[str, Any]:
     """What the plan said of this build, and what came: bytes on disk (without the manifest) and peak memory of the process."""
-    plan = make_plan(build.checkpoint.spec, build.options.scheme, _ANY_DEVICE, samples=len(build.cases))
+    plan = make_plan(build.checkpoint.spec, build.options.scheme, _ANY_DEVICE, samples=len(build.cases), questions=build.options.questions > 0)
     actual = sum(file.stat().st_size for file in build.folder.iterdir())
     peak = max((row["peak_mib"] for row in build.costs.values()), default=0.0)
     return {"disk": plan.disk_bytes, "disk_actual": actual, "build_peak_mib": round(plan.build_peak / MIB), "build_peak_mib_actual": peak}

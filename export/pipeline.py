@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import resource
 import shutil
 import time
 import warnings
@@ -35,6 +34,7 @@ from export.plan import LARGE_BYTES
 from export.state import Build, BuildOptions, Detail, open_build
 from export.verify import MetricCheck, goldens_of, measure_answers
 from runtime.contract.bundle import DECODER, EMBEDDINGS, GOLDENS, MANIFEST, PREFILL, TOKENIZER, UNVERIFIED, VERIFIED, VISION
+from runtime.contract.console import peak_memory_mib
 from runtime.contract.errors import BuildError, ParityError
 from runtime.contract.files import staged_folder
 from runtime.selftest import StageError, read_goldens, replay, replay_goldens, write_goldens
@@ -217,7 +217,7 @@ def build(options: BuildOptions, progress: Callable[[str], None] = lambda step: 
             progress(name)
             started = time.monotonic()
             state = step(state)
-            cost = {"seconds": round(time.monotonic() - started, 1), "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+            cost = {"seconds": round(time.monotonic() - started, 1), "peak_mib": round(peak_memory_mib())}
             state = replace(state, costs={**state.costs, name: cost})
         manifest.write(state)
     return state

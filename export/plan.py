@@ -107,14 +107,22 @@ class Plan:
         return asdict(self) | {"disk_bytes": self.disk_bytes, "run_bytes": self.run_bytes, "fits": self.fits}
 
 
-def make_plan(spec: ModelSpec, scheme: Scheme, device: Device, context: int | None = None, samples: int = 32) -> Plan:
-    """Predicts everything for one model, scheme and device; `context` is the number of cache rows (default: the model's)."""
+def make_plan(spec: ModelSpec, scheme: Scheme, device: Device, context: int | None = None, samples: int = 32, questions: bool = True) -> Plan:
+    """Predicts everything for one model, scheme and device; `context` is the number of cache rows (default: the model's).
+
+    `questions` tells whether the build asks PyTorch too, for which small models are loaded whole.
+    """
     context = min(context or spec.decoder.context, spec.decoder.context)
     weights = part_bytes(spec, scheme)
     disk = _disk(spec, scheme, weights)
     run = _run_memory(spec, scheme, weights, context)
     plan = Plan(
-        disk, _build_peak(spec, scheme, weights, samples), run, tuple(p * p for p in spec.pool_sizes), _latency(spec, scheme, weights, device), device
+        disk,
+        _build_peak(spec, scheme, weights, samples, questions),
+        run,
+        tuple(p * p for p in spec.pool_sizes),
+        _latency(spec, scheme, weights, device),
+        device,
     )
     return plan if plan.fits else Plan(**{**vars(plan), "advice": tuple(_advice(spec, scheme, plan, context))})
 
@@ -140,7 +148,7 @@ def _run_memory(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], contex
     return {"runtime": _RUNTIME, "weights": int(resident), "cache": cache, "activations": int(_ACTIVATIONS * (seen + read))}
 
 
-def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], samples: int) -> int:
+def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], samples: int, questions: bool) -> int:
     """The largest of three: a block being calibrated, a weight being rounded, the bundle (or a part of it) being replayed."""
     shapes = linears(spec)
     names = [name for name, shape in shapes.items()]
@@ -156,7 +164,7 @@ def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], sample
     if total > LARGE_BYTES:
         replayed = int(2 * max(PIECE_BYTES + 4 * table, weights["vision"]))
     else:
-        whole = 4 * spec.parameters if spec.parameters <= 500_000_000 else 0  # answers are compared with the model in memory
+        whole = 4 * spec.parameters if questions and spec.parameters <= 500_000_000 else 0  # answers are compared with the model in memory
         replayed = _run_memory(spec, scheme, weights, spec.decoder.context)["weights"] + 2 * whole
     return _EXPORTER + max(block + states, rounding, replayed)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from export.pipeline import STEPS, build
 from export.plan import make_plan
 from export.schemes import SCHEMES, choose_scheme
 from export.state import Build, BuildOptions
-from runtime.contract.console import note, step_bar
+from runtime.contract.console import note, peak_memory_mib, step_bar
 from runtime.contract.errors import UsageError
 from runtime.selftest import StageError
 from trainer.checkpoint import DEMO, read_spec
@@ -45,7 +44,7 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
     started = time.monotonic()
     with step_bar(len(STEPS)) as bar:
         result = build(options, bar.step, bar.detail)
-    seconds, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    seconds, peak = time.monotonic() - started, peak_memory_mib()
     size = sum(file.stat().st_size for file in options.out.iterdir())
     if as_json:
         data: dict[str, Any] = {"bundle": str(options.out), "verdict": result.verdict, "stages": [asdict(stage) for stage in result.stages]}

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import platform
-import resource
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ import typer
 from PIL import Image
 
 from runtime.cli import default_bundle
-from runtime.contract.console import check_output, command_app, note, run_command, track
+from runtime.contract.console import check_output, command_app, note, peak_memory_mib, run_command, track
 
 __all__ = ["main", "measure"]
 
@@ -66,7 +65,7 @@ def measure(bundle: Path, repetitions: int, warmup: int, new_tokens: int, visual
         "stages_ms": {name: _percentiles([row[name] for row in rows]) for name in (*_STAGES, "ttft", "total")},
         "tokens_per_s": float(np.median([row["tokens_per_s"] for row in rows])),
         "load_ms": load_ms,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": peak_memory_mib(),
         "conditions": _conditions(repetitions, warmup, new_tokens, threads) | {"prompt_tokens": counts[0], "visual_tokens": counts[1]},
     }
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import typer
     from rich.progress import Progress
 
-__all__ = ["OneLineParser", "StepBar", "check_output", "command_app", "note", "positive", "run_command", "step_bar", "track"]
+__all__ = ["OneLineParser", "StepBar", "check_output", "command_app", "note", "peak_memory_mib", "positive", "run_command", "step_bar", "track"]
 
 T = TypeVar("T")
 _INTERRUPTED = 130
@@ -71,6 +71,20 @@ def run_command(app: Callable[..., object]) -> None:
             raise
         note(f"error: {' '.join(str(error.format_message()).split())} See --help")
         sys.exit(UsageError.exit_code)
+
+
+def peak_memory_mib() -> float:
+    """The most memory this process has had resident, in MiB.
+
+    On Linux from its own status: the figure of getrusage survives exec, and so counts the parent's memory too.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1 << 20)
 
 
 def check_output(path: Path | None) -> None:
