@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "KERNEL_BLOCKS", "Grid", "LinearScheme", "Quantised", "fake_activation", "grid_for", "round_to"]
+__all__ = ["KERNEL_BLOCKS", "Grid", "LinearScheme", "Quantised", "fake_activation", "grid_for", "round_to"]
 
 _INT8 = 127
 _CANDIDATES = 12  # shrunken ranges the MSE search tries
@@ -22,7 +22,6 @@ KERNEL_BLOCKS = (16, 32, 64, 128, 256)
 """Inputs that may share a scale in weight-only layers, as ONNX Runtime's MatMulNBits has them."""
 
 _FULL_BLOCK = 128  # for weight-only layers without a block of their own
-ACTIVATIONS = ("float", "int8-row", "int8-tensor", "int8-static")
 
 
 @dataclass(frozen=True)

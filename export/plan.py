@@ -135,9 +135,15 @@ def _disk(spec: ModelSpec, scheme: Scheme, weights: dict[str, int]) -> dict[str,
     return {**weights, "embeddings": size * decoder.vocab_size * decoder.hidden, "goldens": goldens, "graphs": _GRAPH_NODE * nodes}
 
 
+def _cache_row(spec: ModelSpec, scheme: Scheme) -> int:
+    """Bytes of keys and values of one position, all layers."""
+    decoder = spec.decoder
+    return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * (1 if scheme.cache == "int8" else 4)
+
+
 def _run_memory(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], context: int) -> dict[str, int]:
     decoder, tower = spec.decoder, spec.vision
-    cache = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * context * (1 if scheme.cache == "int8" else 4)
+    cache = context * _cache_row(spec, scheme)
     resident = 0.0
     for graph, size in weights.items():
         kind = scheme.linear("" if graph == "vision" else DECODER, graph == "prefill").weight
@@ -182,8 +188,7 @@ def _latency(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], device: D
     attention = 4e-9 * tower.layers * patches**2 * tower.width / device.rate(LinearScheme())
     vision = max(arithmetic("vision_tower.", patches) + attention, 1e-6 * weights["vision"] / device.bandwidth_gbs)
     prefill = max(arithmetic(DECODER, length, True), 1e-6 * weights.get("prefill", weights["decoder"]) / device.bandwidth_gbs)
-    row = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * (1 if scheme.cache == "int8" else 4)
-    step = 1e-6 * (weights["decoder"] + row * length) / device.bandwidth_gbs
+    step = 1e-6 * (weights["decoder"] + _cache_row(spec, scheme) * length) / device.bandwidth_gbs
     return {"vision_ms": vision, "prefill_ms": prefill, "first_token_ms": vision + prefill, "per_token_ms": step, "tokens_per_second": 1e3 / step}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -23,12 +23,10 @@ LOWERING: dict[str, dict[str, tuple[GraphPass, ...]]] = {
 PASSES: dict[str, GraphPass] = {step.name: step for step in (*SIMPLIFY, GROUP_QUERY_ATTENTION)}
 
 
-def run_passes(model: ir.Model, passes: Sequence[GraphPass], after: Callable[[str, PassResult], None] | None = None) -> list[tuple[str, PassResult]]:
-    """Runs passes in order, in place; `after` is called with each one's name and result."""
+def run_passes(model: ir.Model, passes: Sequence[GraphPass]) -> list[tuple[str, PassResult]]:
+    """Runs passes in order, in place; returns each one's name and result."""
     results = []
     for step in passes:
         result = step(model)
         results.append((step.name, result))
-        if after:
-            after(step.name, result)
     return results
