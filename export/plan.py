@@ -177,7 +177,7 @@ def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], sample
 
 def _latency(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], device: Device) -> dict[str, float]:
     """Milliseconds at the device's reachable rates: the tower and prefill by arithmetic or bandwidth, decoding by what it reads."""
-    tower, decoder = spec.vision, spec.decoder
+    tower = spec.vision
     patches, length = tower.grid**2 + 1, spec.pool_sizes[0] ** 2 + _TEXT_TOKENS
     shapes = linears(spec)
 
