@@ -48,7 +48,7 @@ def write(build: Build) -> None:
         provenance["linears_prefill"] = {prefix or "rest": linear.text() for prefix, linear in scheme.prefill.items()}
     if build.cases and build.calibrated:
         provenance["smoothing"] = {name: round(value, 3) for name, value in build.calibrated.strengths().items()}
-    schemes = {"vision": scheme.name, "decoder": scheme.name, "embeddings": scheme.embeddings, "cache": scheme.cache}
+    schemes = {"vision": scheme.name, "decoder": scheme.name, "embeddings": scheme.embeddings, "cache": scheme.cache, "rows": scheme.rows}
     provenance |= {"tools": tools(), "passes": passes, "steps": build.costs, **build.options.notes}
     provenance["plan"] = _predicted(build)
     write_manifest(

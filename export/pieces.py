@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from export.plan import PIECE_BYTES
 from runtime.contract.bundle import DECODER, PREFILL, VISION
 from runtime.contract.pooling import pool_matrix
-from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, SEQLENS_K, TOTAL_LENGTH, ModelSpec
-from runtime.engines.ort import session_options
+from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, LOGITS_TO_KEEP, PIXELS, POOL, SEQLENS_K, TOTAL_LENGTH, ModelSpec
+from runtime.engines.ort_session import session_options
 from runtime.selftest import Golden, StageError, stage_errors
 
 __all__ = ["cut_points", "opened_part", "replay_in_pieces", "run_part"]
@@ -78,7 +78,8 @@ def opened_part(path: Path, starts: Collection[str], ends: Collection[str]) -> I
 
 def run_part(session: ort.InferenceSession, inputs: Feed, cache: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
     """All outputs of a part; caches that are not among `inputs` start empty with shape `cache`."""
-    feed = {}
+    feed: Feed = {}
+    inputs = {LOGITS_TO_KEEP: np.array([1], np.int64), **inputs}
     for value in session.get_inputs():
         empty = np.zeros(cache, np.int8 if value.type == "tensor(int8)" else np.float32)
         feed[value.name] = inputs.get(value.name, empty)

@@ -71,6 +71,14 @@ class Scheme:
         return tuple(dict.fromkeys(both))
 
     @property
+    def rows(self) -> str:
+        """ "alone" if what the decoder makes of a position does not depend on which others are computed with it, else "together"."""
+        together = any(
+            linear.activation == "int8-tensor" for prefix, linear in self.parts.items() if not prefix.startswith((VISION, "pool_adapter."))
+        )
+        return "together" if together else "alone"
+
+    @property
     def calibrates(self) -> bool:
         """True if it needs data."""
         tables = (*self.parts.values(), *(self.prefill or {}).values())

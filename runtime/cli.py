@@ -9,17 +9,20 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from runtime.contract.console import OneLineParser, check_output, note, positive, run_command
+from runtime.cli_decoding import add_decoding, decoding_of
+from runtime.contract.console import OneLineParser, check_output, note, positive, run_command, track
 from runtime.contract.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from runtime.session import Answer, Session
+    from runtime.answer import Answer, Stream
+    from runtime.session import Session
 
 __all__ = ["main"]
 
@@ -28,6 +31,11 @@ _EXAMPLES = """examples:
   infmllm-run photo.jpg "describe"
   infmllm-run photo.jpg "where is the red circle?" --draw found.png
   cat photo.jpg | infmllm-run - "how many circles are there?" --json
+  infmllm-run photo.jpg "describe" --beams published
+  infmllm-run photo.jpg "describe" --temperature 0.8 --top-p 0.9 --seed 1 --stop "."
+  infmllm-run photo.jpg "describe" --json-schema scene.schema.json
+  infmllm-run photo.jpg --chat
+  infmllm-run --batch questions.jsonl > answers.jsonl
   infmllm-run --self-test --bundle my-bundle
 """
 
@@ -48,6 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", default="auto", help="auto (default), caption, vqa, ground or chat")
     add("--visual-tokens", type=int, metavar="N", help="visual embeddings to use, fewer is faster; default: the model's best")
     add("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens; default: the task's")
+    add_decoding(parser)
+    add("--chat", action="store_true", help="a conversation about the picture: one turn a line on standard input")
+    add("--batch", type=Path, metavar="FILE.jsonl", help='questions, one {"image": …, "prompt": …} a line; answers as JSON lines in the same order')
+    add("--no-cache", action="store_true", help="keep no image embeddings on disk for the next question on the same picture")
     add("--threads", type=positive, metavar="N", help="CPU threads; default: all available cores")
     add("--context", type=positive, metavar="N", help="rows of the key/value cache; default: the model's context")
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -57,39 +69,108 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run() -> None:
-    """Answers one question about one picture, as the command line says."""
+    """Answers what the command line asks."""
     given = _parser().parse_args()
-    from runtime.contract.image import MAX_BYTES, open_image
+    mode = _mode(given)
+    check_output(given.draw)
+    from runtime.features import DISK_BYTES
     from runtime.session import load
 
-    check_output(given.draw)
-    session = load(given.bundle or default_bundle(), threads=given.threads, context=given.context)
+    cache = 0 if given.no_cache or given.self_test else DISK_BYTES
+    session = load(given.bundle or default_bundle(), threads=given.threads, context=given.context, image_cache=cache)
     if session.bundle.verdict != "VERIFIED":
         note("warning: this bundle is UNVERIFIED: its build did not prove it equal to PyTorch")
+    mode(session, given)
+
+
+def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace], None]:
+    """What is to be done. Raises `UsageError` for what does not go together."""
+    modes = {"--self-test": given.self_test, "--chat": given.chat, "--batch": given.batch is not None}
+    chosen = [name for name, on in modes.items() if on]
+    if len(chosen) > 1:
+        raise UsageError(f"{' and '.join(chosen)} exclude each other; choose one")
+    if chosen and given.draw:
+        raise UsageError(f"--draw draws the boxes of one answer; leave it out with {chosen[0]}")
     if given.self_test:
-        _self_test(session, given.json)
-        return
+        return _self_test
+    if given.batch is not None:
+        if given.image is not None:
+            raise UsageError("--batch takes pictures and prompts from its file; leave them out of the command line")
+        return _batch
+    if given.chat:
+        if given.image is None or given.image == "-":
+            raise UsageError("--chat needs a picture's file, for example: infmllm-run photo.jpg --chat")
+        return _chat
     if given.image is None or given.prompt is None:
         raise UsageError('give an image and a prompt, for example: infmllm-run photo.jpg "describe"')
+    return _one
+
+
+def _one(session: Session, given: argparse.Namespace) -> None:
+    from runtime.contract.image import MAX_BYTES, open_image
+
     picture = sys.stdin.buffer.read(MAX_BYTES + 1) if given.image == "-" else given.image
-    stream = session.stream(picture, given.prompt, given.task, given.visual_tokens, given.max_new_tokens)
-    for piece in stream:
-        if not given.json:
-            print(piece, end="", flush=True)
-    answer = stream.answer
-    assert answer is not None, "a finished stream has its answer"
+    decoding = decoding_of(given, given.prompt)
+    stream = session.stream(picture, given.prompt, given.task, given.visual_tokens, given.max_new_tokens, decoding)
+    answer = _shown(session, stream, given.json)
     if given.draw:
         _draw(open_image(picture), answer, given.draw)
-    if given.json:
-        print(json.dumps(_as_json(session, answer), ensure_ascii=False))
-    else:
-        print(flush=True)
+    if not given.json:
         _summary(answer)
 
 
-def _as_json(session: Session, answer: Answer) -> dict[str, Any]:
-    data = asdict(answer)
-    return data | {"tokens": list(answer.tokens), "verdict": session.bundle.verdict, "timings": {k: round(v, 3) for k, v in answer.timings.items()}}
+def _shown(session: Session, stream: Stream, as_json: bool) -> Answer:
+    """Prints an answer, as it is generated or as JSON."""
+    try:
+        for piece in stream:
+            if not as_json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(flush=True)  # what was said stays a line of its own
+        raise
+    answer = stream.finish()
+    print(_as_json(session, answer) if as_json else "", flush=True)
+    return answer
+
+
+def _chat(session: Session, given: argparse.Namespace) -> None:
+    if given.task not in ("auto", "chat"):
+        raise UsageError(f"--chat and --task {given.task} exclude each other; leave --task out")
+    given.task = "chat"
+    chat = session.chat(given.image, given.visual_tokens, decoding_of(given, ""))
+    asked = iter([given.prompt]) if given.prompt else iter(())
+    while True:
+        text = next(asked, None) or _next_line()
+        if text is None:
+            return
+        if text.strip():
+            answer = _shown(session, chat.stream(text, given.max_new_tokens), given.json)
+            if sys.stderr.isatty():
+                _summary(answer)
+
+
+def _next_line() -> str | None:
+    """What the person types next, None at the end."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline() or None
+
+
+def _batch(session: Session, given: argparse.Namespace) -> None:
+    from runtime.batch import WAVE, read_questions
+
+    questions = read_questions(given.batch, given.task, given.visual_tokens, given.max_new_tokens)
+    decoding = decoding_of(given, "")
+    waves = [questions[start : start + WAVE] for start in range(0, len(questions), WAVE)]
+    for wave in track(waves, len(waves), "answering"):
+        for answer in session.ask_many(wave, decoding):
+            print(_as_json(session, answer), flush=True)
+
+
+def _as_json(session: Session, answer: Answer) -> str:
+    times = {stage: round(value, 3) for stage, value in answer.timings.items()}
+    data = asdict(answer) | {"verdict": session.bundle.verdict, "timings": times, "step_ms": [round(value, 3) for value in answer.step_ms]}
+    return json.dumps(data, ensure_ascii=False)
 
 
 def _summary(answer: Answer) -> None:
@@ -97,7 +178,8 @@ def _summary(answer: Answer) -> None:
         note(f"box: {' '.join(f'{v:.0f}' for v in found.box)} (x1 y1 x2 y2, pixels){f'  {found.phrase}' if found.phrase else ''}")
     times = answer.timings
     stages = "  ".join(f"{name.replace('_', ' ')} {times[name]:.1f}" for name in ("decode_image", "preprocess", "vision", "prefill", "per_token"))
-    note(f"{len(answer.tokens)} tokens, {answer.visual_tokens} visual, finish: {answer.finish_reason} | ms: {stages}")
+    cached = f" {answer.cached_tokens} of {answer.prompt_tokens} prompt tokens from the cache," if answer.cached_tokens else ""
+    note(f"{len(answer.tokens)} tokens, {answer.visual_tokens} visual,{cached} finish: {answer.finish_reason} | ms: {stages}")
 
 
 def _draw(picture: Image.Image, answer: Answer, path: Path) -> None:
@@ -109,11 +191,11 @@ def _draw(picture: Image.Image, answer: Answer, path: Path) -> None:
         raise UsageError(f"cannot write {path} ({error.strerror}); choose another --draw file") from None
 
 
-def _self_test(session: Session, as_json: bool) -> None:
+def _self_test(session: Session, given: argparse.Namespace) -> None:
     from runtime.selftest import replay
 
     stages = replay(session, session.bundle.tolerance)
-    if as_json:
+    if given.json:
         print(json.dumps({"verdict": session.bundle.verdict, "stages": [asdict(s) | {"passed": s.passed} for s in stages]}))
     else:
         for stage in stages:

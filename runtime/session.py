@@ -1,168 +1,251 @@
 """A loaded bundle that answers questions about pictures: image and text in, text and boxes out.
 
-Read top to bottom: open the picture, make pixels, embed the image, render and embed the prompt, prefill, decode, read boxes. Each stage is timed.
+Read top to bottom: render and embed the prompt (the image only if no cache knows it), prefill what is not in the key/value cache, decode, read boxes.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from runtime.contract.boxes import Box, find_boxes, to_pixel_box
+from runtime.answer import Answer, AnswerText, FoundBox, Stream
+from runtime.beam import beam_search
+from runtime.constraints import BoxGrammar, Constraint, JsonSchema
+from runtime.contract.boxes import find_boxes, to_pixel_box
 from runtime.contract.bundle import EMBEDDINGS, TOKENIZER, Bundle, read_bundle
 from runtime.contract.errors import BundleError, UsageError
-from runtime.contract.image import open_image, to_pixels
-from runtime.contract.pooling import pool_matrix
 from runtime.contract.prompt import TASKS, Prompt, detect_task, render
-from runtime.contract.tokenizer import TextStream, Tokenizer
+from runtime.contract.tokenizer import Tokenizer
+from runtime.decoding import Decoding
 from runtime.engines import Engine, EngineOptions, load_engine
-from runtime.generate import Generation, generate
-from runtime.kv_cache import CacheBudget
+from runtime.features import FeatureCache
+from runtime.generate import Generation, Limits, generate
+from runtime.kv_cache import CacheBudget, Prefix, Segment
+from runtime.lookup import Lookup
+from runtime.question import Job, Picture, PictureSource, embedded
+from runtime.sampling import Chooser
 
-__all__ = ["Answer", "FoundBox", "Session", "Stream", "load"]
+if TYPE_CHECKING:
+    from runtime.chat import Chat
+
+__all__ = ["Question", "Session", "load"]
 
 AUTO = "auto"
+_LOOKUP = 4  # tokens drafted at most, where that is on by itself
+_DEFAULT = Decoding()
 
 
 @dataclass(frozen=True)
-class FoundBox:
-    """A box the answer contains: what it stands for, in pixels of the displayed picture and in [0, 1]."""
+class Question:
+    """One of several questions: see `Session.stream` for the fields."""
 
-    phrase: str
-    box: Box
-    relative: Box
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The outcome of one question. `timings` are milliseconds per stage; `tokens` are the generated ids."""
-
+    image: PictureSource
     text: str
-    task: str
-    boxes: tuple[FoundBox, ...]
-    finish_reason: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
-    visual_tokens: int
-    timings: dict[str, float]
-
-
-@dataclass
-class Stream:
-    """Iterate to receive the text in pieces of whole code points; afterwards `answer` holds the result."""
-
-    pieces: Iterator[str]
-    answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return self.pieces
-
-
-@dataclass
-class _Clock:
-    """Milliseconds per stage."""
-
-    timings: dict[str, float] = field(default_factory=dict)
-    _since: float = field(default_factory=time.perf_counter)
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.timings[stage] = (now - self._since) * 1e3
-        self._since = now
-
-
-Picture = str | os.PathLike[str] | bytes | Image.Image
+    task: str = AUTO
+    visual_tokens: int | None = None
+    max_new_tokens: int | None = None
 
 
 class Session:
     """A bundle in memory. Not safe for concurrent use; create one per thread or process (weights are shared read-only by the system)."""
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, image_cache: int = 0) -> None:
         self.bundle, self.spec, self.engine = bundle, bundle.spec, engine
         self.tokenizer = Tokenizer.load(bundle.file(TOKENIZER), bundle.spec)
         self._table = _open_table(bundle)
+        self.prefix = Prefix(engine)
+        self._images = FeatureCache(bundle.identity, bundle.spec.decoder.hidden, disk=image_cache)
+        self._drafts = engine.verifies and bundle.schemes.get("rows") == "alone"
+        self._constraints: dict[str, Constraint] = {}
+        self._turn = 0
 
-    def ask(self, image: Picture, text: str, task: str = AUTO, visual_tokens: int | None = None, max_new_tokens: int | None = None) -> Answer:
+    def ask(
+        self,
+        image: PictureSource,
+        text: str,
+        task: str = AUTO,
+        visual_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        decoding: Decoding = _DEFAULT,
+    ) -> Answer:
         """Answers one question. See `stream` for the parameters."""
-        return _finish(self.stream(image, text, task, visual_tokens, max_new_tokens))
+        return self.stream(image, text, task, visual_tokens, max_new_tokens, decoding).finish()
 
-    def stream(self, image: Picture, text: str, task: str = AUTO, visual_tokens: int | None = None, max_new_tokens: int | None = None) -> Stream:
+    def stream(
+        self,
+        image: PictureSource,
+        text: str,
+        task: str = AUTO,
+        visual_tokens: int | None = None,
+        max_new_tokens: int | None = None,
+        decoding: Decoding = _DEFAULT,
+    ) -> Stream:
         """Starts answering; the returned `Stream` yields text as it is generated.
 
         `image` is a path, an image file's bytes or an RGB `PIL.Image`; `task` one of caption, vqa, ground, chat or auto; `visual_tokens` one of the
         sizes the model serves (default: its best); `max_new_tokens` defaults to the task's published limit. Raises `InfMLLMError`s.
         """
-        if task == AUTO:
-            task, text = detect_task(text)
-        return self._start(image, render(task, text), task, text, visual_tokens, max_new_tokens)
+        return self.start(self._job(Question(image, text, task, visual_tokens, max_new_tokens), decoding))
 
-    def answer_prompt(self, image: Picture, prompt: Prompt, task: str, text: str = "", visual_tokens: int | None = None) -> Answer:
-        """Answers an already rendered prompt, such as a conversation; `text` is the phrase that boxes stand for."""
-        return _finish(self._start(image, prompt, task, text, visual_tokens, None))
+    def ask_many(self, questions: Sequence[Question], decoding: Decoding = _DEFAULT) -> list[Answer]:
+        """Answers several questions, decoding up to eight side by side: the weights are read once for all of them.
 
-    def _start(self, image: Picture, prompt: Prompt, task: str, text: str, visual_tokens: int | None, max_new_tokens: int | None) -> Stream:
+        With `beams` they are answered one after the other. Nothing is computed unless all prompts fit. Raises `InfMLLMError`s.
+        """
+        from runtime.batch import decode_together
+
+        jobs = [self._job(question, decoding) for question in questions]
+        return [self.start(job).finish() for job in jobs] if decoding.beams > 1 else decode_together(self, jobs)
+
+    def chat(self, image: PictureSource, visual_tokens: int | None = None, decoding: Decoding = _DEFAULT) -> Chat:
+        """Starts a conversation about a picture: `chat.ask("…")`, `chat.stream("…")`."""
+        from runtime.chat import Chat
+
+        return Chat(self, image, visual_tokens, decoding)
+
+    def answer_prompt(self, image: PictureSource, prompt: Prompt, task: str, text: str = "", visual_tokens: int | None = None) -> Answer:
+        """Answers an already rendered prompt, such as a conversation, as the model by itself would; `text` is the phrase that boxes stand for."""
+        return self.start(self._prepared(image, prompt, task, text, visual_tokens, None, Decoding(constrain=False))).finish()
+
+    def _job(self, question: Question, decoding: Decoding) -> Job:
+        task, text = detect_task(question.text) if question.task == AUTO else (question.task, question.text)
+        return self._prepared(question.image, render(task, text), task, text, question.visual_tokens, question.max_new_tokens, decoding)
+
+    def _prepared(
+        self, image: PictureSource, prompt: Prompt, task: str, text: str, visual_tokens: int | None, max_new_tokens: int | None, decoding: Decoding
+    ) -> Job:
+        p = self.spec.pool_size_for(visual_tokens)
+        before, after = map(tuple, self.tokenizer.encode_prompt(prompt))
+        budget = CacheBudget(self.engine.capacity, len(before) + len(after), p * p)
+        limit = self.limit(task, budget, max_new_tokens)
+        picture = self.picture(image, visual_tokens)
+        segments = (self.image_segment(before, picture), self.text_segment(after))
+        return Job(picture, task, text, segments, budget, limit, decoding, self.constraint(task, decoding), after)
+
+    def picture(self, image: PictureSource, visual_tokens: int | None = None) -> Picture:
+        """A picture to ask about, its embeddings made when they are needed. Raises `ImageError`, `SpecError`."""
+        return Picture(image, self.spec.pool_size_for(visual_tokens), self.spec, self.engine, self._images)
+
+    def limit(self, task: str, budget: CacheBudget, max_new_tokens: int | None) -> int:
+        """How many tokens may be generated. Raises `ContextError`, `UsageError`."""
         limit = TASKS[task].max_new_tokens if max_new_tokens is None else max_new_tokens
         if limit < 1:
             raise UsageError(f"at most {limit} new tokens were asked for, expected at least 1")
-        p = self.spec.pool_size_for(visual_tokens)
-        before, after = self.tokenizer.encode_prompt(prompt)
-        budget = CacheBudget(self.engine.capacity, len(before) + len(after), p * p)
-        limit = budget.allow(limit)
+        return budget.allow(limit)
+
+    def image_segment(self, before: tuple[int, ...], picture: Picture) -> Segment:
+        """The rows of the text before the image, and of the image."""
+
+        def embeds() -> NDArray[np.float32]:
+            return np.concatenate([embedded(self._table, before), picture.features.embeds[None]], axis=1)
+
+        return Segment(("image", before, picture.digest, picture.p), len(before) + picture.p**2, embeds)
+
+    def text_segment(self, ids: tuple[int, ...], generated: bool = False) -> Segment:
+        """The rows of tokens, that were given or generated."""
+        return Segment(("answer" if generated else "text", ids), len(ids), lambda: embedded(self._table, ids), generated)
+
+    def constraint(self, task: str, decoding: Decoding) -> Constraint | None:
+        """What the answer is held to, if anything."""
+        key = decoding.schema or ("" if task == "ground" and decoding.constrain else None)
+        if key is None:
+            return None
+        if key not in self._constraints:
+            vocabulary = self.spec.decoder.vocab_size
+            self._constraints[key] = JsonSchema(self.tokenizer, vocabulary, key) if key else BoxGrammar(self.tokenizer, vocabulary)
+        return self._constraints[key]
+
+    def start(self, job: Job) -> Stream:
+        """A stream that answers a prepared question once it is read."""
         stream = Stream(iter(()))
-        stream.pieces = self._run(stream, image, text, task, p, (before, after), budget, limit)
+        drafts = self._drafted(job.decoding)
+        stream.pieces = self._run(stream, job, drafts)
         return stream
 
-    def _run(
-        self, stream: Stream, image: Picture, text: str, task: str, p: int, ids: tuple[list[int], list[int]], budget: CacheBudget, limit: int
-    ) -> Iterator[str]:
-        clock = _Clock()
-        picture = image if isinstance(image, Image.Image) else open_image(image)
-        clock.lap("decode_image")
-        pixels = to_pixels(picture, self.spec)
-        clock.lap("preprocess")
-        embeds = self.engine.embed_image(pixels, pool_matrix(self.spec.vision.grid, p))
-        clock.lap("vision")
-        inputs = self.embed_prompt(ids[0], embeds[0], ids[1])
-        progress, words = Generation(), TextStream(self.tokenizer)
-        parts: list[str] = []
-        for token in generate(self.engine, self._table, inputs, limit, self.spec.eos_id, progress):
-            if piece := _first_trimmed(words.push(token), parts):
-                parts.append(piece)
+    def _drafted(self, decoding: Decoding) -> int:
+        """How many tokens to draft. Raises `UsageError` where drafting could change the answer."""
+        if decoding.lookup is None:
+            return _LOOKUP if self._drafts and decoding.beams == 1 else 0
+        if decoding.lookup and not self._drafts:
+            raise UsageError(
+                "this bundle cannot check looked-up tokens without changing the answer (one 8-bit range for all tokens of a step); "
+                "leave --lookup out, or build with --precision int8-weights, int4-all, fp16 or fp32"
+            )
+        return decoding.lookup
+
+    def _run(self, stream: Stream, job: Job, drafts: int) -> Iterator[str]:
+        self._turn += 1
+        turn, progress, words = self._turn, Generation(), AnswerText(self.tokenizer, job.decoding.stop)
+        logits, cached = self.prefill(job, progress)
+        limits = Limits(self.spec.eos_id, job.limit, job.budget.prompt_tokens)
+        if job.decoding.beams > 1:
+            self._search(stream, job, logits, limits, progress)
+            tokens = iter(progress.tokens)
+        else:
+            chooser = Chooser(job.decoding, self.spec.eos_id, job.constraint)
+            context = Lookup(job.context) if drafts else None
+            tokens = generate(self.engine, self._table, logits, chooser, limits, progress, drafts, context)
+        for token in tokens:
+            if piece := words.push(token):
                 yield piece
-        if piece := _first_trimmed(words.finish(), parts):
-            parts.append(piece)
+            if words.stopped or stream.cancelled:
+                progress.finish_reason = "stop" if words.stopped else "cancelled"
+                break
+            if turn != self._turn:
+                raise UsageError("another question was started on this session before this stream was read; read it first, or load a second session")
+        if piece := words.finish():
             yield piece
-        clock.timings["prefill"] = progress.prefill_seconds * 1e3
-        clock.timings["per_token"] = float(np.median(progress.step_seconds)) * 1e3 if progress.step_seconds else 0.0
-        clock.timings["decode"] = sum(progress.step_seconds) * 1e3
-        answer = "".join(parts)
-        phrase = text if task == "ground" else ""
-        boxes = tuple(FoundBox(phrase, to_pixel_box(box, *picture.size), box) for box in find_boxes(answer))
-        counts = (budget.prompt_tokens, budget.visual_tokens)
-        stream.answer = Answer(answer, task, boxes, progress.finish_reason, tuple(progress.tokens), *counts, clock.timings)
+        self.prefix.extend(("answer", tuple(progress.tokens[: progress.fed])), progress.fed)
+        stream.answer = self.answered(job, words.text, progress, cached)
+
+    def _search(self, stream: Stream, job: Job, logits: NDArray[np.float32], limits: Limits, progress: Generation) -> None:
+        stop = job.decoding.stop
+
+        def stopped(tokens: Sequence[int]) -> bool:
+            return bool(stop) and any(text in self.tokenizer.decode(tokens) for text in stop)
+
+        beam_search(self.engine, self._table, logits, job.decoding, limits, progress, job.constraint, stopped, cancelled=lambda: stream.cancelled)
+
+    def prefill(self, job: Job, progress: Generation) -> tuple[NDArray[np.float32], int]:
+        """The prompt's last logits [V], and how many of its rows were in the cache already."""
+        started = time.perf_counter()
+        cached = sum(segment.rows for segment in job.segments[: self.prefix.reusable(job.segments)])
+        try:
+            logits = self.prefix.prefill(job.segments)
+        except BaseException:
+            self.prefix.forget()  # an interrupted call may have written some of its rows
+            raise
+        progress.prefill_seconds = time.perf_counter() - started - sum(job.picture.timings.values()) / 1e3
+        return logits, cached
+
+    def answered(self, job: Job, text: str, progress: Generation, cached: int) -> Answer:
+        """The answer of a finished generation: boxes read, times gathered."""
+        steps = [seconds * 1e3 for seconds in progress.step_seconds]
+        timings = job.picture.timings | {"prefill": progress.prefill_seconds * 1e3}
+        timings |= {"per_token": float(np.median(steps)) if steps else 0.0, "decode": sum(steps)}
+        phrase = job.text if job.task == "ground" else ""
+        found = find_boxes(text)
+        boxes = tuple(FoundBox(phrase, to_pixel_box(box, *job.picture.size), box) for box in found)
+        return Answer(
+            text, job.task, boxes, progress.finish_reason, tuple(progress.tokens), job.budget.prompt_tokens, job.budget.visual_tokens, timings,
+            cached, progress.drafted, progress.accepted, progress.fed, tuple(steps),
+        )  # fmt: skip
+
+    @property
+    def table(self) -> NDArray[np.floating]:
+        """The token embeddings [V, H], mapped into memory."""
+        return self._table
 
     def embed_prompt(self, before: list[int], image_embeds_TH: NDArray[np.float32], after: list[int]) -> NDArray[np.float32]:
         """Input embeddings [1, L, H]: text before, visual embeddings, text after."""
         return np.concatenate([self._table[before], image_embeds_TH, self._table[after]], dtype=np.float32)[None]
-
-
-def _finish(stream: Stream) -> Answer:
-    for _ in stream:
-        pass
-    assert stream.answer is not None, "a finished stream has its answer"
-    return stream.answer
-
-
-def _first_trimmed(piece: str, parts: list[str]) -> str:
-    """The separator a task's answers begin with is no part of the answer."""
-    return piece if parts else piece.lstrip(" ")
 
 
 def _open_table(bundle: Bundle) -> NDArray[np.floating]:
@@ -174,14 +257,15 @@ def _open_table(bundle: Bundle) -> NDArray[np.floating]:
         raise BundleError(f"{path} is no readable array ({error}); re-export the bundle") from None
     if table.shape != (spec.vocab_size, spec.hidden) or table.dtype not in (np.float32, np.float16):
         raise BundleError(f"{path} is {table.dtype} {table.shape}, expected ({spec.vocab_size}, {spec.hidden}) of float; re-export the bundle")
-    return table
+    return np.asarray(table)  # a plain view of the map: indexing numpy's own class for maps costs microseconds a token
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, context: int | None = None) -> Session:
+def load(path: str | os.PathLike[str], *, threads: int | None = None, context: int | None = None, image_cache: int = 0) -> Session:
     """Opens a bundle, checks it, and loads its engine.
 
-    `threads` defaults to all available cores, `context` (cache rows) to the model's. Raises `BundleError`, `EngineError`.
+    `threads` defaults to all available cores, `context` (cache rows) to the model's. `image_cache` is how many bytes of image embeddings may be kept
+    on disk for other processes (`runtime.features.DISK_BYTES` is what the commands use), none by default. Raises `BundleError`, `EngineError`.
     """
     bundle = read_bundle(Path(path))
     bundle.verify_once()
-    return Session(bundle, load_engine(bundle, EngineOptions(threads, context)))
+    return Session(bundle, load_engine(bundle, EngineOptions(threads, context)), image_cache)

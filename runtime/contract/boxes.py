@@ -11,13 +11,15 @@ from collections.abc import Sequence
 
 from runtime.contract.errors import DataError
 
-__all__ = ["Box", "check_inside", "find_boxes", "format_box", "iou", "parse_box", "to_pixel_box", "to_unit_box"]
+__all__ = ["Box", "box_continues", "box_ends", "check_inside", "find_boxes", "format_box", "iou", "parse_box", "to_pixel_box", "to_unit_box"]
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 with x1 <= x2 and y1 <= y2."""
 
 BOX_DECIMALS = 2
 _NUMBER = r"(?:0(?:\.\d{1,6})?|1(?:\.0{1,6})?|\.\d{1,6})"
+_WRITTEN = r"(?:[01](?:\.\d{1,4})?)"
+_WHOLE = re.compile(rf"{_WRITTEN},{_WRITTEN} {_WRITTEN},{_WRITTEN}")
 _BOX = re.compile(rf"(?<![\d.])({_NUMBER})\s?,\s?({_NUMBER})\s({_NUMBER})\s?,\s?({_NUMBER})(?![\d]|\.\d)")
 
 
@@ -41,6 +43,25 @@ def parse_box(text: str) -> Box | None:
     """The one box `text` consists of (white space and a final full stop allowed), or None."""
     match = _BOX.fullmatch(text.strip().removesuffix("."))
     return _ordered([float(v) for v in match.groups()]) if match else None
+
+
+def box_ends(text: str) -> bool:
+    """True if `text` is one box as models are taught to write it: `x1,y1 x2,y2` with at most four decimals."""
+    match = _WHOLE.fullmatch(text)
+    return match is not None and parse_box(text) is not None
+
+
+def box_continues(text: str) -> bool:
+    """True if `text` begins such a box, or is one: something can be appended, possibly nothing, that makes `box_ends` true."""
+    return any(box_ends(text + rest) for rest in _completions(text))
+
+
+def _completions(text: str) -> list[str]:
+    """What completes the number being written, and then the box, if anything does."""
+    wanted = ",0 0,0"  # a separator, a number, and so on
+    done = sum(text.count(mark) for mark in ", ")
+    rest = wanted[2 * done :]
+    return [rest, f"0{rest}"]
 
 
 def to_pixel_box(box: Box, width: int, height: int) -> Box:

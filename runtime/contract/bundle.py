@@ -84,6 +84,11 @@ class Bundle:
         tolerance: Mapping[str, float] = self.parity.get("tolerance", {})
         return tolerance
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the manifest, and so of every file it lists."""
+        return sha256_file(self.path / MANIFEST)
+
     def verify(self) -> None:
         """Hashes every file and checks that graphs refer to no data outside. Raises `BundleError` naming the first that fails."""
         for name, (_, expected) in self.files.items():

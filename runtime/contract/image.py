@@ -61,13 +61,13 @@ def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
         os.close(descriptor)
 
 
-def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
+def open_image(source: str | os.PathLike[str] | bytes, name: str = "") -> Image.Image:
     """Reads a picture as displayed: RGB, 8 bit, EXIF orientation applied. First frame of animations.
 
-    `source` is a path or the file's bytes. Raises `ImageError`.
+    `source` is a path or the file's bytes, `name` what errors call it. Raises `ImageError`.
     """
     data = source if isinstance(source, bytes) else read_image_bytes(source)
-    where = "image" if isinstance(source, bytes) else f"image {os.fspath(source)}"
+    where = f"image {name}".strip() if isinstance(source, bytes) else f"image {os.fspath(source)}"
     if not data:
         raise ImageError(f"{where} is empty (0 bytes); give a JPEG, PNG, WebP or BMP file")
     if len(data) > MAX_BYTES:

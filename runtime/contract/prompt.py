@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from runtime.contract.errors import PromptError
 
-__all__ = ["CHAT_SYSTEM", "TASKS", "Message", "Prompt", "Task", "detect_task", "render", "render_chat"]
+__all__ = ["CHAT_SYSTEM", "TASKS", "Message", "Prompt", "Task", "detect_task", "next_turn", "render", "render_chat"]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,15 @@ def render_chat(messages: Sequence[Message], has_image: bool = True) -> Prompt:
         raise PromptError(f"conversation roles are {roles}, expected user and assistant in turns, ending with user")
     text = ""
     for message in messages[1:]:
-        text += f" {message.content}</s>" if message.role == "assistant" else f"USER: {message.content} ASSISTANT:"
+        text += f" {message.content}" if message.role == "assistant" else next_turn(message)
     opening = f"{CHAT_SYSTEM} USER: "
     first = f"{messages[0].content} ASSISTANT:"
     return Prompt(opening, f"\n{first}{text}") if has_image else Prompt("", f"{opening}{first}{text}", has_image=False)
+
+
+def next_turn(user: Message) -> str:
+    """What a user's turn adds behind an answer."""
+    return f"</s>USER: {user.content} ASSISTANT:"
 
 
 @dataclass(frozen=True)

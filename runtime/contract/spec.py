@@ -17,6 +17,7 @@ __all__ = [
     "IMAGE_EMBEDS",
     "INPUTS_EMBEDS",
     "LOGITS",
+    "LOGITS_TO_KEEP",
     "PIXELS",
     "POOL",
     "POSITION_IDS",
@@ -38,7 +39,8 @@ INPUTS_EMBEDS = "inputs_embeds"  # [B, L, H] float32
 POSITION_IDS = "position_ids"  # [B, L] int64, also the cache rows that are written
 SEQLENS_K = "seqlens_k"  # [B] int32, cpu and cuda targets: cache rows filled after the call, minus one
 TOTAL_LENGTH = "total_sequence_length"  # int32 scalar, likewise: cache rows filled after the call
-LOGITS = "logits"  # [B, V] float32, of the last position
+LOGITS_TO_KEEP = "logits_to_keep"  # [1] int64, cpu and cuda targets: how many of the last positions get logits
+LOGITS = "logits"  # [B, V] float32, of the last position; [B*n, V] where the last n are asked for
 
 
 def key_cache(layer: int) -> str:

@@ -64,6 +64,16 @@ class Tokenizer:
         """Ids before and after the visual embeddings; the beginning-of-sequence id comes first."""
         return [self.bos_id, *self.encode(prompt.before)], self.encode(prompt.after)
 
+    def pieces(self) -> dict[int, str]:
+        """The text of every token that stands for the same plain ASCII text wherever it occurs (control tokens and parts of characters do not)."""
+        spaces = str.maketrans({"\u2581": " ", "\u0120": " "})  # how SentencePiece and byte-level BPE write a space
+        found = {token: key.translate(spaces) for key, token in self._inner.get_vocab(with_added_tokens=False).items()}
+        return {token: text for token, text in found.items() if text.isascii() and token not in self._special and not text.startswith("<0x")}
+
+    def to_json(self) -> str:
+        """The `tokenizer.json`, for libraries that read one."""
+        return str(self._inner.to_str())
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens known to the tokenizer (at most the model's vocabulary)."""
@@ -71,23 +81,32 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns ids that arrive one by one into pieces of text made of whole code points."""
+    """Turns ids that arrive one by one into pieces of text made of whole code points.
+
+    Only the ids since the last whole piece are decoded, behind those of the piece before: what a token reads as depends on its neighbour at most.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._shown = 0
+        self._known = 0  # of `_ids`, those whose text was shown
+        self._behind = 0  # characters of their text
 
     def push(self, token: int) -> str:
         """Adds one id and returns the text that became certain, possibly empty."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
-        certain = len(text) - (len(text) - len(text.rstrip("\ufffd")))
-        piece, self._shown = text[self._shown : certain], max(self._shown, certain)
-        return piece
+        if text.endswith("\ufffd"):
+            return ""
+        return self._shown(text)
 
     def finish(self) -> str:
         """The remaining text; an incomplete code point appears as U+FFFD."""
-        text = self._tokenizer.decode(self._ids)
-        piece, self._shown = text[self._shown :], len(text)
+        return self._shown(self._tokenizer.decode(self._ids))
+
+    def _shown(self, text: str) -> str:
+        piece = text[self._behind :]
+        if piece:
+            self._ids = self._ids[self._known :]
+            self._known, self._behind = len(self._ids), len(self._tokenizer.decode(self._ids))
         return piece

@@ -6,6 +6,7 @@ An engine owns both graphs and the key/value cache buffers. Heavy imports live i
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from runtime.contract.bundle import Bundle
 from runtime.contract.errors import EngineError
 
-__all__ = ["TARGETS", "Engine", "EngineOptions", "Target", "load_engine"]
+__all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "load_engine"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,28 @@ class EngineOptions:
     context: int | None = None
 
 
+class Batch(Protocol):
+    """Several sequences decoded together, each in a slot with cache rows of its own. Holds copies: the engine's own cache is left alone."""
+
+    def fill(self, slot: int, rows: int) -> None:
+        """Copies the first `rows` rows of the engine's own cache into a slot."""
+        ...
+
+    def step(self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]) -> NDArray[np.float32]:
+        """One token [n,1,H] for each of the first n slots, written to row starts[i] [n]; logits [n,V], valid until the next call."""
+        ...
+
+    def copy(self, sources: Sequence[int], start: int, end: int) -> None:
+        """Slot i takes rows start to end of slot sources[i], all at once."""
+        ...
+
+
 class Engine(Protocol):
     """Runs the two graphs of a bundle. Not safe for use by several threads at once."""
 
     capacity: int
+    verifies: bool
+    """True where `verify` works: the graph gives logits of more than one position."""
 
     def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
         """pixels [N,3,S,S] and pool [T,s*s] to image embeddings [N,T,H]."""
@@ -37,6 +56,14 @@ class Engine(Protocol):
 
     def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
         """Writes cache rows start to start+L from inputs [1,L,H] and returns the last position's logits [V], valid until the next call."""
+        ...
+
+    def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        """`forward` of a few decoding steps at once, with the decoding graph: logits of every position [L,V], valid until the next call."""
+        ...
+
+    def batch(self, slots: int, rows: int) -> Batch:
+        """Room for `slots` sequences of up to `rows` rows. Raises `ContextError` if there is no memory for it."""
         ...
 
 

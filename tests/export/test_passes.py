@@ -16,12 +16,13 @@ from calibration.linear import LinearScheme, fake_activation
 from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
+from export.passes.logits_to_keep import KEEP_LOGITS
 from export.passes.quantise import quantise_linears, store_half
 from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, REWRITE
 from export.pipeline import _quiet
 from export.schemes import SCHEMES
 from runtime.contract.pooling import pool_matrix
-from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, PIXELS, POOL, POSITION_IDS, present
+from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, LOGITS_TO_KEEP, PIXELS, POOL, POSITION_IDS, present
 from tests.conftest import TINY
 from trainer.model import InfMLLM
 
@@ -135,6 +136,27 @@ def test_attention_that_looks_different_is_declined_with_a_reason(fresh: Callabl
     assert refused.modified == 0 and refused.refused and len(decoder.graph) == before
 
 
+def test_several_positions_get_logits(fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    vision, decoder = fresh()
+    with _quiet():
+        run_passes(decoder, SIMPLIFY)
+    expected = run_decoder(decoder)[0]
+    assert KEEP_LOGITS(decoder).modified == 1 and KEEP_LOGITS(decoder).modified == 0
+    session = opened(decoder)
+    feed = {v.name: np.zeros((2, 2, 8, 16), np.float32) for v in session.get_inputs() if "cache" in v.name}
+    feed |= {INPUTS_EMBEDS: EMBEDS, POSITION_IDS: np.tile(np.arange(5), (2, 1))}
+    (one,), (three,) = (session.run([LOGITS], feed | {LOGITS_TO_KEEP: np.array([n])}) for n in (1, 3))
+    assert np.allclose(one, expected, atol=1e-6) and three.shape == (6, 960)
+    assert np.allclose(three.reshape(2, 3, 960)[:, -1], expected, atol=1e-6)
+    for position in (3, 4):
+        (shorter,) = session.run(
+            [LOGITS], feed | {INPUTS_EMBEDS: EMBEDS[:, :position], POSITION_IDS: np.tile(np.arange(position), (2, 1)), LOGITS_TO_KEEP: np.array([1])}
+        )
+        assert np.allclose(three.reshape(2, 3, 960)[:, position - 3], shorter, atol=1e-5)
+    refused = KEEP_LOGITS(vision)
+    assert refused.modified == 0 and refused.refused
+
+
 @pytest.mark.parametrize(("scheme", "bound"), [("fp16", 2e-3), ("int8", 0.06), ("int8-weights", 0.06), ("int4-all", 0.5)])
 def test_schemes_change_every_linear_once_and_little(scheme: str, bound: float, fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
     vision, decoder = fresh()
@@ -198,7 +220,7 @@ def test_kernels_compute_what_the_reference_arithmetic_says(shape: tuple[int, in
 
 def test_the_engine_asks_for_exact_integer_products() -> None:
     """x86 without VNNI saturates in unsigned-by-signed products; the engine's setting must give exact sums on any CPU."""
-    from runtime.engines.ort import session_options
+    from runtime.engines.ort_session import session_options
 
     rows, columns = np.full((4, 256), 255, np.uint8), np.full((256, 16), 127, np.int8)
     a = ir.Value(name="a", shape=ir.Shape([4, 256]), type=ir.TensorType(ir.DataType.UINT8))

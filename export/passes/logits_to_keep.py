@@ -1,0 +1,59 @@
+"""Lets the caller choose how many of the last positions get logits: one for usual decoding, several where drafted tokens are checked at once.
+
+The captured decoder takes the last position in front of its head. Here it takes the last n, n being a graph input, as rows of one matrix: for n = 1
+the head computes what it did before.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from export.passes.contract import GraphPass, PassResult, initializer
+from runtime.contract.spec import LOGITS_TO_KEEP, TOTAL_LENGTH
+
+__all__ = ["KEEP_LOGITS"]
+
+_LAST = -1
+_END = np.iinfo(np.int64).max
+
+
+def _takes_last_position(node: ir.Node) -> bool:
+    """Gather(x [B,L,H], -1, axis=1)."""
+    if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 1:
+        return False
+    index = node.inputs[1].const_value if node.inputs[1] is not None else None
+    return index is not None and index.shape.numpy() == () and int(index.numpy()) == _LAST
+
+
+def _keep(model: ir.Model) -> PassResult:
+    graph = model.graph
+    if any(value.name == LOGITS_TO_KEEP for value in graph.inputs):
+        return PassResult(0)
+    found = [node for node in graph if _takes_last_position(node)]
+    if len(found) != 1:
+        return PassResult(0, (f"logits_to_keep: {len(found)} nodes take the last position, expected 1",))
+    (gather,) = found
+    hidden, row = gather.inputs[0], gather.outputs[0]
+    assert hidden is not None and hidden.shape is not None and row.shape is not None, "captured graphs carry shapes"
+    count = ir.Value(name=LOGITS_TO_KEEP, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    ends, axes, rows = (
+        initializer(model, f"{LOGITS_TO_KEEP}.{name}", np.array(values, np.int64))
+        for name, values in (("ends", [_END]), ("axes", [1]), ("rows", [-1, int(hidden.shape[2])]))  # type: ignore[arg-type]
+    )
+    starts = ir.node("Neg", [count])
+    cut = ir.node("Slice", [hidden, starts.outputs[0], ends, axes])
+    matrix = ir.node("Reshape", [cut.outputs[0], rows])
+    for node, shape in ((starts, [1]), (cut, [hidden.shape[0], None, hidden.shape[2]]), (matrix, [None, hidden.shape[2]])):
+        graph.insert_before(gather, node)
+        node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), row.type if node is not starts else count.type
+    ir.convenience.replace_all_uses_with(row, matrix.outputs[0])
+    graph.remove(gather, safe=True)
+    place = next((i + 1 for i, value in enumerate(graph.inputs) if value.name == TOTAL_LENGTH), 1)
+    graph.inputs[:] = [*graph.inputs[:place], count, *graph.inputs[place:]]
+    for output in graph.outputs[:1]:
+        output.shape = ir.Shape([None, output.shape[1]])  # type: ignore[index]
+    return PassResult(1)
+
+
+KEEP_LOGITS = GraphPass("logits_to_keep", _keep, requires=frozenset({"::Gather"}), ensures=frozenset({"::Slice"}))

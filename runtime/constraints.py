@@ -1,0 +1,110 @@
+"""What an answer may say, token by token: the box grammar, and JSON of a given schema.
+
+A constraint is a state machine over tokens without side effects, so that beams and drafted tokens can branch: `start` gives a state, `allowed` the
+tokens that may follow it, `after` the next state.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.contract.boxes import box_continues, box_ends
+from runtime.contract.errors import UsageError
+from runtime.contract.tokenizer import Tokenizer
+
+__all__ = ["BoxGrammar", "Constraint", "JsonSchema"]
+
+Mask = NDArray[np.bool_]
+
+
+class Constraint(Protocol):
+    """See the module. States are values: never changed by a call."""
+
+    def start(self) -> Any:
+        """The state before the first token."""
+        ...
+
+    def allowed(self, state: Any) -> Mask:
+        """Which tokens may come next, [V]; the end of the answer among them where it may end."""
+        ...
+
+    def after(self, state: Any, token: int) -> Any:
+        """The state once an allowed token (not the end) was taken."""
+        ...
+
+
+class BoxGrammar:
+    """One box as `runtime.contract.boxes` reads it: `x1,y1 x2,y2`. States are the text so far."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
+        self._eos, self._vocabulary = tokenizer.eos_id, vocabulary
+        self._pieces = {token: text for token, text in tokenizer.pieces().items() if text and not set(text) - set("0123456789., ")}
+        self._allowed = lru_cache(maxsize=256)(self._find)
+        if not self.allowed("").any():
+            raise UsageError("this model's tokenizer cannot write a box; ask for free text with --free")
+
+    def start(self) -> str:
+        """See `Constraint`."""
+        return ""
+
+    def allowed(self, state: str) -> Mask:
+        """See `Constraint`."""
+        return self._allowed(state)
+
+    def _find(self, state: str) -> Mask:
+        mask = np.zeros(self._vocabulary, np.bool_)
+        following = ((token, (state + text).lstrip(" ")) for token, text in self._pieces.items())
+        mask[[token for token, text in following if text and box_continues(text)]] = True
+        mask[self._eos] = box_ends(state.strip(" "))
+        return mask
+
+    def after(self, state: str, token: int) -> str:
+        """See `Constraint`."""
+        return (state + self._pieces[token]).lstrip(" ")
+
+
+class JsonSchema:
+    """JSON of a schema, through llguidance. States are matchers."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, schema: str) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise UsageError("--json-schema needs llguidance, which is not installed; run: pip install 'infmllm-edge[json]'") from None
+        try:
+            parsed = json.loads(schema)
+        except ValueError as error:
+            raise UsageError(f"the JSON schema is no JSON ({error}); give a file with a JSON Schema object") from None
+        if not isinstance(parsed, dict):
+            raise UsageError(f"the JSON schema is {type(parsed).__name__}, expected an object such as {{'type': 'object', …}}")
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(parsed, overrides={"whitespace_flexible": False})
+        words = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=vocabulary, eos_token=tokenizer.eos_id)
+        self._first = llguidance.LLMatcher(words, grammar, log_level=0)
+        if self._first.is_error():
+            raise UsageError(f"the JSON schema cannot be followed: {' '.join(self._first.get_error().split()):.200}; simplify it")
+        self._vocabulary, self._eos = vocabulary, tokenizer.eos_id
+
+    def start(self) -> Any:
+        """See `Constraint`."""
+        return self._first.deep_copy()
+
+    def allowed(self, state: Any) -> Mask:
+        """See `Constraint`."""
+        if state.is_stopped():
+            mask = np.zeros(self._vocabulary, np.bool_)
+            mask[self._eos] = True
+            return mask
+        bits = np.frombuffer(state.compute_bitmask(), np.uint8)
+        return np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(np.bool_)
+
+    def after(self, state: Any, token: int) -> Any:
+        """See `Constraint`."""
+        following = state.deep_copy()
+        accepted = following.consume_token(token)
+        assert accepted, f"token {token} was allowed a moment ago"
+        return following
