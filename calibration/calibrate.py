@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from calibration.blocks import Block, Fed, Reader, StreamedModel, Trace
 from calibration.gptq import gptq
-from calibration.linear import Grid, LinearScheme, Quantised, grid_for, round_to
+from calibration.linear import Grid, LinearScheme, Quantised, fit_pairs, grid_for, round_in_pairs, round_to
 from calibration.ranges import PERCENTILE, find_range
 from calibration.samples import Case
 from calibration.smoothing import search_scales
@@ -155,6 +155,7 @@ def _results(
                     assert row.moments is not None, "asked for above"
                     moments = row.moments if columns is None else row.moments / columns / columns[:, None]
                     levels = gptq(weight, moments, grid_for(weight, scheme))
+                    levels = fit_pairs(levels) if scheme.pairs else levels
                     found |= _stored(f"{name}.weight", scheme, levels)
     return found
 
@@ -220,7 +221,7 @@ class Calibrated:
         levels, scale, zero = (self.get(f"{key}|{part}") for part in ("levels", "scale", "zero"))
         if levels is None or scale is None or zero is None:
             weight = self.read(name)
-            return round_to(weight, grid_for(weight, scheme))
+            return round_in_pairs(weight, scheme) if scheme.pairs else round_to(weight, grid_for(weight, scheme))
         low, high = (0, 2**scheme.bits - 1) if levels.dtype == np.uint8 else (-127, 127)
         block = min(scheme.block, levels.shape[1]) or levels.shape[1]
         return Quantised(torch.from_numpy(levels.astype(np.int16)), Grid(torch.from_numpy(scale), torch.from_numpy(zero), low, high, block))

@@ -10,7 +10,7 @@ from export.devices import DEVICES
 from export.plan import MIB, make_plan
 from export.state import Build, tools
 from export.verify import MetricCheck, verdict_json
-from runtime.contract.bundle import MANIFEST, VERIFIED, read_bundle, write_manifest
+from runtime.contract.bundle import FIT_16_BITS, MANIFEST, PRODUCTS, ROWS, VERIFIED, read_bundle, write_manifest
 from runtime.contract.errors import BundleError
 from runtime.selftest import StageError
 
@@ -48,7 +48,14 @@ def write(build: Build) -> None:
         provenance["linears_prefill"] = {prefix or "rest": linear.text() for prefix, linear in scheme.prefill.items()}
     if build.cases and build.calibrated:
         provenance["smoothing"] = {name: round(value, 3) for name, value in build.calibrated.strengths().items()}
-    schemes = {"vision": scheme.name, "decoder": scheme.name, "embeddings": scheme.embeddings, "cache": scheme.cache, "rows": scheme.rows}
+    schemes = {
+        "vision": scheme.name,
+        "decoder": scheme.name,
+        "embeddings": scheme.embeddings,
+        "cache": scheme.cache,
+        ROWS: scheme.rows,
+        PRODUCTS: FIT_16_BITS,
+    }
     provenance |= {"tools": tools(), "passes": passes, "steps": build.costs, **build.options.notes}
     provenance["plan"] = _predicted(build)
     write_manifest(

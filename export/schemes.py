@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from calibration.linear import KERNEL_BLOCKS, LinearScheme
+from runtime.contract.bundle import ALONE, TOGETHER
 from runtime.contract.errors import UsageError
 
 __all__ = ["CACHES", "ROUNDINGS", "SCHEMES", "Scheme", "choose_scheme", "find_scheme", "mixed"]
@@ -72,11 +73,11 @@ class Scheme:
 
     @property
     def rows(self) -> str:
-        """ "alone" if what the decoder makes of a position does not depend on which others are computed with it, else "together"."""
+        """Whether what the decoder makes of a position depends on which others are computed with it: `ALONE` or `TOGETHER`."""
         together = any(
             linear.activation == "int8-tensor" for prefix, linear in self.parts.items() if not prefix.startswith((VISION, "pool_adapter."))
         )
-        return "together" if together else "alone"
+        return TOGETHER if together else ALONE
 
     @property
     def calibrates(self) -> bool:

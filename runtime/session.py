@@ -19,7 +19,7 @@ from runtime.answer import Answer, AnswerText, FoundBox, Stream
 from runtime.beam import beam_search
 from runtime.constraints import BoxGrammar, Constraint, JsonSchema
 from runtime.contract.boxes import find_boxes, to_pixel_box
-from runtime.contract.bundle import EMBEDDINGS, TOKENIZER, Bundle, read_bundle
+from runtime.contract.bundle import ALONE, EMBEDDINGS, ROWS, TOKENIZER, Bundle, read_bundle
 from runtime.contract.errors import BundleError, UsageError
 from runtime.contract.prompt import TASKS, Prompt, detect_task, render
 from runtime.contract.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ class Session:
         self._table = _open_table(bundle)
         self.prefix = Prefix(engine)
         self._images = FeatureCache(bundle.identity, bundle.spec.decoder.hidden, disk=image_cache)
-        self._drafts = engine.verifies and bundle.schemes.get("rows") == "alone"
+        self._drafts = engine.verifies and bundle.schemes.get(ROWS) == ALONE
         self._constraints: dict[str, Constraint] = {}
         self._turn = 0
 

@@ -22,11 +22,16 @@ from runtime.contract.onnx_guard import external_locations
 from runtime.contract.spec import ModelSpec
 
 __all__ = [
+    "ALONE",
     "DECODER",
     "EMBEDDINGS",
+    "FIT_16_BITS",
     "GOLDENS",
     "MANIFEST",
     "PREFILL",
+    "PRODUCTS",
+    "ROWS",
+    "TOGETHER",
     "TOKENIZER",
     "VERSION",
     "VISION",
@@ -42,6 +47,9 @@ VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS = "vision.onnx", "decoder.onnx",
 PREFILL = "prefill.onnx"  # optional: a second decoder graph for calls of more than one token
 REQUIRED = (VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS)
 VERIFIED, UNVERIFIED = "VERIFIED", "UNVERIFIED"
+# Keys and values in `schemes` that say how the engine may run a bundle; those before 0.2 lack them.
+ROWS, ALONE, TOGETHER = "rows", "alone", "together"
+PRODUCTS, FIT_16_BITS = "products", "fit 16 bits"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -21,10 +21,14 @@ __all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "load_engine
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Settings of an engine: CPU threads (None: all cores this process may use) and cache rows (None: the model's context)."""
+    """Settings of an engine: CPU threads (None: all cores this process may use) and cache rows (None: the model's context).
+
+    `engine_cache` lets it keep large weights on disk in the form its kernels want.
+    """
 
     threads: int | None = None
     context: int | None = None
+    engine_cache: bool = True
 
 
 class Batch(Protocol):

@@ -3,47 +3,56 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import NoReturn
 
 import onnxruntime as ort
 
-from runtime.contract.bundle import Bundle
+from runtime.contract.bundle import FIT_16_BITS, PRODUCTS, Bundle
 from runtime.contract.errors import EngineError
 from runtime.engines import EngineOptions
+from runtime.engines.ort_store import stored
 
 __all__ = ["engine_errors", "open_graph", "session_options"]
 
 _ERRORS = 3  # ONNX Runtime log level
+_PROVIDERS = ["CPUExecutionProvider"]
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def session_options(threads: int | None, spinning: bool = True) -> ort.SessionOptions:
+def session_options(threads: int | None, spinning: bool = True, exact: bool = True) -> ort.SessionOptions:
     """ONNX Runtime settings every session here uses; `threads` None means all cores this process may use.
 
-    `spinning` lets idle worker threads wait busily for the next operator.
+    `spinning` lets idle worker threads wait busily for the next operator. x86 CPUs without VNNI saturate in the unsigned-by-signed 8-bit kernel
+    unless the weights were made to fit (as our builds do); `exact` makes ONNX Runtime take its exact, slower one there (and only there).
     """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads or _cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = _ERRORS
-    # x86 CPUs without VNNI saturate in the unsigned-by-signed 8-bit kernel; this makes ONNX Runtime take the exact one there (and only there).
-    settings.add_session_config_entry("session.x64quantprecision", "1")
+    settings.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    # Workers of a session that has just returned would go on spinning on the cores the next one needs.
+    settings.add_session_config_entry("session.force_spinning_stop", "1")
     return settings
 
 
 def open_graph(bundle: Bundle, file: str, options: EngineOptions, spinning: bool = True) -> ort.InferenceSession:
-    """A session of one of a bundle's graphs. Raises `EngineError`."""
-    return _session(bundle.file(file), options, spinning)
+    """A session of one of a bundle's graphs, from the engine cache where its weights are worth it. Raises `EngineError`."""
+    exact = bundle.schemes.get(PRODUCTS) != FIT_16_BITS
 
+    def settings() -> ort.SessionOptions:
+        return session_options(options.threads, spinning, exact)
 
-def _session(path: Path, options: EngineOptions, spinning: bool) -> ort.InferenceSession:
+    path = bundle.file(file)
     try:
-        return ort.InferenceSession(str(path), session_options(options.threads, spinning), providers=["CPUExecutionProvider"])
+        if options.engine_cache and (ready := stored(bundle, file, settings, str(exact))):
+            prepared = settings()
+            prepared.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            return ort.InferenceSession(str(ready), prepared, providers=_PROVIDERS)
+        return ort.InferenceSession(str(path), settings(), providers=_PROVIDERS)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise EngineError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]:.300}; re-export the bundle for this version") from None
 
