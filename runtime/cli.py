@@ -89,7 +89,8 @@ def run() -> None:
 
 def _as_json(session: Session, answer: Answer) -> dict[str, Any]:
     data = asdict(answer)
-    return data | {"tokens": list(answer.tokens), "verdict": session.bundle.verdict, "timings": {k: round(v, 3) for k, v in answer.timings.items()}}
+    times = {"timings": {k: round(v, 3) for k, v in answer.timings.items()}, "step_ms": [round(v, 3) for v in answer.step_ms]}
+    return data | {"tokens": list(answer.tokens), "verdict": session.bundle.verdict, **times}
 
 
 def _summary(answer: Answer) -> None:

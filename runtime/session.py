@@ -42,7 +42,7 @@ class FoundBox:
 
 @dataclass(frozen=True)
 class Answer:
-    """The outcome of one question. `timings` are milliseconds per stage; `tokens` are the generated ids."""
+    """The outcome of one question. `timings` are milliseconds per stage, `step_ms` of every decode step; `tokens` are the generated ids."""
 
     text: str
     task: str
@@ -52,6 +52,7 @@ class Answer:
     prompt_tokens: int
     visual_tokens: int
     timings: dict[str, float]
+    step_ms: tuple[float, ...] = ()
 
 
 @dataclass
@@ -146,7 +147,8 @@ class Session:
         phrase = text if task == "ground" else ""
         boxes = tuple(FoundBox(phrase, to_pixel_box(box, *picture.size), box) for box in find_boxes(answer))
         counts = (budget.prompt_tokens, budget.visual_tokens)
-        stream.answer = Answer(answer, task, boxes, progress.finish_reason, tuple(progress.tokens), *counts, clock.timings)
+        steps = tuple(seconds * 1e3 for seconds in progress.step_seconds)
+        stream.answer = Answer(answer, task, boxes, progress.finish_reason, tuple(progress.tokens), *counts, clock.timings, steps)
 
     def embed_prompt(self, before: list[int], image_embeds_TH: NDArray[np.float32], after: list[int]) -> NDArray[np.float32]:
         """Input embeddings [1, L, H]: text before, visual embeddings, text after."""
