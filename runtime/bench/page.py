@@ -41,7 +41,7 @@ def report_page(report: Report) -> str:
     verdict = "" if report.bundle.verdict == "VERIFIED" else f' <span style="color:var(--bad)">{escape(report.bundle.verdict)}</span>'
     plots = (
         ("Time to first text, by stage", stages_plot(report)),
-        ("Between tokens, along the answer (line: median, band: 10 to 90 %)", positions_plot(report)),
+        ("Between tokens, by position (median, 10 to 90 %)", positions_plot(report)),
         ("Between tokens, how often", histogram_plot(report)),
         ("Whole answers, in order", answers_plot(report)),
         ("Clock of the CPU after each answer", clock_plot(report)),

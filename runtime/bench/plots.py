@@ -19,6 +19,7 @@ __all__ = ["STYLE", "answers_plot", "clock_plot", "histogram_plot", "positions_p
 
 STYLE = """
 :root { --s1: #3b6fb6; --s2: #2a9d8f; --s3: #d9a030; --s4: #d9694a; --s5: #98a2b3; }
+@media (prefers-color-scheme: dark) { :root { --s1: #6c9be0; } }
 svg { width: 100%; height: auto; display: block; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
 svg .dim { fill: var(--dim); }
@@ -116,7 +117,7 @@ def positions_plot(report: Report) -> str:
         return ""
     columns = [[answer.step_ms[i] for answer in report.answers if len(answer.step_ms) > i] for i in range(longest)]
     low, middle, high = (np.array([np.percentile(column, p) for column in columns]) for p in (10, 50, 90))
-    frame, xs = _Frame(longest + 1, float(high.max()), "token after the first", "ms", 1), list(range(2, longest + 2))
+    frame, xs = _Frame(longest + 1, float(high.max()), "token of the answer", "ms", 1), list(range(2, longest + 2))
     if longest > 1:
         frame.add(f'<polygon class="band" points="{frame.line(xs + xs[::-1], [*high, *low[::-1]])}"/>')
         frame.add(f'<polyline class="line" points="{frame.line(xs, list(middle))}"/>')
@@ -176,5 +177,5 @@ def clock_plot(report: Report) -> str:
     if highest:
         y = frame.y(highest)
         frame.add(f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        frame.add(f'<text x="{_LEFT + 6}" y="{y + 14:.1f}">highest {highest:.0f} MHz</text>')
+        frame.add(f'<text x="{_WIDTH - _RIGHT}" y="{max(y - 5, 10):.1f}" text-anchor="end">highest {highest:.0f} MHz</text>')
     return frame.svg("Clock of the CPU", _whole_ticks(1, len(clocks)))
