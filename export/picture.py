@@ -6,18 +6,18 @@ import html
 from collections import Counter
 from typing import Any
 
+from runtime.contract.page import html_page
+
 __all__ = ["block_page"]
 
 _COLOURS = {"int4": "#2a9d8f", "int8 x": "#e9c46a", "int8": "#8ab17d", "fp16": "#f4a261", "fp32": "#e76f51"}
 _OTHER = "#b8b8b8"
 _WIDTH = 560
 _STYLE = """
-body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;color:#222}
-h1{font-size:1.3rem} h2{font-size:1.05rem;margin-top:1.6rem}
-table{border-collapse:collapse} td,th{padding:.15rem .7rem .15rem 0;text-align:left;font-variant-numeric:tabular-nums}
+td, th { text-align: left; }
 .bar{display:flex;height:1.1rem;border-radius:2px;overflow:hidden} .bar span{display:block;height:100%}
 .key span{display:inline-block;width:.9rem;height:.9rem;margin:0 .3rem 0 1rem;vertical-align:-2px;border-radius:2px}
-.bad{color:#b00020;font-weight:600} .muted{color:#666}
+.bad{color:var(--bad);font-weight:600} .muted{color:var(--dim)}
 """
 
 
@@ -25,7 +25,7 @@ def block_page(data: dict[str, Any]) -> str:
     """The page of a bundle's description (see `export.inspect.describe_bundle`)."""
     verdict = html.escape(data["verdict"])
     verdict = verdict if data["verdict"] == "VERIFIED" else f'<span class="bad">{verdict}</span>'
-    title = html.escape(f"{data['model']['name']} for {data['target']}, {data['bytes'] / 1e6:.1f} MB")
+    title = f"{data['model']['name']} for {data['target']}, {data['bytes'] / 1e6:.1f} MB"
     stages = "".join(
         f"<tr><td>{html.escape(s['stage'])}</td><td>{s['error']:.3g}</td><td>{s['tolerance']:.3g}</td><td>{_percent(s['agreement'])}</td></tr>"
         for s in data["parity"].get("stages", [])
@@ -36,8 +36,7 @@ def block_page(data: dict[str, Any]) -> str:
     key += f'<span style="background:{_OTHER}"></span>norms, biases, tables'
     refused = [reason for row in data["provenance"].get("passes", []) for reason in row["refused"]]
     declined = "<h2>Refused</h2><ul>" + "".join(f"<li>{html.escape(reason)}</li>" for reason in refused) + "</ul>" if refused else ""
-    head = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    return f'{head}<h1>{title}: {verdict}</h1>{parity}<p class="key">{key}</p>{graphs}{declined}\n'
+    return html_page(title, f'<h1>{html.escape(title)}: {verdict}</h1>{parity}<p class="key">{key}</p>{graphs}{declined}', _STYLE)
 
 
 _NAMES = {"int4": "4-bit weights", "int8 x": "8-bit weights and activations", "int8": "8-bit weights", "fp16": "half precision", "fp32": "float"}

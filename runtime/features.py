@@ -61,6 +61,10 @@ class FeatureCache:
             with contextlib.suppress(OSError):
                 self._write(name, features)
 
+    def forget(self) -> None:
+        """Empties the store in memory; what is on disk stays."""
+        self._entries.clear()
+
     def _remember(self, name: str, features: Features) -> None:
         self._entries[name] = features
         self._entries.move_to_end(name)

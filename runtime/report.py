@@ -9,23 +9,20 @@ from typing import Any
 
 from runtime.contract.draw import FOUND, TRUE
 from runtime.contract.evaluation import AnswerRow
+from runtime.contract.page import html_page
 
 __all__ = ["report_page"]
 
 _MAX_ROWS = 400
 
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1c2430; background: #fff; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; margin: .5rem 0; } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e3e7ee; }
-th:first-child, td:first-child { text-align: left; }
-.bar { display: inline-block; width: 12rem; height: .7rem; background: #eef1f6; position: relative; vertical-align: middle; }
+.bar { display: inline-block; width: 12rem; height: .7rem; background: var(--soft); position: relative; vertical-align: middle; }
 .bar i { position: absolute; top: 0; bottom: 0; left: 0; background: #7fb08a; }
-.bar b { position: absolute; top: 25%; bottom: 25%; background: #1c2430; opacity: .55; }
+.bar b { position: absolute; top: 25%; bottom: 25%; background: var(--ink); opacity: .55; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
-figure { margin: 0; border: 1px solid #e3e7ee; border-radius: 6px; overflow: hidden; } figure.wrong { border-color: #d99; }
-figure img { width: 100%; height: 11rem; object-fit: contain; background: #f6f7f9; display: block; }
-figcaption { padding: .5rem .7rem; font-size: .88rem; overflow-wrap: anywhere; } figcaption em { color: #667; font-style: normal; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; } figure.wrong { border-color: #d99; }
+figure img { width: 100%; height: 11rem; object-fit: contain; background: var(--soft); display: block; }
+figcaption { padding: .5rem .7rem; font-size: .88rem; overflow-wrap: anywhere; } figcaption em { color: var(--dim); font-style: normal; }
 """
 
 
@@ -75,4 +72,4 @@ def report_page(result: Mapping[str, Any], rows: Sequence[AnswerRow]) -> str:
         f"<h2>Kinds</h2>{_table(dict(sorted(result['kinds'].items())), {})}"
         f'<h2>{shown}</h2><p>{legend}</p><div class="grid">{"".join(map(_figure, ordered))}</div>'
     )
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style><body>{body}</body></html>\n'
+    return html_page(title, body, _STYLE)

@@ -114,6 +114,11 @@ class Session:
         """Answers an already rendered prompt, such as a conversation, as the model by itself would; `text` is the phrase that boxes stand for."""
         return self.start(self._prepared(image, prompt, task, text, visual_tokens, None, Decoding(constrain=False))).finish()
 
+    def forget(self) -> None:
+        """Drops what was kept for the next question: key/value rows and image embeddings in memory."""
+        self.prefix.forget()
+        self._images.forget()
+
     def _job(self, question: Question, decoding: Decoding) -> Job:
         task, text = detect_task(question.text) if question.task == AUTO else (question.task, question.text)
         return self._prepared(question.image, render(task, text), task, text, question.visual_tokens, question.max_new_tokens, decoding)

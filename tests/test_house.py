@@ -55,7 +55,7 @@ class Block:
         if name.split('.')[0] in {HEAVY!r}:
             raise ImportError('blocked ' + name)
 sys.meta_path.insert(0, Block())
-import runtime, runtime.session, runtime.cli, runtime.bench, runtime.evaluate, runtime.selftest, runtime.engines.ort
+import runtime, runtime.session, runtime.cli, runtime.bench.cli, runtime.bench.measure, runtime.evaluate, runtime.selftest, runtime.engines.ort
 from runtime import load
 assert not set({HEAVY!r}) & set(sys.modules)
 from runtime.contract.evaluation import open_examples

@@ -19,6 +19,7 @@ __all__ = [
     "NonFiniteError",
     "ParityError",
     "PromptError",
+    "RegressionError",
     "SpecError",
     "UsageError",
 ]
@@ -82,3 +83,7 @@ class BusyError(BuildError):
 
 class ParityError(BuildError):
     """The compiled graphs differ from PyTorch by more than the scheme's tolerance."""
+
+
+class RegressionError(InfMLLMError):
+    """A latency report breaks a limit it was compared under."""
