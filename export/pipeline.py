@@ -155,7 +155,7 @@ def _compare(build: Build) -> tuple[list[StageError], MetricCheck]:
         table = np.load(build.folder / EMBEDDINGS, mmap_mode="r")
         stages = replay_in_pieces(build.folder, build.checkpoint.spec, table, read_goldens(build.folder / GOLDENS), tolerance)
         return stages, MetricCheck(skipped=f"{weights / 1e9:.1f} GB of weights are compared part by part; run infmllm-eval where they fit")
-    session = load(build.folder)
+    session = load(build.folder, engine_cache=False)
     return replay(session, tolerance), measure_answers(session, build.checkpoint, build.source, options.questions, options.scheme.drop)
 
 
@@ -179,7 +179,7 @@ def _location(build: Build, stage: str) -> str:
     if sum(file.stat().st_size for file in build.folder.glob("*.weights")) > LARGE_BYTES:
         return "The graphs are too large to search for the place"
     try:
-        session, goldens = load(build.folder), read_goldens(build.folder / GOLDENS)
+        session, goldens = load(build.folder, engine_cache=False), read_goldens(build.folder / GOLDENS)
         errors = [next(row.error for row in replay_goldens(session, [golden], tolerance) if row.stage == stage) for golden in goldens]
         drift = find_drift(build.folder, build.checkpoint, build.goldens[int(np.argmax(errors))], tolerance)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class

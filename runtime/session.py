@@ -220,6 +220,7 @@ class Session:
 
     def prefill(self, job: Job, progress: Generation) -> tuple[NDArray[np.float32], int]:
         """The prompt's last logits [V], and how many of its rows were in the cache already."""
+        job.picture.timings.update(dict.fromkeys(job.picture.timings, 0.0))  # a conversation asks about the same one again
         started = time.perf_counter()
         cached = sum(segment.rows for segment in job.segments[: self.prefix.reusable(job.segments)])
         try:
@@ -265,12 +266,15 @@ def _open_table(bundle: Bundle) -> NDArray[np.floating]:
     return np.asarray(table)  # a plain view of the map: indexing numpy's own class for maps costs microseconds a token
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, context: int | None = None, image_cache: int = 0) -> Session:
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, context: int | None = None, image_cache: int = 0, engine_cache: bool = True
+) -> Session:
     """Opens a bundle, checks it, and loads its engine.
 
     `threads` defaults to all available cores, `context` (cache rows) to the model's. `image_cache` is how many bytes of image embeddings may be kept
-    on disk for other processes (`runtime.features.DISK_BYTES` is what the commands use), none by default. Raises `BundleError`, `EngineError`.
+    on disk for other processes (`runtime.features.DISK_BYTES` is what `infmllm-run` uses), none by default. With `engine_cache`
+    large weights are kept there in the form this CPU's kernels want. Raises `BundleError`, `EngineError`.
     """
     bundle = read_bundle(Path(path))
     bundle.verify_once()
-    return Session(bundle, load_engine(bundle, EngineOptions(threads, context)), image_cache)
+    return Session(bundle, load_engine(bundle, EngineOptions(threads, context, engine_cache)), image_cache)

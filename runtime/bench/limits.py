@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.bench.record import Limits
-from runtime.engines.ort import session_options
+from runtime.engines.ort_session import session_options
 
 __all__ = ["measure_limits", "one_node_model"]
 

@@ -31,7 +31,8 @@ from runtime.contract.image import open_image, read_image_bytes
 from runtime.decoding import Decoding
 
 if TYPE_CHECKING:
-    from runtime.session import Answer, Session
+    from runtime.answer import Answer
+    from runtime.session import Session
 
 __all__ = ["BenchOptions", "answer_once", "bundle_work", "measure", "sample_jpeg"]
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 from runtime.contract.bundle import FIT_16_BITS, PRODUCTS, Bundle
 from runtime.contract.errors import EngineError
 from runtime.engines import EngineOptions
-from runtime.engines.ort_store import stored
+from runtime.engines.ort_store import open_stored, stored
 
 __all__ = ["engine_errors", "open_graph", "session_options"]
 
@@ -49,9 +49,7 @@ def open_graph(bundle: Bundle, file: str, options: EngineOptions, spinning: bool
     path = bundle.file(file)
     try:
         if options.engine_cache and (ready := stored(bundle, file, settings, str(exact))):
-            prepared = settings()
-            prepared.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            return ort.InferenceSession(str(ready), prepared, providers=_PROVIDERS)
+            return open_stored(ready, settings())
         return ort.InferenceSession(str(path), settings(), providers=_PROVIDERS)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise EngineError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]:.300}; re-export the bundle for this version") from None

@@ -1,7 +1,8 @@
 """The engine cache: large graphs with their weights packed for this machine's kernels, on disk, so that loading is mapping them.
 
 ONNX Runtime packs weights when it opens a graph, which costs seconds and a second copy in memory. The first process does that once and saves the
-result under a fingerprint of graph, ONNX Runtime, CPU and settings; what the fingerprint does not name exactly is never loaded.
+result under a fingerprint of graph, ONNX Runtime, CPU and settings; what the fingerprint does not name exactly is never loaded. What was saved is
+opened once and must give the bits of the session that saved it: ONNX Runtime 1.31 writes some packed 4-bit and blockwise 8-bit weights that do not.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle, cache_folder
 from runtime.contract.console import note
+from runtime.contract.spec import LOGITS_TO_KEEP, SEQLENS_K, TOTAL_LENGTH
 
-__all__ = ["engine_cache_bytes", "stored"]
+__all__ = ["engine_cache_bytes", "open_stored", "stored"]
 
 WORTH = 64 << 20
 """Bytes of weights from which a graph is kept."""
 
 _DEFAULT_GB = 16.0
 _RECIPE = 1  # part of the fingerprint: raise it when what is saved changes
-_MODEL, _WEIGHTS, _MARK = "model.onnx", "model.bin", "engine.json"
+_MODEL, _WEIGHTS, _MARK, _USABLE = "model.onnx", "model.bin", "engine.json", "usable"
 _SPACE = 2.3  # disk taken, against a graph's weights
 _MAX_MARK = 1 << 16
 
@@ -57,39 +61,72 @@ def stored(bundle: Bundle, file: str, settings: Callable[[], ort.SessionOptions]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     root = cache_folder() / "engines"
     ready = root / name
-    if _intact(ready):
+    if (usable := _intact(ready)) is not None:
         with contextlib.suppress(OSError):
             os.utime(ready / _MARK)
-        return ready / _MODEL
+        return ready / _MODEL if usable else None
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f".{name}.lock") as held:
             if held is None:
                 return None
             _make_room(root, limit, int(_SPACE * weights[0]))
-            _make(bundle.file(file), ready, root / f".{name}.making", settings())
+            _make(bundle.file(file), ready, root / f".{name}.making", settings)
     except OSError as error:
         note(f"weights are not kept packed for this CPU ({error.strerror or error}); loading takes longer")
         return None
     return ready / _MODEL if _intact(ready) else None
 
 
-def _make(source: Path, ready: Path, staging: Path, settings: ort.SessionOptions) -> None:
-    """Opens the graph once, which writes it and its packed weights, and puts the folder in place."""
+def _make(source: Path, ready: Path, staging: Path, settings: Callable[[], ort.SessionOptions]) -> None:
+    """Opens the graph once, which writes it and its packed weights, tries what was written, and puts the folder in place."""
     note(f"packing the weights of {source.name} for this CPU (once)")
     for folder in (ready, staging):
         shutil.rmtree(folder, ignore_errors=True)
     staging.mkdir()
     try:
-        settings.optimized_model_filepath = str(staging / _MODEL)
-        settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
-        settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        settings.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-        ort.InferenceSession(str(source), settings, providers=["CPUExecutionProvider"])
-        (staging / _MARK).write_text(json.dumps({path.name: _identity(path) for path in (staging / _MODEL, staging / _WEIGHTS)}))
+        saving = settings()
+        saving.optimized_model_filepath = str(staging / _MODEL)
+        saving.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
+        saving.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        saving.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+        expected = _tried(ort.InferenceSession(str(source), saving, providers=["CPUExecutionProvider"]))
+        found = _tried(open_stored(staging / _MODEL, settings()))
+        usable = len(found) == len(expected) and all(np.isfinite(a).all() and np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+        if not usable:
+            note(f"what ONNX Runtime saved of {source.name} computes something else; its weights are packed at every load instead")
+            for file in (staging / _MODEL, staging / _WEIGHTS):
+                file.write_bytes(b"")
+        mark = {path.name: _identity(path) for path in (staging / _MODEL, staging / _WEIGHTS)}
+        (staging / _MARK).write_text(json.dumps(mark | {_USABLE: usable}))
         os.rename(staging, ready)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def open_stored(path: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
+    """A session of a prepared graph: everything is optimised and packed already."""
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+def _tried(session: ort.InferenceSession) -> list[NDArray[np.generic]]:
+    """First outputs for made-up inputs, of one position and of three."""
+    rng, found = np.random.default_rng(0), []
+    for length in (1, 3):
+        feed: dict[str, NDArray[np.generic]] = {
+            SEQLENS_K: np.array([length - 1], np.int32),
+            TOTAL_LENGTH: np.array(length, np.int32),
+            LOGITS_TO_KEEP: np.array([length], np.int64),
+        }
+        sizes = {"L": length, "C": length}
+        for value in session.get_inputs():
+            shape = [size if isinstance(size, int) else sizes.get(size, 1) for size in value.shape]
+            if value.name not in feed:
+                feed[value.name] = np.zeros(shape, np.int8) if "int8" in value.type else rng.normal(size=shape).astype(np.float32)
+        names = {value.name for value in session.get_inputs()}
+        found.append(session.run([session.get_outputs()[0].name], {name: array for name, array in feed.items() if name in names})[0])
+    return found
 
 
 def _identity(path: Path) -> list[int]:
@@ -98,16 +135,17 @@ def _identity(path: Path) -> list[int]:
     return [info.st_ino, info.st_size, info.st_mtime_ns]
 
 
-def _intact(folder: Path) -> bool:
-    """True if the folder's files are the very ones its maker wrote."""
+def _intact(folder: Path) -> bool | None:
+    """Whether the folder's files may be used; None if they are not the very ones its maker wrote."""
     mark = folder / _MARK
     try:
         if mark.stat().st_size > _MAX_MARK:
-            return False
-        wanted = json.loads(mark.read_text())
-        return isinstance(wanted, dict) and all(wanted.get(name) == _identity(folder / name) for name in (_MODEL, _WEIGHTS))
-    except (OSError, ValueError, RecursionError):
-        return False
+            return None
+        written = json.loads(mark.read_text())
+        same = isinstance(written, dict) and all(written.get(name) == _identity(folder / name) for name in (_MODEL, _WEIGHTS))
+        return bool(written[_USABLE]) if same else None
+    except (OSError, ValueError, KeyError, RecursionError):
+        return None
 
 
 def _make_room(root: Path, limit: int, wanted: int) -> None:

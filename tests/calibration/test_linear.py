@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.gptq import gptq
-from calibration.linear import LinearScheme, activation_grid, fake_activation, grid_for, round_to
+from calibration.linear import LinearScheme, activation_grid, fake_activation, grid_for, round_in_pairs, round_to
 from calibration.ranges import RANGES, find_range
 from calibration.smoothing import output_error, search_scales
 
@@ -117,3 +117,21 @@ def test_methods_differ_on_a_lone_outlier_as_they_should() -> None:
     assert squared(found["mse"]) == min(map(squared, found.values()))
     assert 5.0 < found["entropy"][1] < 30.0  # it clips, less than it should where one value lies alone
     assert find_range(np.full(1000, 5.0, np.float32), "entropy") == (0.0, 5.0)
+
+
+@pytest.mark.parametrize("columns", [7, 64, 193])
+def test_pairs_fit_16_bits_and_cost_less_than_a_bit(columns: int) -> None:
+    """255 * (a + b) must stay within 16 bits for neighbours of one sign, at less than the error of 7-bit weights (twice that of 8)."""
+    weight = normal(64, columns) * torch.logspace(-3, 2, 64)[:, None]
+    weight[5], weight[6] = 0, 1
+    scheme = LinearScheme("int8", "int8-row")
+    found, plain = round_in_pairs(weight, scheme), round_to(weight, grid_for(weight, scheme))
+    levels = torch.nn.functional.pad(found.levels, (0, columns % 2)).int().unflatten(1, (-1, 2))
+    assert int((255 * levels.clamp(min=0).sum(2)).max()) < 2**15 and int((255 * levels.clamp(max=0).sum(2)).min()) >= -(2**15)
+    wide = torch.nn.functional.pad(plain.levels, (0, columns % 2)).int().unflatten(1, (-1, 2)).sum(2).abs().max()
+    assert int(wide) > 128, "unfitted weights would saturate"
+    errors = [((q.dequantised() - weight) / q.grid.scale).norm(dim=1) * q.grid.scale[:, 0] for q in (found, plain)]
+    kept = torch.ones(64, dtype=torch.bool)
+    kept[5:7] = False  # constant rows are exact in 8 bits
+    assert float((errors[0][kept] / errors[1][kept]).mean()) < 1.7
+    assert (found.dequantised()[5] == 0).all()

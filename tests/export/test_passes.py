@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from calibration.calibrate import Calibrated
-from calibration.linear import LinearScheme, fake_activation
+from calibration.linear import LinearScheme, fake_activation, round_in_pairs
 from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
@@ -218,17 +218,34 @@ def test_kernels_compute_what_the_reference_arithmetic_says(shape: tuple[int, in
     assert error < (0.01 if scheme.activation == "float" else 1e-5)  # the weight-only kernel rounds activations to 8 bit per block
 
 
-def test_the_engine_asks_for_exact_integer_products() -> None:
-    """x86 without VNNI saturates in unsigned-by-signed products; the engine's setting must give exact sums on any CPU."""
+def product(rows: np.ndarray, columns: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(what the engine's kernel makes of unsigned rows [M,K], zero point 128, times signed columns [K,N], what it should)."""
     from runtime.engines.ort_session import session_options
 
-    rows, columns = np.full((4, 256), 255, np.uint8), np.full((256, 16), 127, np.int8)
-    a = ir.Value(name="a", shape=ir.Shape([4, 256]), type=ir.TensorType(ir.DataType.UINT8))
-    b = ir.Value(name="b", shape=ir.Shape([256, 16]), type=ir.TensorType(ir.DataType.INT8), const_value=ir.tensor(columns, name="b"))
+    a = ir.Value(name="a", shape=ir.Shape(rows.shape), type=ir.TensorType(ir.DataType.UINT8))
+    b = ir.Value(name="b", shape=ir.Shape(columns.shape), type=ir.TensorType(ir.DataType.INT8), const_value=ir.tensor(columns, name="b"))
     zero = ir.Value(name="z", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.UINT8), const_value=ir.tensor(np.array(128, np.uint8), name="z"))
     node = ir.node("MatMulInteger", [a, b, zero])
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT32)
     graph = ir.Graph([a], node.outputs, nodes=[node], initializers=[b, zero], opset_imports={"": 23})
     proto = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    (found,) = ort.InferenceSession(proto, session_options(1), providers=["CPUExecutionProvider"]).run(None, {"a": rows})
-    assert (found == (255 - 128) * 127 * 256).all()
+    session = ort.InferenceSession(proto, session_options(1, exact=exact), providers=["CPUExecutionProvider"])
+    return session.run(None, {"a": rows})[0], (rows.astype(np.int64) - 128) @ columns.astype(np.int64)
+
+
+def test_integer_products_do_not_saturate() -> None:
+    """x86 without VNNI saturates in unsigned-by-signed products; the engine's setting must give exact sums on any CPU."""
+    found, expected = product(np.full((4, 256), 255, np.uint8), np.full((256, 16), 127, np.int8), exact=True)
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (64, 16), (250, 33), (1024, 48)])
+def test_weights_made_to_fit_need_no_exact_kernel(inputs: int, outputs: int, rows: int) -> None:
+    """Whatever the activations: the fast kernel's sums are exact for weights in pairs, on any CPU."""
+    rng = np.random.default_rng(inputs + rows)
+    for weight in (rng.normal(size=(outputs, inputs)), np.ones((outputs, inputs)), rng.choice([-1.0, 0.9, 1.0], (outputs, inputs))):
+        columns = round_in_pairs(torch.from_numpy(weight.astype(np.float32)), LinearScheme("int8", "int8-row")).levels.numpy().T.astype(np.int8)
+        for activations in (np.full((rows, inputs), 255, np.uint8), rng.choice([0, 1, 128, 254, 255], (rows, inputs)).astype(np.uint8)):
+            found, expected = product(activations, np.ascontiguousarray(columns), exact=False)
+            assert np.array_equal(found, expected)
