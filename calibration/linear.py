@@ -32,8 +32,9 @@ class LinearScheme:
 
     `weight`: fp32, fp16, int8, int4. `activation`: "float"; "int8-row" (a symmetric scale per token, found as it occurs), "int8-tensor" (one range
     for all tokens of a call, likewise), "int8-static" (one range, calibrated). `block` is the number of inputs that share a scale (0: all, per output
-    channel). `rounding`: "nearest", "mse" (ranges shrunk where that lowers the squared error) or "gptq" (data-aware, arXiv 2210.17323). `smooth`
-    moves scales between activations and weights first (SmoothQuant, arXiv 2211.10438; for float activations AWQ's variant, arXiv 2306.00978).
+    channel). `symmetric` 4-bit weights have no zero points, without which kernels are faster. `rounding`: "nearest", "mse" (ranges shrunk where that
+    lowers the squared error) or "gptq" (data-aware, arXiv 2210.17323). `smooth` moves scales between activations and weights first (SmoothQuant,
+    arXiv 2211.10438; for float activations AWQ's variant, arXiv 2306.00978).
     """
 
     weight: str = "fp32"
@@ -41,6 +42,7 @@ class LinearScheme:
     block: int = 0
     rounding: str = "nearest"
     smooth: bool = False
+    symmetric: bool = False
 
     @property
     def bits(self) -> int:
@@ -72,7 +74,7 @@ class LinearScheme:
         parts = [f"{self.weight}/{self.block}" if self.block else self.weight]
         parts += [self.activation] if self.activation != "float" else []
         parts += [self.rounding] if self.rounding != "nearest" else []
-        return " ".join([*parts, *(["smooth"] if self.smooth else [])])
+        return " ".join([*parts, *(["smooth"] if self.smooth else []), *(["symmetric"] if self.symmetric else [])])
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Quantised:
 
 
 def grid_for(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
-    """The grid of a scheme: symmetric for 8 bit (-127 to 127 around 0), with zero points for 4 bit (0 to 15).
+    """The grid of a scheme: symmetric for 8 bit (-127 to 127 around 0), for 4 bit 0 to 15 around a zero point, 8 if symmetric.
 
     "mse" and "gptq" search each block's range for the least squared rounding error; "nearest" takes the whole range.
     """
@@ -143,6 +145,11 @@ def _fitted(low: Tensor, high: Tensor, scheme: LinearScheme, block: int) -> Grid
         scale = torch.where(scale > 0, scale, 1.0)
         return Grid(scale, torch.zeros_like(scale), -_INT8, _INT8, block)
     top = 2**scheme.bits - 1
+    if scheme.symmetric:
+        middle = (top + 1) // 2
+        scale = torch.maximum(-low / middle, high / (top - middle))
+        scale = torch.where(scale > 0, scale, 1.0)
+        return Grid(scale, torch.full_like(scale, middle), 0, top, block)
     scale = (high - low) / top
     scale = torch.where(scale > 0, scale, 1.0)
     return Grid(scale, (-low / scale).round().clamp(0, top), 0, top, block)

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from export.passes.pack_projections import parts_of
 from runtime.contract.bundle import Bundle
 
 __all__ = ["describe_bundle", "format_description"]
@@ -44,8 +45,9 @@ def _describe_graph(model: ir.Model) -> dict[str, Any]:
         block["bytes"] += value.const_value.nbytes
     for node in model.graph:
         if layer := _layer(node):
-            name, how = layer
-            blocks.setdefault(_block(name), {"bytes": 0, "layers": {}})["layers"][name] = how
+            names, how = layer
+            for name in parts_of(names):
+                blocks.setdefault(_block(name), {"bytes": 0, "layers": {}})["layers"][name] = how
     return {"nodes": sum(operators.values()), "operators": dict(operators.most_common()), "storage": storage, "blocks": blocks}
 
 

@@ -28,6 +28,7 @@ from export.capture import capture
 from export.drift import find_drift
 from export.passes import LOWERING, SIMPLIFY, GraphPass, run_passes
 from export.passes.int8_cache import int8_cache
+from export.passes.pack_projections import pack_projections
 from export.passes.quantise import quantise_linears, store_half
 from export.pieces import replay_in_pieces
 from export.plan import LARGE_BYTES
@@ -105,7 +106,8 @@ def _apply_scheme(build: Build) -> Build:
     def steps(name: str) -> list[GraphPass]:
         scheme_of = partial(scheme.linear, prefill=name == "prefill")
         cache = [int8_cache(calibrated)] if scheme.cache == "int8" and name != "vision" else []
-        return [store_half(scheme.half), quantise_linears(scheme_of, calibrated), *cache]
+        pack = [] if name == "vision" else [pack_projections(scheme_of)]
+        return [*pack, store_half(scheme.half), quantise_linears(scheme_of, calibrated), *cache]
 
     return _passes(build, steps)
 

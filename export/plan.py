@@ -53,7 +53,7 @@ def linear_bytes(outputs: int, inputs: int, scheme: LinearScheme) -> int:
         return outputs * inputs + 4 * outputs
     block = scheme.kernel_block(inputs)
     count = math.ceil(inputs / block)
-    zeros = math.ceil(count / 2) if scheme.bits == 4 else 0
+    zeros = math.ceil(count / 2) if scheme.bits == 4 and not scheme.symmetric else 0
     return outputs * (count * block * scheme.bits // 8 + 4 * count + zeros)
 
 

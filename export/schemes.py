@@ -29,6 +29,7 @@ ROWS = LinearScheme("int8", "int8-row", smooth=True)
 TENSOR = LinearScheme("int8", "int8-tensor", smooth=True)
 STATIC = LinearScheme("int8", "int8-static", smooth=True)
 WEIGHTS8 = LinearScheme("int8", block=64)
+FAST4 = LinearScheme("int4", block=128, rounding="gptq", smooth=True, symmetric=True)
 WEIGHTS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True)
 DECODER, VISION = "decoder.", "vision_tower."
 
@@ -105,10 +106,10 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("int4", {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": TENSOR}, "fp16", _FOUR, "4-bit decoder (GPTQ), W8A8 tower and head"),
         Scheme(
             "int4-hybrid",
-            {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": TENSOR},
+            {"": ROWS, DECODER: FAST4, "decoder.lm_head": TENSOR},
             "fp16",
             _FOUR,
-            "int4 with a second, W8A8 decoder for prefill: faster to the first token, larger",
+            "the fastest 4 bits: symmetric blocks of 128, and a second, W8A8 decoder for prefill; larger",
             {DECODER: TENSOR},
         ),
         Scheme("int4-all", {"": WEIGHTS4}, "fp16", _FOUR, "4-bit weights everywhere (GPTQ)"),

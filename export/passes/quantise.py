@@ -6,18 +6,20 @@ Every quantised tensor is computed when the graph is written, from a checkpoint 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.calibrate import Calibrated
 from calibration.linear import LinearScheme, Quantised, activation_grid
 from export.passes.contract import GraphPass, PassResult, initializer, is_weight, lazy_initializer, replace_node
+from export.passes.pack_projections import parts_of
 from runtime.contract.errors import BuildError
 
 __all__ = ["quantise_linears", "store_half"]
@@ -62,14 +64,14 @@ def quantise_linears(scheme_of: SchemeOf, calibrated: Calibrated) -> GraphPass:
 
     def run(model: ir.Model) -> PassResult:
         modified, refused = 0, []
-        quantised = lru_cache(maxsize=1)(calibrated.quantised)  # levels, scales and zero points are written one after the other
+        quantised = lru_cache(maxsize=1)(partial(_quantised, calibrated))  # levels, scales and zero points are written one after the other
         shared: dict[tuple[ir.Value, str], ir.Value | _Levels] = {}
         for node in list(model.graph):
             weight = node.inputs[1] if node.op_type == "MatMul" else None
             if not is_weight(weight):
                 continue
             assert weight is not None and weight.name is not None and weight.const_value is not None
-            scheme, (rows, columns) = scheme_of(weight.name), weight.const_value.shape.numpy()
+            scheme, (rows, columns) = scheme_of(parts_of(weight.name)[0]), weight.const_value.shape.numpy()
             if not scheme.quantised:
                 continue
             if rows < _MIN_ROWS:
@@ -82,6 +84,13 @@ def quantise_linears(scheme_of: SchemeOf, calibrated: Calibrated) -> GraphPass:
         return PassResult(modified, tuple(refused))
 
     return GraphPass("quantise_linears", run)
+
+
+def _quantised(calibrated: Calibrated, name: str, scheme: LinearScheme) -> Quantised:
+    """A weight on its grid; a packed one's rows are those of its parts."""
+    parts = [calibrated.quantised(part, scheme) for part in parts_of(name)]
+    scale, zero = torch.cat([part.grid.scale for part in parts]), torch.cat([part.grid.zero for part in parts])
+    return Quantised(torch.cat([part.levels for part in parts]), replace(parts[0].grid, scale=scale, zero=zero))
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ def _static(layer: _Layer) -> None:
     """Calibrated range: QuantizeLinear and DequantizeLinear around the product, which engines fuse into one integer kernel."""
     key = (layer.x, "int8-static")
     if key not in layer.shared:
-        module = layer.name.removesuffix(".weight")
+        module = parts_of(layer.name)[0].removesuffix(".weight")  # packed layers share their input, and so its range
         bounds = layer.calibrated.get(f"{module}|range")
         if bounds is None:
             raise BuildError(f"{module} has no calibrated range; build with --calib DATA")
@@ -209,7 +218,9 @@ def _weight_only(layer: _Layer) -> None:
     offset = 128 if bits == 8 else 0
     levels = layer.stored(f"int{bits}", lambda q: _packed(q.levels.numpy() + offset, block, bits), _U8, (layer.n, count, block * bits // 8))
     scale = layer.stored("scale", lambda q: _per_block(q.grid.scale, count), _FP32, (layer.n, count))
-    zero = layer.stored("zero", lambda q: _packed(_per_block(q.grid.zero, count), count, 4)[:, 0], _U8, (layer.n, pairs)) if bits == 4 else None
+    zero = None
+    if bits == 4 and not layer.scheme.symmetric:  # the kernel's own zero is the middle of the range, and faster
+        zero = layer.stored("zero", lambda q: _packed(_per_block(q.grid.zero, count), count, 4)[:, 0], _U8, (layer.n, pairs))
     layer.model.opset_imports["com.microsoft"] = 1
     attributes = {"K": layer.k, "N": layer.n, "bits": bits, "block_size": block, "accuracy_level": 4}
     inputs = [layer.x, levels, scale, *([zero] if zero is not None else [])]
