@@ -119,6 +119,15 @@ def test_methods_differ_on_a_lone_outlier_as_they_should() -> None:
     assert find_range(np.full(1000, 5.0, np.float32), "entropy") == (0.0, 5.0)
 
 
+def test_symmetric_weights_have_no_zero_points_and_lose_little() -> None:
+    weight = normal(32, 256)
+    plain, symmetric = (round_to(weight, grid_for(weight, LinearScheme("int4", block=64, symmetric=kind))) for kind in (False, True))
+    assert (symmetric.grid.zero == 8).all() and symmetric.levels.min() >= 0 and symmetric.levels.max() <= 15
+    errors = [(q.dequantised() - weight).square().mean() for q in (plain, symmetric)]
+    assert errors[0] < errors[1] < 1.6 * errors[0]
+    assert LinearScheme("int4", symmetric=True).text() != LinearScheme("int4").text(), "calibrations of both are kept apart"
+
+
 @pytest.mark.parametrize("columns", [7, 64, 193])
 def test_pairs_fit_16_bits_and_cost_less_than_a_bit(columns: int) -> None:
     """255 * (a + b) must stay within 16 bits for neighbours of one sign, at less than the error of 7-bit weights (twice that of 8)."""

@@ -17,6 +17,7 @@ from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.logits_to_keep import KEEP_LOGITS
+from export.passes.pack_projections import pack_projections
 from export.passes.quantise import quantise_linears, store_half
 from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, REWRITE
 from export.pipeline import _quiet
@@ -155,6 +156,39 @@ def test_several_positions_get_logits(fresh: Callable[[], tuple[ir.Model, ir.Mod
         assert np.allclose(three.reshape(2, 3, 960)[:, position - 3], shorter, atol=1e-5)
     refused = KEEP_LOGITS(vision)
     assert refused.modified == 0 and refused.refused
+
+
+def test_projections_are_packed_with_equal_numbers(fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    _, decoder = fresh()
+    with _quiet():
+        run_passes(decoder, SIMPLIFY)
+    GROUP_QUERY_ATTENTION(decoder)
+    expected = run_decoder(decoder)
+    linear = LinearScheme("int8", "int8-tensor")
+    quantised = decoder.clone()
+    result = pack_projections(lambda name: linear)(decoder)
+    assert result.modified == 2 * 2 and not result.refused, "queries, keys and values; gate and up; of two layers"
+    assert sum(node.op_type == "MatMul" for node in decoder.graph) == 2 * 4 + 1
+    for found, wanted in zip(run_decoder(decoder), expected, strict=True):
+        assert np.allclose(found, wanted, atol=1e-5)
+    assert pack_projections(lambda name: linear)(decoder).modified == 0
+    # Rounded after packing or without it: the same numbers.
+    model = InfMLLM(TINY, torch.Generator().manual_seed(11))
+    calibrated = Calibrated(lambda name: model.get_parameter(name).detach())
+    for graph in (quantised, decoder):
+        assert quantise_linears(lambda name: linear, calibrated)(graph).modified == (2 * 7 + 1 if graph is quantised else 2 * 4 + 1)
+    for found, wanted in zip(run_decoder(decoder), run_decoder(quantised), strict=True):
+        assert np.allclose(found, wanted, atol=1e-5)
+
+
+def test_projections_that_go_different_ways_are_not_packed(fresh: Callable[[], tuple[ir.Model, ir.Model]]) -> None:
+    _, decoder = fresh()
+    with _quiet():
+        run_passes(decoder, SIMPLIFY)
+    GROUP_QUERY_ATTENTION(decoder)
+    eight, four = LinearScheme("int8"), LinearScheme("int4", block=32)
+    result = pack_projections(lambda name: four if "v_proj" in name or "gate_proj" in name else eight)(decoder)
+    assert result.modified == 0 and len(result.refused) == 4 and "different ways" in result.refused[0]
 
 
 @pytest.mark.parametrize(("scheme", "bound"), [("fp16", 2e-3), ("int8", 0.06), ("int8-weights", 0.06), ("int4-all", 0.5)])
