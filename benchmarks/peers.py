@@ -21,7 +21,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_variable, str(_THREADS))
 
 import numpy as np  # noqa: E402 (it reads its threads from the environment)
-from contenders import CONTENDERS, ENGINES, Contender  # noqa: E402
+from contenders import CHECKPOINT, CONTENDERS, ENGINES, Contender  # noqa: E402
 from contenders.client import Absent, Pool  # noqa: E402
 from contenders.machine import bandwidth_gbs, describe, multiply_gflops  # noqa: E402
 from contenders.report import markdown, ratios, summary  # noqa: E402
@@ -60,16 +59,17 @@ class Run:
         """Makes everyone's files, one after another."""
         self._each("preparing", lambda contender: self.pool.once(contender, "prepare"))
 
-    def check(self, outputs: Path) -> None:
-        """Compares everyone's outputs with PyTorch's."""
-        references = {part: CONTENDERS[name] for part, name in _REFERENCES.items()}
+    def check(self) -> None:
+        """Compares everyone's outputs with PyTorch's, which are kept in the folder."""
+        references = {part: self._folder / f"{CHECKPOINT}-reference-{part}.npy" for part in _REFERENCES}
         for part in {CONTENDERS[name].part for name in self.names}:
-            self.pool.ask(references[part], "check", file=str(outputs / f"{part}.npy"))
+            if not references[part].exists():
+                self.pool.ask(CONTENDERS[_REFERENCES[part]], "check", file=str(references[part]))
 
         def compare(contender: Contender) -> None:
-            self.pool.ask(contender, "check", file=str(outputs / "found.npy"))
-            wanted, found = np.load(outputs / f"{contender.part}.npy"), np.load(outputs / "found.npy")
-            self.checks[contender.name] = agreement(wanted, found, contender.part == "decoder")
+            outputs = self._folder / "outputs.npy"
+            self.pool.ask(contender, "check", file=str(outputs))
+            self.checks[contender.name] = agreement(np.load(references[contender.part]), np.load(outputs), contender.part == "decoder")
 
         self._each("checking", compare)
 
@@ -146,8 +146,7 @@ def main() -> None:
     run = Run(folder, pool, choose(given.only))
     try:
         run.prepare()
-        with tempfile.TemporaryDirectory() as outputs:
-            run.check(Path(outputs))
+        run.check()
         for number in range(1, given.rounds + 1):
             run.round(number)
         if not run.names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from contenders import CHECKPOINT, CONTEXT, Contender, file_bytes
 from contenders.weights import write_checkpoint
 from trainer.checkpoint import open_checkpoint
-from trainer.decoder import Decoder
+from trainer.decoder import Decoder, rotary_tables
 from trainer.vision import PoolAdapter, VisionTower
 
 __all__ = ["EagerDecoder", "EagerVision", "filled", "load", "prepare", "tower", "versions"]
 
 Array = NDArray[np.float32]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class EagerDecoder:
@@ -26,7 +27,10 @@ class EagerDecoder:
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype) -> None:
         spec = open_checkpoint(checkpoint).spec.decoder
-        self._model = filled(Decoder(spec), "decoder.", checkpoint).to(dtype)
+        with torch.device("meta"):  # no time for numbers that are replaced
+            empty = Decoder(spec)
+        self._model = filled(empty, "decoder.", checkpoint).to(dtype)
+        self._model.rotary_cos, self._model.rotary_sin = rotary_tables(spec)
         self._shape, self._dtype = (1, spec.kv_heads, CONTEXT, spec.head_dim), dtype
         self._layers = spec.layers
         table = self._model.embed_tokens.weight
@@ -77,18 +81,19 @@ class EagerVision:
         return self._model(torch.from_numpy(pixels), torch.from_numpy(pool))[0].numpy()
 
 
-def filled(module: nn.Module, prefix: str, checkpoint: Path) -> nn.Module:
-    """The module with its part of the checkpoint's weights, in float32."""
+def filled(module: Module, prefix: str, checkpoint: Path) -> Module:
+    """The module, made without numbers, with its part of the checkpoint's weights in float32."""
     stored = open_checkpoint(checkpoint)
-    module.load_state_dict({name.removeprefix(prefix): stored.read(name) for name in stored.places if name.startswith(prefix)}, assign=True)
+    module.load_state_dict({name: stored.read(f"{prefix}{name}") for name in module.state_dict()}, assign=True)
     return module.eval()
 
 
 def tower(checkpoint: Path) -> Tower:
     """Tower and adapter of a checkpoint."""
     spec = open_checkpoint(checkpoint).spec
-    adapter = filled(PoolAdapter(spec.vision.width, spec.decoder.hidden), "pool_adapter.", checkpoint)
-    return Tower(filled(VisionTower(spec.vision), "vision_tower.", checkpoint), adapter)
+    with torch.device("meta"):
+        empty = Tower(VisionTower(spec.vision), PoolAdapter(spec.vision.width, spec.decoder.hidden))
+    return filled(empty, "", checkpoint)
 
 
 def prepare(folder: Path, contender: Contender) -> None:

@@ -10,7 +10,8 @@ from contenders import CONTENDERS, PROMPT, STEPS, Contender
 
 __all__ = ["markdown", "ratios", "summary"]
 
-_TOLERANCE = {"fp32": 0.999, "bf16": 0.99, "int8": 0.99, "int4": 0.9}  # of the cosine to PyTorch; below it the graph is another one
+# Least cosine to PyTorch; below it the graph is another one. Random weights are the worst case of 4 bits, and a wrong graph comes near 0.
+_TOLERANCE = {"fp32": 0.999, "bf16": 0.99, "int8": 0.95, "int4": 0.7}
 Rounds = Sequence[Mapping[str, Any]]
 
 
