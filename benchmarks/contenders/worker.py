@@ -57,7 +57,11 @@ class Worker:
         return {"load_s": took, "disk_bytes": self._model.disk_bytes, "weight_bytes": weights, "versions": versions, **memory}
 
     def check(self, file: str) -> dict[str, Any]:
-        """Writes the outputs for the common inputs: logits behind the prompt and behind each of a few given tokens, or image embeddings."""
+        """Writes the outputs for the common inputs: logits behind the prompt and behind each of a few given tokens, or image embeddings.
+
+        This also warms the model up.
+        """
+        self._warm = True
         if self._contender.part == "vision":
             np.save(file, self._model.embed(*image_inputs(self._folder)))
             return {}
