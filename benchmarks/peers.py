@@ -82,6 +82,14 @@ class Run:
 
         self._each(f"round {number}:", measure, number % 2 == 0)
 
+    def trim(self) -> None:
+        """Drops a round that not everyone has finished."""
+        whole = min((len(self.rounds[name]) for name in self.names), default=0)
+        self.limits = self.limits[:whole]
+        self.rounds = {name: rounds[:whole] for name, rounds in self.rounds.items()}
+        if not whole:
+            raise SystemExit("nothing could be measured: " + "; ".join(f"{name}: {reason}" for name, reason in self.absent.items()))
+
     def _each(self, text: str, call: Any, backwards: bool = False) -> None:
         for name in reversed(list(self.names)) if backwards else list(self.names):
             say(f"{text} {name}")
@@ -120,13 +128,13 @@ def collect(run: Run) -> dict[str, Any]:
 
 
 def choose(only: Sequence[str] | None) -> list[str]:
-    """Names of contenders that hold any of the given words, all the quick ones without. Exits if a word names none."""
+    """Contenders of the given names, or whose names hold a given word; all the quick ones without. Exits if a word names none."""
     if not only:
         return [name for name in CONTENDERS if name not in _SLOW]
     for word in only:
         if not any(word.lower() in name.lower() for name in CONTENDERS):
             raise SystemExit(f"--only {word}: choose from {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if any(word.lower() in name.lower() for word in only)]
+    return [name for name in CONTENDERS if any(word == name or (word not in CONTENDERS and word.lower() in name.lower()) for word in only)]
 
 
 def main() -> None:
@@ -147,10 +155,10 @@ def main() -> None:
     try:
         run.prepare()
         run.check()
-        for number in range(1, given.rounds + 1):
-            run.round(number)
-        if not run.names:
-            raise SystemExit("nothing could be measured: " + "; ".join(f"{name}: {reason}" for name, reason in run.absent.items()))
+        with contextlib.suppress(KeyboardInterrupt):  # whole rounds are reported
+            for number in range(1, given.rounds + 1):
+                run.round(number)
+        run.trim()
         result = collect(run)
     finally:
         pool.end()

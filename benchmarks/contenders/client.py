@@ -35,7 +35,7 @@ class _Process:
         command = [python, "-m", "contenders.worker", str(folder), contender.name, str(threads)]
         with log.open("a") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=_ROOT
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=_ROOT, start_new_session=True
             )
         self._contender, self._log = contender, log
 
