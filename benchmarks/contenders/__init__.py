@@ -78,7 +78,7 @@ class Contender:
 
 _ORT = "runtime.load(threads=2), session options of the runtime"
 _GENAI = "intra_op_num_threads 2, accuracy level 4, buffer of keys and values shared"
-_OPENVINO = "stateful, INFERENCE_NUM_THREADS 2, one stream, LATENCY, logits of the last position"
+_OPENVINO = "stateful, INFERENCE_NUM_THREADS 2, one stream, LATENCY, pinning off, logits of the last position"
 _LLAMA = "threads 2, ubatch 512, mmap, native build, repacked weights"
 _EAGER = "set_num_threads(2), scaled_dot_product_attention, inference mode"
 

@@ -28,6 +28,7 @@ Array = NDArray[np.float32]
 def compiled(model: ov.Model, threads: int, **more: Any) -> ov.CompiledModel:
     """The model on the CPU with the settings found best: one stream, all its threads, float32 between quantised layers."""
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    settings["ENABLE_CPU_PINNING"] = False
     return ov.Core().compile_model(model, "CPU", {**settings, **more})
 
 
