@@ -105,7 +105,7 @@ def generate(
                 break
         if lookup and elapsed:
             pays.note(elapsed, chosen, bool(drafts))
-        room = min(lookup, limits.new_tokens - len(progress.tokens) - 1, engine.capacity - rows - 1)
+        room = min(lookup, limits.new_tokens - len(progress.tokens) - 1, engine.capacity - rows - 1) if lookup else 0
         drafts = seen.draft(room) if room > 0 and pays else []
         started = time.perf_counter()
         last = table[None, token : token + 1]

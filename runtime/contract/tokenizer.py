@@ -6,6 +6,7 @@ User text is always encoded as plain text: a typed `</s>` or `<image>` is charac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer as _Tokenizer
@@ -29,6 +30,8 @@ class Tokenizer:
         self._inner = inner
         self._special = {spec.bos_id, spec.eos_id, spec.pad_id}
         self.bos_id, self.eos_id = spec.bos_id, spec.eos_id
+        self.length = lru_cache(maxsize=4096)(lambda ids: len(self.decode(ids)))
+        """Characters of a tuple of ids by themselves; remembered, for streams ask it of every token."""
 
     @classmethod
     def load(cls, path: Path, spec: ModelSpec) -> Tokenizer:
@@ -108,5 +111,5 @@ class TextStream:
         piece = text[self._behind :]
         if piece:
             self._ids = self._ids[self._known :]
-            self._known, self._behind = len(self._ids), len(self._tokenizer.decode(self._ids))
+            self._known, self._behind = len(self._ids), self._tokenizer.length(tuple(self._ids))
         return piece

@@ -1,0 +1,88 @@
+"""What the runtime's own code costs per token, what its caches save a second question, and what looked-up tokens gain, for one bundle.
+
+python benchmarks/runtime_loop.py infmllm-bundle [--image trainer/demo/sample.png] [--repetitions 9] [--tokens 30]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime import Decoding, Session, load
+from runtime.engines import ort
+
+_FIRST, _SECOND = "describe", "what is there to see?"
+
+
+class Engine:
+    """Counts the seconds spent inside ONNX Runtime."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        run = ort._Call.run
+
+        def counted(call: ort._Call) -> NDArray[np.float32]:
+            started = time.perf_counter()
+            found = run(call)
+            self.seconds += time.perf_counter() - started
+            return found
+
+        ort._Call.run = counted  # type: ignore[method-assign]
+
+
+def per_token(session: Session, image: bytes, engine: Engine, tokens: int) -> tuple[float, float]:
+    """(microseconds of Python per token, milliseconds per token), streaming text; the prompt is in the cache."""
+    session.ask(image, _FIRST, "caption", max_new_tokens=1)
+    stream = iter(session.stream(image, _FIRST, "caption", max_new_tokens=tokens, decoding=Decoding(lookup=0)))
+    next(stream)
+    engine.seconds, started = 0.0, time.perf_counter()
+    count = sum(1 for _ in stream)
+    total = time.perf_counter() - started
+    return 1e6 * (total - engine.seconds) / max(1, count), 1e3 * total / max(1, count)
+
+
+def first_token(session: Session, image: bytes, question: str) -> float:
+    """Milliseconds to the first token of a question."""
+    started = time.perf_counter()
+    session.ask(image, question, "vqa", max_new_tokens=1)
+    return 1e3 * (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Prints medians and bests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--image", type=Path, default=Path("trainer/demo/sample.png"))
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=30)
+    given = parser.parse_args()
+    started = time.perf_counter()
+    session, image, engine = load(given.bundle), given.image.read_bytes(), Engine()
+    print(f"load {1e3 * (time.perf_counter() - started):.0f} ms")
+    session.ask(image, _FIRST, max_new_tokens=2)
+    rows: dict[str, list[float]] = {}
+
+    def note(name: str, measure: Callable[[], float]) -> None:
+        rows.setdefault(name, []).append(measure())
+
+    for _ in range(given.repetitions):
+        session.forget()
+        note("first question, ms to first token", lambda: first_token(session, image, "what is it?"))
+        note("second question on the same picture", lambda: first_token(session, image, _SECOND))
+        session.prefix.forget()
+        note("second question in another process (embeddings from disk)", lambda: first_token(session, image, _SECOND))
+        python, token = per_token(session, image, engine, given.tokens)
+        rows.setdefault("Python per token, microseconds", []).append(python)
+        rows.setdefault("token, ms", []).append(token)
+    for name, values in rows.items():
+        print(f"{name:60} median {statistics.median(values):10.2f}   best {min(values):10.2f}")
+
+
+if __name__ == "__main__":
+    main()
