@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from runtime.contract.boxes import Box
+from runtime.contract.errors import UsageError
 from runtime.contract.tokenizer import TextStream, Tokenizer
 
 __all__ = ["Answer", "AnswerText", "FoundBox", "Stream"]
@@ -26,7 +27,8 @@ class Answer:
 
     `finish_reason` is "stop" (the model ended it, or a stop text), "length" (token limit or full cache) or "cancelled". `tokens` are the generated
     ids, `cached_tokens` how many of `prompt_tokens` were in the cache already. `timings` are milliseconds per stage, `step_ms` of each call of the
-    decoder after the prompt. `drafted_tokens` were looked up, `accepted_tokens` of them right; the first `fed_tokens` of the answer are in the cache.
+    decoder after the prompt. `drafted_tokens` were looked up, `accepted_tokens` of them right; the first `kept_tokens` of the answer stay in
+    the cache.
     """
 
     text: str
@@ -40,7 +42,7 @@ class Answer:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    fed_tokens: int = 0
+    kept_tokens: int = 0
     step_ms: tuple[float, ...] = ()
 
 
@@ -63,7 +65,8 @@ class Stream:
         """Reads to the end and returns the answer."""
         for _ in self.pieces:
             pass
-        assert self.answer is not None, "a finished stream has its answer"
+        if self.answer is None:
+            raise UsageError("this stream ended in an error before its answer was whole; ask again")
         return self.answer
 
 

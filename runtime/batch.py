@@ -64,6 +64,7 @@ def decode_together(session: Session, jobs: Sequence[Job]) -> list[Answer]:
 
 def _wave(session: Session, jobs: Sequence[Job]) -> list[Answer]:
     eos = session.spec.eos_id
+    session.claim()
     batch = session.engine.batch(len(jobs), max(job.budget.prompt_tokens + job.limit for job in jobs))
     everyone: list[_Sequence] = []
     active: list[_Sequence] = []

@@ -93,7 +93,7 @@ class _Search:
         return not self.open or not self._hopeful
 
     def best(self) -> _Beam:
-        """The winner; if nothing could end (a constraint left no way on), the best open one."""
+        """The winner; if none ended (the search was given up), the best open one."""
         return max(self._ended or self.open or [_Beam((), 0.0)], key=lambda beam: beam.score)
 
 

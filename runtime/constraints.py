@@ -78,16 +78,20 @@ class JsonSchema:
             raise UsageError("--json-schema needs llguidance, which is not installed; run: pip install 'infmllm-edge[json]'") from None
         try:
             parsed = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"the JSON schema is no JSON ({error}); give a file with a JSON Schema object") from None
         if not isinstance(parsed, dict):
             raise UsageError(f"the JSON schema is {type(parsed).__name__}, expected an object such as {{'type': 'object', …}}")
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(parsed, overrides={"whitespace_flexible": False})
+        self._vocabulary, self._eos = vocabulary, tokenizer.eos_id
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(parsed, overrides={"whitespace_flexible": False})
+        except (ValueError, RecursionError) as error:
+            raise _unusable(str(error)) from None
         words = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=vocabulary, eos_token=tokenizer.eos_id)
         self._first = llguidance.LLMatcher(words, grammar, log_level=0)
         if self._first.is_error():
-            raise UsageError(f"the JSON schema cannot be followed: {' '.join(self._first.get_error().split()):.200}; simplify it")
-        self._vocabulary, self._eos = vocabulary, tokenizer.eos_id
+            raise _unusable(self._first.get_error())
+        self.allowed(self._first.deep_copy())  # a schema nothing can satisfy says so here
 
     def start(self) -> Any:
         """See `Constraint`."""
@@ -99,12 +103,18 @@ class JsonSchema:
             mask = np.zeros(self._vocabulary, np.bool_)
             mask[self._eos] = True
             return mask
-        bits = np.frombuffer(state.compute_bitmask(), np.uint8)
-        return np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(np.bool_)
+        mask = np.unpackbits(np.frombuffer(state.compute_bitmask(), np.uint8), bitorder="little")[: self._vocabulary].astype(np.bool_)
+        if state.is_error():
+            raise _unusable(state.get_error())
+        return mask
 
     def after(self, state: Any, token: int) -> Any:
         """See `Constraint`."""
         following = state.deep_copy()
-        accepted = following.consume_token(token)
-        assert accepted, f"token {token} was allowed a moment ago"
+        if not following.consume_token(token):
+            raise _unusable(following.get_error())
         return following
+
+
+def _unusable(reason: str) -> UsageError:
+    return UsageError(f"the JSON schema cannot be followed: {' '.join(reason.split()):.200}; simplify it")

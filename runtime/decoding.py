@@ -42,8 +42,12 @@ class Decoding:
     lookup: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            _check(name, value, type(value) in kinds, f"{' or '.join(kind.__name__ for kind in kinds)}".replace("NoneType", "None"))
+        _check("stop", self.stop, all(type(text) is str for text in self.stop), "a tuple of texts")
         _check("beams", self.beams, 1 <= self.beams <= _MAX_BEAMS, f"1 to {_MAX_BEAMS}")
-        _check("temperature", self.temperature, 0 <= self.temperature <= 100, "0 (greedy) to 100")
+        _check("temperature", self.temperature, self.temperature == 0 or 1e-3 <= self.temperature <= 100, "0 (greedy), or 0.001 to 100")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
         _check("min_p", self.min_p, 0 <= self.min_p < 1, "0 to below 1")
@@ -71,6 +75,17 @@ class Decoding:
         found = TASKS[task]
         settings = {"beams": found.beams, "length_penalty": found.length_penalty, "min_new_tokens": found.min_new_tokens}
         return cls(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+_REAL, _MAYBE = (int, float), (int, type(None))
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("beams", "min_new_tokens", "top_k"), (int,)),
+    **dict.fromkeys(("length_penalty", "temperature", "top_p", "min_p", "repetition_penalty"), _REAL),
+    **dict.fromkeys(("seed", "lookup"), _MAYBE),
+    "stop": (tuple,),
+    "constrain": (bool,),
+    "schema": (str, type(None)),
+}
 
 
 def _check(name: str, value: object, ok: bool, expected: str) -> None:

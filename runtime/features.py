@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract.bundle import cache_folder
+from runtime.contract.image import MAX_PIXELS
 
 __all__ = ["DISK_BYTES", "FeatureCache", "Features"]
 
 MEMORY_BYTES, DISK_BYTES = 64 << 20, 256 << 20
+_RECIPE = 1  # part of every name: raise it when a picture's pixels, or what is stored, change
 _DIGEST = 32
 _HEADER = 16  # width and height of the picture, 8 bytes each
 
@@ -43,7 +45,7 @@ class FeatureCache:
         self._folder = cache_folder() / "images"
 
     def _name(self, picture: str, p: int) -> str:
-        return hashlib.sha256(f"{self._identity}:{picture}:{p}".encode()).hexdigest()
+        return hashlib.sha256(f"{_RECIPE}:{self._identity}:{picture}:{p}".encode()).hexdigest()
 
     def get(self, picture: str, p: int) -> Features | None:
         """The embeddings of a picture (by its hash) at pool size p, if they are there."""
@@ -85,7 +87,10 @@ class FeatureCache:
         except OSError:
             return None
         width, height = (int(side) for side in np.frombuffer(data, "<u8", 2, _DIGEST))
-        return Features(np.frombuffer(data, "<f4", -1, _DIGEST + _HEADER).reshape(p * p, self._hidden), (width, height))
+        embeds = np.frombuffer(data, "<f4", -1, _DIGEST + _HEADER).reshape(p * p, self._hidden)
+        if not 0 < width * height <= MAX_PIXELS or not np.isfinite(embeds).all():
+            return None
+        return Features(embeds, (width, height))
 
     def _write(self, name: str, features: Features) -> None:
         body = np.array(features.size, "<u8").tobytes() + np.ascontiguousarray(features.embeds, "<f4").tobytes()

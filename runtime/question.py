@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.constraints import Constraint
+from runtime.contract.errors import ImageError
 from runtime.contract.image import open_image, read_image_bytes, to_pixels
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import ModelSpec
@@ -34,6 +35,8 @@ class Picture:
     """A picture and its embeddings at one pool size. Nothing is decoded that a cache knows; `timings` are milliseconds of what was done."""
 
     def __init__(self, source: PictureSource, p: int, spec: ModelSpec, engine: Engine, cache: FeatureCache) -> None:
+        if isinstance(source, Image.Image) and source.mode != "RGB":
+            raise ImageError(f"the picture is in mode {source.mode}, expected RGB; give its file, or picture.convert('RGB')")
         self._source = source if isinstance(source, Image.Image | bytes) else read_image_bytes(source)
         self._name = "" if isinstance(source, Image.Image | bytes) else os.fspath(source)
         self._spec, self._engine, self._cache, self.p = spec, engine, cache, p

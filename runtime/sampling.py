@@ -46,7 +46,7 @@ def log_softmax(logits: Row) -> Row:
 
 
 def scores(values_V: Row, decoding: Decoding, generated: Sequence[int], eos_id: int) -> Row:
-    """Logits or log probabilities with the repetition penalty applied and an end that would come too early forbidden."""
+    """Logits or log probabilities with the repetition penalty applied, and too early an end forbidden unless nothing else is allowed."""
     if decoding.repetition_penalty == 1 and len(generated) >= decoding.min_new_tokens:
         return values_V
     values = values_V.copy()
@@ -55,13 +55,16 @@ def scores(values_V: Row, decoding: Decoding, generated: Sequence[int], eos_id: 
         penalty = np.float32(decoding.repetition_penalty)
         values[seen] = np.where(values[seen] < 0, values[seen] * penalty, values[seen] / penalty)
     if len(generated) < decoding.min_new_tokens:
+        ends = values[eos_id]
         values[eos_id] = -np.inf
+        if not np.isfinite(values).any():  # nothing else is allowed: a form that is complete ends, short as it is
+            values[eos_id] = ends
     return values
 
 
 def distribution(logits_V: Row, decoding: Decoding) -> NDArray[np.float64]:
     """Probabilities [V] after temperature, top-k, top-p and min-p, in that order; at least the likeliest token stays."""
-    values = logits_V.astype(np.float64) / decoding.temperature
+    values = (logits_V.astype(np.float64) - float(logits_V.max())) / decoding.temperature
     if 0 < decoding.top_k < values.size:
         values[values < np.partition(values, -decoding.top_k)[-decoding.top_k]] = -np.inf
     if decoding.top_p < 1:
@@ -99,8 +102,6 @@ class Chooser:
         if self._constraint is not None:
             values = np.where(self._constraint.allowed(self._state), logits_V, np.float32(-np.inf))
         values = scores(values, self._decoding, self._generated, self._eos)
-        if not np.isfinite(values).any():  # the only allowed token is an end that would come too early
-            return self._eos
         token = int(values.argmax()) if self._random is None else int(self._random.choice(values.size, p=distribution(values, self._decoding)))
         self._generated.append(token)
         if self._constraint is not None and token != self._eos:

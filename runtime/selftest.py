@@ -121,7 +121,7 @@ def replay(session: Session, tolerance: Mapping[str, float]) -> list[StageError]
 def replay_goldens(session: Session, goldens: Sequence[Golden], tolerance: Mapping[str, float]) -> list[StageError]:
     """Runs golden cases through the engine, each stage fed PyTorch's inputs, and returns the errors of vision, prefill and decode."""
     found = []
-    session.prefix.forget()  # its cache rows are about to be others'
+    session.forget()  # its cache rows are about to be others'
     for golden in goldens:
         embeds = session.engine.embed_image(golden.pixels, pool_matrix(session.spec.vision.grid, golden.pool_size))[0]
         text = len(golden.before) + len(golden.after)

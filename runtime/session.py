@@ -61,10 +61,11 @@ class Session:
         self.tokenizer = Tokenizer.load(bundle.file(TOKENIZER), bundle.spec)
         self._table = _open_table(bundle)
         self.prefix = Prefix(engine)
-        self._images = FeatureCache(bundle.identity, bundle.spec.decoder.hidden, disk=image_cache)
+        self._images = FeatureCache(f"{bundle.identity}:{engine.version}", bundle.spec.decoder.hidden, disk=image_cache)
         self._drafts = engine.verifies and bundle.schemes.get(ROWS) == ALONE
-        self._constraints: dict[str, Constraint] = {}
-        self._turn = 0
+        self._boxes: BoxGrammar | None = None
+        self._schema: tuple[str, JsonSchema] | None = None
+        self.turn = 0
 
     def ask(
         self,
@@ -101,6 +102,8 @@ class Session:
         """
         from runtime.batch import decode_together
 
+        if decoding.lookup:
+            raise UsageError(f"lookup {decoding.lookup} is for one question at a time; leave it out")
         jobs = [self._job(question, decoding) for question in questions]
         return [self.start(job).finish() for job in jobs] if decoding.beams > 1 else decode_together(self, jobs)
 
@@ -116,6 +119,7 @@ class Session:
 
     def forget(self) -> None:
         """Drops what was kept for the next question: key/value rows and image embeddings in memory."""
+        self.claim()
         self.prefix.forget()
         self._images.forget()
 
@@ -159,13 +163,16 @@ class Session:
 
     def constraint(self, task: str, decoding: Decoding) -> Constraint | None:
         """What the answer is held to, if anything."""
-        key = decoding.schema or ("" if task == "ground" and decoding.constrain else None)
-        if key is None:
+        vocabulary = self.spec.decoder.vocab_size
+        if decoding.schema is not None:
+            if self._schema is None or self._schema[0] != decoding.schema:
+                self._schema = (decoding.schema, JsonSchema(self.tokenizer, vocabulary, decoding.schema))
+            return self._schema[1]
+        if task != "ground" or not decoding.constrain:
             return None
-        if key not in self._constraints:
-            vocabulary = self.spec.decoder.vocab_size
-            self._constraints[key] = JsonSchema(self.tokenizer, vocabulary, key) if key else BoxGrammar(self.tokenizer, vocabulary)
-        return self._constraints[key]
+        if self._boxes is None:
+            self._boxes = BoxGrammar(self.tokenizer, vocabulary)
+        return self._boxes
 
     def start(self, job: Job) -> Stream:
         """A stream that answers a prepared question once it is read."""
@@ -186,8 +193,7 @@ class Session:
         return decoding.lookup
 
     def _run(self, stream: Stream, job: Job, drafts: int) -> Iterator[str]:
-        self._turn += 1
-        turn, progress, words = self._turn, Generation(), AnswerText(self.tokenizer, job.decoding.stop)
+        turn, progress, words = self.claim(), Generation(), AnswerText(self.tokenizer, job.decoding.stop)
         logits, cached = self.prefill(job, progress)
         limits = Limits(self.spec.eos_id, job.limit, job.budget.prompt_tokens)
         if job.decoding.beams > 1:
@@ -197,24 +203,35 @@ class Session:
             chooser = Chooser(job.decoding, self.spec.eos_id, job.constraint)
             context = Lookup(job.context) if drafts else None
             tokens = generate(self.engine, self._table, logits, chooser, limits, progress, drafts, context)
+        pushed = 0
         for token in tokens:
+            pushed += 1
             if piece := words.push(token):
                 yield piece
+                self._still(turn)
             if words.stopped or stream.cancelled:
                 progress.finish_reason = "stop" if words.stopped else "cancelled"
                 break
-            if turn != self._turn:
-                raise UsageError("another question was started on this session before this stream was read; read it first, or load a second session")
+        progress.tokens = progress.tokens[:pushed]
         if piece := words.finish():
             yield piece
-        self.prefix.extend(("answer", tuple(progress.tokens[: progress.fed])), progress.fed)
+            self._still(turn)
+        self.prefix.extend(("answer", tuple(progress.tokens[: progress.exact])), progress.exact)
         stream.answer = self.answered(job, words.text, progress, cached)
 
-    def _search(self, stream: Stream, job: Job, logits: NDArray[np.float32], limits: Limits, progress: Generation) -> None:
-        stop = job.decoding.stop
+    def claim(self) -> int:
+        """Takes the key/value cache for a new use; streams that were begun before and not read to their end notice. Returns the turn's number."""
+        self.turn += 1
+        return self.turn
 
+    def _still(self, turn: int) -> None:
+        if turn != self.turn:
+            raise UsageError("the session was used again before this stream was read to its end; read it first, or load a second session")
+
+    def _search(self, stream: Stream, job: Job, logits: NDArray[np.float32], limits: Limits, progress: Generation) -> None:
         def stopped(tokens: Sequence[int]) -> bool:
-            return bool(stop) and any(text in self.tokenizer.decode(tokens) for text in stop)
+            said = self.tokenizer.decode(tokens).lstrip(" ") if job.decoding.stop else ""
+            return any(text in said for text in job.decoding.stop)
 
         beam_search(self.engine, self._table, logits, job.decoding, limits, progress, job.constraint, stopped, cancelled=lambda: stream.cancelled)
 
@@ -241,7 +258,7 @@ class Session:
         boxes = tuple(FoundBox(phrase, to_pixel_box(box, *job.picture.size), box) for box in found)
         return Answer(
             text, job.task, boxes, progress.finish_reason, tuple(progress.tokens), job.budget.prompt_tokens, job.budget.visual_tokens, timings,
-            cached, progress.drafted, progress.accepted, progress.fed, tuple(steps),
+            cached, progress.drafted, progress.accepted, progress.exact, tuple(steps),
         )  # fmt: skip
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from runtime.contract.errors import PromptError
 
-__all__ = ["CHAT_SYSTEM", "TASKS", "Message", "Prompt", "Task", "detect_task", "next_turn", "render", "render_chat"]
+__all__ = ["CHAT_SYSTEM", "TASKS", "Message", "Prompt", "Task", "checked_text", "detect_task", "next_turn", "render", "render_chat"]
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,15 @@ def render(task: str, text: str) -> Prompt:
     """Renders user text for a task. Raises `PromptError` for an unknown task, empty text or text that is not valid Unicode."""
     if task not in TASKS:
         raise PromptError(f"unknown task {task!r}; choose one of: {', '.join(TASKS)}")
+    return TASKS[task].render(checked_text(text))
+
+
+def checked_text(text: str) -> str:
+    """What a user typed, without white space around it. Raises `PromptError` if nothing is left or it is not valid Unicode."""
     if not text.strip():
         raise PromptError('the prompt is empty; say what to do, for example "describe"')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise PromptError(f"the prompt is not valid Unicode at character {error.start}; re-enter it as UTF-8") from None
-    return TASKS[task].render(text.strip())
+    return text.strip()

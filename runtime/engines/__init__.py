@@ -51,6 +51,8 @@ class Engine(Protocol):
     """Runs the two graphs of a bundle. Not safe for use by several threads at once."""
 
     capacity: int
+    version: str
+    """Of the engine's library: its results may change with it."""
     verifies: bool
     """True where `verify` works: the graph gives logits of more than one position."""
 

@@ -131,7 +131,7 @@ class OrtEngine:
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         spec = bundle.spec.decoder
-        self._bundle = bundle
+        self._bundle, self.version = bundle, f"onnxruntime {ort.__version__}"
         self.capacity = min(options.context or spec.context, spec.context)
         # The tower's threads would otherwise go on spinning on the cores that prefill and decode need.
         self._vision = open_graph(bundle, VISION, options, spinning=False)
