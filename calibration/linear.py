@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["KERNEL_BLOCKS", "Grid", "LinearScheme", "Quantised", "fake_activation", "fit_pairs", "grid_for", "round_in_pairs", "round_to"]
+__all__ = ["KERNEL_BLOCKS", "Grid", "LinearScheme", "Quantised", "fake_activation", "fit_pairs", "fits", "grid_for", "round_in_pairs", "round_to"]
 
 _INT8 = 127
 _WIDER = (1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0)  # scales tried, against that of 8 bits; the last one is that of 7
@@ -192,6 +192,11 @@ def _paired(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
     costs = [factor**2 * (weight_NK.shape[1] / 12 + (sums / factor - _PAIR).clamp_(min=0).square_().sum(1) / 2) for factor in _WIDER]
     best = torch.tensor(_WIDER)[torch.stack(costs).argmin(0)]
     return fit_pairs(round_to(weight_NK, replace(grid, scale=grid.scale * best[:, None])))
+
+
+def fits(quantised: Quantised) -> bool:
+    """True if `fit_pairs` would change nothing."""
+    return torch.equal(fit_pairs(quantised).levels, quantised.levels)
 
 
 def fit_pairs(quantised: Quantised) -> Quantised:

@@ -29,6 +29,7 @@ __all__ = ["WAVE", "decode_together", "read_questions"]
 WAVE = 8
 """Sequences decoded at a time: each holds a cache of its own."""
 
+_MAX_BYTES = 64 << 20
 _FIELDS = {"image": str, "prompt": str, "task": str, "visual_tokens": int, "max_new_tokens": int}
 
 
@@ -99,7 +100,9 @@ def read_questions(path: Path, task: str, visual_tokens: int | None, max_new_tok
     from runtime.session import Question
 
     try:
-        lines = path.read_text("utf-8").splitlines()
+        if path.stat().st_size > _MAX_BYTES:
+            raise DataError(f"{path} is larger than {_MAX_BYTES} bytes; split it")
+        lines = path.read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); give a jsonl file of questions") from None
     questions = []

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 
 from runtime.cli_decoding import add_decoding, decoding_of
 from runtime.contract.console import OneLineParser, check_output, note, positive, run_command, track
-from runtime.contract.errors import ParityError, UsageError
+from runtime.contract.errors import ParityError, PromptError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from runtime.answer import Answer, Stream
+    from runtime.decoding import Decoding
     from runtime.session import Session
 
 __all__ = ["main"]
@@ -73,6 +74,7 @@ def run() -> None:
     given = _parser().parse_args()
     mode = _mode(given)
     check_output(given.draw)
+    decoding = decoding_of(given, given.prompt or "")
     from runtime.features import DISK_BYTES
     from runtime.session import load
 
@@ -80,10 +82,10 @@ def run() -> None:
     session = load(given.bundle or default_bundle(), threads=given.threads, context=given.context, image_cache=cache)
     if session.bundle.verdict != "VERIFIED":
         note("warning: this bundle is UNVERIFIED: its build did not prove it equal to PyTorch")
-    mode(session, given)
+    mode(session, given, decoding)
 
 
-def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace], None]:
+def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace, Decoding], None]:
     """What is to be done. Raises `UsageError` for what does not go together."""
     modes = {"--self-test": given.self_test, "--chat": given.chat, "--batch": given.batch is not None}
     chosen = [name for name, on in modes.items() if on]
@@ -92,6 +94,8 @@ def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace], 
     if chosen and given.draw:
         raise UsageError(f"--draw draws the boxes of one answer; leave it out with {chosen[0]}")
     if given.self_test:
+        if given.image is not None:
+            raise UsageError("--self-test replays what the bundle holds; leave the picture out")
         return _self_test
     if given.batch is not None:
         if given.image is not None:
@@ -100,17 +104,19 @@ def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace], 
     if given.chat:
         if given.image is None or given.image == "-":
             raise UsageError("--chat needs a picture's file, for example: infmllm-run photo.jpg --chat")
+        if given.task not in ("auto", "chat"):
+            raise UsageError(f"--chat and --task {given.task} exclude each other; leave --task out")
+        given.task = "chat"
         return _chat
     if given.image is None or given.prompt is None:
         raise UsageError('give an image and a prompt, for example: infmllm-run photo.jpg "describe"')
     return _one
 
 
-def _one(session: Session, given: argparse.Namespace) -> None:
+def _one(session: Session, given: argparse.Namespace, decoding: Decoding) -> None:
     from runtime.contract.image import MAX_BYTES, open_image
 
     picture = sys.stdin.buffer.read(MAX_BYTES + 1) if given.image == "-" else given.image
-    decoding = decoding_of(given, given.prompt)
     stream = session.stream(picture, given.prompt, given.task, given.visual_tokens, given.max_new_tokens, decoding)
     answer = _shown(session, stream, given.json)
     if given.draw:
@@ -126,18 +132,16 @@ def _shown(session: Session, stream: Stream, as_json: bool) -> Answer:
             if not as_json:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        print(flush=True)  # what was said stays a line of its own
+        if not as_json:
+            print(flush=True)  # what was said stays a line of its own
         raise
     answer = stream.finish()
     print(_as_json(session, answer) if as_json else "", flush=True)
     return answer
 
 
-def _chat(session: Session, given: argparse.Namespace) -> None:
-    if given.task not in ("auto", "chat"):
-        raise UsageError(f"--chat and --task {given.task} exclude each other; leave --task out")
-    given.task = "chat"
-    chat = session.chat(given.image, given.visual_tokens, decoding_of(given, ""))
+def _chat(session: Session, given: argparse.Namespace, decoding: Decoding) -> None:
+    chat = session.chat(given.image, given.visual_tokens, decoding)
     asked = iter([given.prompt]) if given.prompt else iter(())
     while True:
         text = next(asked, None) or _next_line()
@@ -153,14 +157,19 @@ def _next_line() -> str | None:
     """What the person types next, None at the end."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline() or None
+    line = sys.stdin.buffer.readline()
+    try:
+        return line.decode() if line else None
+    except UnicodeDecodeError as error:
+        raise PromptError(f"the turn is not valid UTF-8 at byte {error.start}; enter it as UTF-8") from None
 
 
-def _batch(session: Session, given: argparse.Namespace) -> None:
+def _batch(session: Session, given: argparse.Namespace, decoding: Decoding) -> None:
     from runtime.batch import WAVE, read_questions
 
     questions = read_questions(given.batch, given.task, given.visual_tokens, given.max_new_tokens)
-    decoding = decoding_of(given, "")
+    for question in questions:
+        session.check(question, decoding)
     waves = [questions[start : start + WAVE] for start in range(0, len(questions), WAVE)]
     for wave in track(waves, len(waves), "answering"):
         for answer in session.ask_many(wave, decoding):
@@ -191,7 +200,7 @@ def _draw(picture: Image.Image, answer: Answer, path: Path) -> None:
         raise UsageError(f"cannot write {path} ({error.strerror}); choose another --draw file") from None
 
 
-def _self_test(session: Session, given: argparse.Namespace) -> None:
+def _self_test(session: Session, given: argparse.Namespace, decoding: Decoding) -> None:
     from runtime.selftest import replay
 
     stages = replay(session, session.bundle.tolerance)

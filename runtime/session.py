@@ -107,6 +107,10 @@ class Session:
         jobs = [self._job(question, decoding) for question in questions]
         return [self.start(job).finish() for job in jobs] if decoding.beams > 1 else decode_together(self, jobs)
 
+    def check(self, question: Question, decoding: Decoding = _DEFAULT) -> None:
+        """Raises what answering would raise before anything is computed: a missing picture, a prompt too long, options that do not fit."""
+        self._drafted(self._job(question, decoding).decoding)
+
     def chat(self, image: PictureSource, visual_tokens: int | None = None, decoding: Decoding = _DEFAULT) -> Chat:
         """Starts a conversation about a picture: `chat.ask("…")`, `chat.stream("…")`."""
         from runtime.chat import Chat

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calibration.calibrate import Calibrated
-from calibration.linear import LinearScheme, Quantised, activation_grid
+from calibration.linear import LinearScheme, Quantised, activation_grid, fits
 from export.passes.contract import GraphPass, PassResult, initializer, is_weight, lazy_initializer, replace_node
 from export.passes.pack_projections import parts_of
 from runtime.contract.errors import BuildError
@@ -140,11 +140,17 @@ class _Layer:
 
     def weight(self) -> tuple[ir.Value, ir.Value]:
         """8-bit levels [K,N] and a scale per output channel [N]."""
-        levels = self.stored("int8", lambda q: np.ascontiguousarray(q.levels.numpy().T.astype(np.int8)), _I8, (self.k, self.n))
+        levels = self.stored("int8", _fitted, _I8, (self.k, self.n))
         return levels, self.stored("scale", lambda q: q.grid.scale.numpy()[:, 0], _FP32, (self.n,))
 
     def finish(self, result: ir.Value) -> None:
         replace_node(self.model, self.node, result)
+
+
+def _fitted(quantised: Quantised) -> NDArray[np.int8]:
+    """Levels as the kernel wants them. The manifest says that their products fit 16 bits, so they must (`calibration.linear.round_in_pairs`)."""
+    assert fits(quantised), "8-bit weights for 8-bit activations are rounded in pairs"
+    return np.ascontiguousarray(quantised.levels.numpy().T.astype(np.int8))
 
 
 def _per_row(layer: _Layer) -> None:

@@ -47,9 +47,12 @@ def open_graph(bundle: Bundle, file: str, options: EngineOptions, spinning: bool
         return session_options(options.threads, spinning, exact)
 
     path = bundle.file(file)
-    try:
-        if options.engine_cache and (ready := stored(bundle, file, settings, str(exact))):
+    if options.engine_cache and (ready := stored(bundle, file, settings, str(exact))):
+        try:
             return open_stored(ready, settings())
+        except Exception:  # removed or replaced a moment ago; the plain graph is still there
+            pass
+    try:
         return ort.InferenceSession(str(path), settings(), providers=_PROVIDERS)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise EngineError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]:.300}; re-export the bundle for this version") from None

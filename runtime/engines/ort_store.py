@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle, cache_folder
 from runtime.contract.console import note
+from runtime.contract.errors import BusyError, EngineError, UsageError
+from runtime.contract.files import locked
 from runtime.contract.spec import LOGITS_TO_KEEP, SEQLENS_K, TOTAL_LENGTH
 
 __all__ = ["engine_cache_bytes", "open_stored", "stored"]
@@ -30,19 +32,22 @@ __all__ = ["engine_cache_bytes", "open_stored", "stored"]
 WORTH = 64 << 20
 """Bytes of weights from which a graph is kept."""
 
-_DEFAULT_GB = 16.0
+_DEFAULT_GB, _MOST_GB = 16.0, 1e6
 _RECIPE = 1  # part of the fingerprint: raise it when what is saved changes
 _MODEL, _WEIGHTS, _MARK, _USABLE = "model.onnx", "model.bin", "engine.json", "usable"
 _SPACE = 2.3  # disk taken, against a graph's weights
 _MAX_MARK = 1 << 16
+_MAX_INPUT = 1 << 28  # numbers in a made-up input
+_STAGING = ".making"
 
 
 def engine_cache_bytes() -> int:
     """How large the cache may grow: $INFMLLM_ENGINE_CACHE_GB (0: none), by default 16 GB."""
+    text = os.environ.get("INFMLLM_ENGINE_CACHE_GB", "")
     try:
-        return int(float(os.environ.get("INFMLLM_ENGINE_CACHE_GB", _DEFAULT_GB)) * 1e9)
+        return max(0, int(min(float(text or _DEFAULT_GB), _MOST_GB) * 1e9))
     except ValueError:
-        return 0
+        raise UsageError(f"INFMLLM_ENGINE_CACHE_GB is {text!r:.40}, expected a number of gigabytes, 0 for no engine cache") from None
 
 
 def _cpu() -> str:
@@ -61,29 +66,29 @@ def stored(bundle: Bundle, file: str, settings: Callable[[], ort.SessionOptions]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     root = cache_folder() / "engines"
     ready = root / name
-    if (usable := _intact(ready)) is not None:
-        with contextlib.suppress(OSError):
-            os.utime(ready / _MARK)
-        return ready / _MODEL if usable else None
+    usable = _intact(ready)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / f".{name}.lock") as held:
-            if held is None:
-                return None
-            _make_room(root, limit, int(_SPACE * weights[0]))
-            _make(bundle.file(file), ready, root / f".{name}.making", settings)
-    except OSError as error:
-        note(f"weights are not kept packed for this CPU ({error.strerror or error}); loading takes longer")
+        if usable is None:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with locked(ready):
+                if (usable := _intact(ready)) is None:  # another process may just have made it
+                    _make_room(root, limit, int(_SPACE * weights[0]))
+                    usable = _make(bundle.file(file), ready, root / f".{name}{_STAGING}", settings)
+        os.utime(ready / _MARK)
+    except BusyError:
         return None
-    return ready / _MODEL if _intact(ready) else None
+    except Exception as error:  # ONNX Runtime's exceptions share no public base class; whatever went wrong, the plain graph is still there
+        note(f"the weights of {file} are not kept packed for this CPU ({' '.join(str(error).split()):.160}); loading takes longer")
+        return None
+    return ready / _MODEL if usable else None
 
 
-def _make(source: Path, ready: Path, staging: Path, settings: Callable[[], ort.SessionOptions]) -> None:
-    """Opens the graph once, which writes it and its packed weights, tries what was written, and puts the folder in place."""
+def _make(source: Path, ready: Path, staging: Path, settings: Callable[[], ort.SessionOptions]) -> bool:
+    """Opens the graph once, which writes it and its packed weights, tries what was written, puts the folder in place; False if it is no good."""
     note(f"packing the weights of {source.name} for this CPU (once)")
     for folder in (ready, staging):
         shutil.rmtree(folder, ignore_errors=True)
-    staging.mkdir()
+    staging.mkdir(mode=0o700)
     try:
         saving = settings()
         saving.optimized_model_filepath = str(staging / _MODEL)
@@ -100,6 +105,7 @@ def _make(source: Path, ready: Path, staging: Path, settings: Callable[[], ort.S
         mark = {path.name: _identity(path) for path in (staging / _MODEL, staging / _WEIGHTS)}
         (staging / _MARK).write_text(json.dumps(mark | {_USABLE: usable}))
         os.rename(staging, ready)
+        return usable
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -122,6 +128,8 @@ def _tried(session: ort.InferenceSession) -> list[NDArray[np.generic]]:
         sizes = {"L": length, "C": length}
         for value in session.get_inputs():
             shape = [size if isinstance(size, int) else sizes.get(size, 1) for size in value.shape]
+            if math.prod(shape) > _MAX_INPUT:
+                raise EngineError(f"{value.name} is {shape}, too large to try")
             if value.name not in feed:
                 feed[value.name] = np.zeros(shape, np.int8) if "int8" in value.type else rng.normal(size=shape).astype(np.float32)
         names = {value.name for value in session.get_inputs()}
@@ -151,6 +159,9 @@ def _intact(folder: Path) -> bool | None:
 def _make_room(root: Path, limit: int, wanted: int) -> None:
     """Removes engines used longest ago until `wanted` bytes fit; raises `OSError` if the disk has no room even so."""
     engines = []
+    for left in root.glob(f".*{_STAGING}"):  # of a process that was killed
+        with contextlib.suppress(BusyError), locked(root / left.name[1:].removesuffix(_STAGING)):
+            shutil.rmtree(left, ignore_errors=True)
     for folder in root.iterdir():
         with contextlib.suppress(OSError):
             if folder.is_dir() and not folder.name.startswith("."):
@@ -164,18 +175,3 @@ def _make_room(root: Path, limit: int, wanted: int) -> None:
         total -= size
     if shutil.disk_usage(root).free < wanted:
         raise OSError(f"{wanted >> 20} MiB of disk are needed at {root}")
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[IO[bytes] | None]:
-    """The open lock file, or None if another process holds it."""
-    import fcntl
-
-    with path.open("wb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield None
-            return
-        yield file
-        path.unlink(missing_ok=True)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import Decoding, Session, load
+from runtime import Decoding, Question, Session, load
 from runtime.contract.bundle import cache_folder
-from runtime.contract.errors import ContextError, EngineError, ImageError, UsageError
+from runtime.contract.errors import ContextError, EngineError, ImageError, PromptError, UsageError
+from runtime.contract.prompt import render
 from runtime.features import FeatureCache, Features
 from runtime.selftest import replay
 
@@ -92,6 +93,7 @@ def test_a_conversation_computes_only_what_is_new(built: Callable[[str], Path], 
         counted = Counted(session)
         chat = session.chat(scene_image, 4)
         first = chat.ask("Hi.", 5)
+        assert first.kept_tokens == 4
         counted.rows = 0
         second = chat.ask("And then?", 5)
         assert counted.images == 1 and second.cached_tokens == first.prompt_tokens + 4, "all but the last token, which was never fed"
@@ -140,15 +142,70 @@ def test_beams_and_batches_leave_the_cache_usable(built: Callable[[str], Path], 
     assert again.tokens == expected and again.cached_tokens == 0, "the self-test wrote over the rows"
 
 
-def test_a_stream_that_was_overtaken_says_so(built: Callable[[str], Path], scene_image: Image.Image) -> None:
+@pytest.mark.parametrize("other", ["ask", "ask_many", "self-test", "forget"])
+def test_a_stream_that_was_overtaken_says_so(built: Callable[[str], Path], scene_image: Image.Image, other: str) -> None:
     session = load(built("fp32"))
-    first = session.stream(scene_image, "describe", "caption")
+    first = session.stream(scene_image, "describe", "caption", decoding=Decoding(lookup=0))
     pieces = iter(first)
     next(pieces)
-    expected = session.ask(scene_image, "what is it?", "vqa")
-    with pytest.raises(UsageError, match="another question was started"):
+    uses = {
+        "ask": lambda: session.ask(scene_image, "what is it?", "vqa"),
+        "ask_many": lambda: session.ask_many([Question(scene_image, "what is it?", "vqa")]),
+        "self-test": lambda: replay(session, session.bundle.tolerance),
+        "forget": session.forget,
+    }
+    uses[other]()
+    with pytest.raises(UsageError, match="used again before this stream was read"):
         list(pieces)
+    with pytest.raises(UsageError, match="ended in an error"):
+        first.finish()
+    expected = load(built("fp32")).ask(scene_image, "what is it?", "vqa")
     assert session.ask(scene_image, "what is it?", "vqa").tokens == expected.tokens
+
+
+def test_an_overtaken_stream_that_is_cancelled_claims_no_rows(built: Callable[[str], Path], scene_image: Image.Image) -> None:
+    session, fresh = load(built("fp32")), load(built("fp32"))
+    chats = [one.chat(scene_image, 4, Decoding(lookup=0)) for one in (session, fresh)]
+    for chat in chats:
+        chat.ask("Describe it.", 6)
+    old = session.stream(scene_image, "Describe it.", "chat", 4, 12, Decoding(lookup=0))
+    pieces = iter(old)
+    for _ in range(3):
+        next(pieces)
+    session.ask(scene_image, "Describe it.", "chat", 4, 1)
+    old.cancel()
+    with pytest.raises(UsageError, match="used again"):
+        list(pieces)
+    assert chats[0].ask("And then?", 8).tokens == chats[1].ask("And then?", 8).tokens
+
+
+def test_rows_checked_among_others_are_not_kept(built: Callable[[str], Path], scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafted token's row equals a stepwise one only up to rounding: the next turn computes it again, and so gives the same bits as without."""
+    monkeypatch.setattr("runtime.generate._Pays.__bool__", lambda self: True)
+    session = load(built("fp32"))
+    real = session.engine.forward(np.ones((1, 3, 64), np.float32), 0)
+    assert real.shape == (960,)
+    session.forget()
+    said = session.ask(scene_image, "say it", "chat", 4, 30, Decoding(lookup=0)).tokens
+    monkeypatch.setattr("runtime.lookup.Lookup.draft", lambda self, most: list(said[len(self._tokens) - start :][:most]))
+    chat = session.chat(scene_image, 4, Decoding(lookup=3))
+    start = len(session.tokenizer.encode_prompt(render("chat", "say it"))[1])
+    session.forget()
+    first = chat.ask("say it", 30)
+    assert first.tokens == said and first.accepted_tokens > 10 and first.kept_tokens == 0
+    assert chat.ask("And then?", 5).cached_tokens == first.prompt_tokens
+
+
+def test_turns_of_a_conversation_come_one_after_another(built: Callable[[str], Path], scene_image: Image.Image) -> None:
+    chat = load(built("fp32")).chat(scene_image, 4)
+    first, second = chat.stream("Hi.", 4), chat.stream("And then?", 4)
+    first.finish()
+    with pytest.raises(UsageError, match="another turn was answered"):
+        second.finish()
+    assert len(chat.messages) == 2
+    for wrong in ("  ", "\ud800"):
+        with pytest.raises(PromptError):
+            chat.ask(wrong)
 
 
 def test_an_answer_left_unread_harms_nothing(built: Callable[[str], Path], scene_image: Image.Image) -> None:

@@ -88,12 +88,35 @@ def test_json_follows_its_schema(session: Session, scene_image: Image.Image, dec
     assert set(found) == {"count", "colour"} and 0 <= found["count"] <= 9 and found["colour"] in SCHEMA["properties"]["colour"]["enum"]  # type: ignore[index]
 
 
+def test_a_form_that_is_complete_ends_however_short(session: Session, scene_image: Image.Image) -> None:
+    for settings in ({}, {"beams": 5}, {"temperature": 1.0, "seed": 1}):
+        decoding = Decoding(schema='{"enum": ["red", "blue"]}', min_new_tokens=25, **settings)  # type: ignore[arg-type]
+        answer = session.ask(scene_image, "describe", "caption", decoding=decoding)
+        assert json.loads(answer.text) in ("red", "blue") and answer.finish_reason == "stop"
+    boxed = session.ask(scene_image, "circle", "ground", decoding=Decoding(beams=3, min_new_tokens=29))
+    assert boxed.boxes
+
+
 def test_json_cut_short_says_so(session: Session, scene_image: Image.Image) -> None:
     answer = session.ask(scene_image, "describe", "caption", max_new_tokens=3, decoding=Decoding(schema=json.dumps(SCHEMA)))
     assert answer.finish_reason == "length"
 
 
-@pytest.mark.parametrize("schema", ["nonsense", "[]", '{"type": "unheard-of"}', '{"$ref": "#/nowhere"}'])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        "",
+        "nonsense",
+        "[]",
+        "[" * 100_000,
+        '{"type": "unheard-of"}',
+        '{"$ref": "#/nowhere"}',
+        '{"$ref": "#"}',
+        '{"const": "\\ud800"}',
+        '{"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}',
+    ],
+    ids=lambda schema: schema[:30],
+)
 def test_a_schema_that_cannot_be_followed_is_refused(session: Session, scene_image: Image.Image, schema: str) -> None:
     with pytest.raises(UsageError, match="JSON schema"):
         session.ask(scene_image, "describe", decoding=Decoding(schema=schema))
@@ -147,7 +170,9 @@ def test_cancelling_keeps_what_was_said(session: Session, scene_image: Image.Ima
     assert 3 <= len(stream.answer.tokens) < 30
     searched = session.stream(scene_image, "describe", decoding=Decoding(beams=3))
     searched.cancel()
-    assert searched.finish().finish_reason == "cancelled"
+    given_up = searched.finish()
+    assert given_up.finish_reason == "cancelled" and len(given_up.tokens) <= 1
+    assert given_up.text == session.tokenizer.decode(given_up.tokens).lstrip(" "), "text and tokens agree"
 
 
 def test_streams_are_whole_code_points(session: Session) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from runtime.contract.bundle import Bundle, cache_folder, read_bundle
+from runtime.contract.errors import UsageError
 from runtime.engines import EngineOptions, load_engine, ort_store
 
 INPUTS = np.random.default_rng(0).normal(size=(1, 9, 64)).astype(np.float32)
@@ -105,6 +108,38 @@ print(session.engine.forward(np.ones((1, 5, 64), np.float32), 0).tobytes().hex()
     outputs = {process.communicate(timeout=120)[0] for process in running}
     assert all(process.returncode == 0 for process in running) and len(outputs) == 1
     assert len(folders()) == 2 and not list((cache_folder() / "engines").glob(".*making"))
+
+
+def test_a_write_that_fails_half_way_costs_time_only(built: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
+    bundle = read_bundle(built("fp32"))
+    expected = logits(bundle, cached=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
+    try:
+        found = logits(bundle)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)) and not folders()
+    assert "are not kept packed" in capfd.readouterr().err
+
+
+def test_what_a_killed_process_left_is_removed(built: Callable[[str], Path]) -> None:
+    left = cache_folder() / "engines" / f".{'0' * 64}.making"
+    left.mkdir(parents=True)
+    (left / "model.bin").write_bytes(b"half")
+    logits(read_bundle(built("fp32")))
+    assert not left.exists() and len(folders()) == 2
+
+
+@pytest.mark.parametrize("value", ["inf", "-3", "1e400"])
+def test_odd_bounds_are_bounds(built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("INFMLLM_ENGINE_CACHE_GB", value)
+    logits(read_bundle(built("fp32")))
+    monkeypatch.setenv("INFMLLM_ENGINE_CACHE_GB", "much")
+    with pytest.raises(UsageError, match="expected a number of gigabytes"):
+        logits(read_bundle(built("fp32")))
 
 
 def test_a_full_disk_costs_time_only(built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

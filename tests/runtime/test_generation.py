@@ -265,6 +265,8 @@ def test_many_questions_are_answered_as_one_by_one(session: Session, scene_image
         ).tokens
     )
     assert session.ask_many([]) == []
+    with pytest.raises(UsageError, match="one question at a time"):
+        session.ask_many(questions[:2], Decoding(lookup=4))
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,14 @@ def test_many_questions_are_answered_as_one_by_one(session: Session, scene_image
         {"beams": 2, "temperature": 1},
         {"beams": 2, "lookup": 3},
         {"top_k": 3},
+        {"beams": 2.5},
+        {"beams": "3"},
+        {"top_k": 2.5, "temperature": 1},
+        {"seed": 1.5},
+        {"temperature": 1e-320},
+        {"stop": "zone"},
+        {"stop": (3,)},
+        {"schema": 3},
     ],
     ids=str,
 )

@@ -113,6 +113,9 @@ def test_bad_files_of_questions_give_one_line(bundle: Path, tmp_path: Path, line
         (("--chat",), "--chat needs a picture"),
         (("IMAGE", "--batch", "x.jsonl"), "leave them out of the command line"),
         (("--batch", "x.jsonl", "--beams", "published"), "a number of beams with --batch"),
+        (("IMAGE", "--self-test"), "leave the picture out"),
+        (("IMAGE", "describe", "--temperature", "1e-320"), "0.001 to 100"),
+        (("IMAGE", "describe", "--temperature", "nan"), "0.001 to 100"),
     ],
 )
 def test_what_does_not_go_together_gives_one_line(bundle: Path, scene_png: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -120,6 +123,19 @@ def test_what_does_not_go_together_gives_one_line(bundle: Path, scene_png: Path,
     given = [scene_png if a == "IMAGE" else tmp_path / a if a == "x.jsonl" else a for a in arguments]
     result = run(*given, "--bundle", bundle)
     assert result.returncode == 2 and message in result.stderr.decode() and result.stderr.count(b"\n") == 1
+
+
+def test_a_missing_picture_is_found_before_any_is_answered(bundle: Path, scene_png: Path, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    rows = [{"image": str(scene_png), "prompt": "describe"}] * 9 + [{"image": "absent.png", "prompt": "a\u2028b"}]
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    result = run("--batch", file, "--bundle", bundle)
+    assert result.returncode == 1 and not result.stdout and "absent.png does not exist" in result.stderr.decode()
+
+
+def test_a_turn_that_is_no_text_gives_one_line(bundle: Path, scene_png: Path) -> None:
+    result = run(scene_png, "--chat", "--bundle", bundle, stdin=b"\xff\xfe\n")
+    assert result.returncode == 1 and "not valid UTF-8" in result.stderr.decode() and result.stderr.count(b"\n") == 1
 
 
 def test_an_interrupt_ends_a_conversation_with_130(bundle: Path, scene_png: Path) -> None:
