@@ -25,12 +25,14 @@ class Engine:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.returned: Callable[[], object] = lambda: None
         run = ort._Call.run
 
         def counted(call: ort._Call) -> NDArray[np.float32]:
             started = time.perf_counter()
             found = run(call)
             self.seconds += time.perf_counter() - started
+            self.returned()
             return found
 
         ort._Call.run = counted  # type: ignore[method-assign]
@@ -38,13 +40,13 @@ class Engine:
 
 def per_token(session: Session, image: bytes, engine: Engine, tokens: int) -> tuple[float, float]:
     """(microseconds of Python per token, milliseconds per token), streaming text; the prompt is in the cache."""
-    session.ask(image, _FIRST, "caption", max_new_tokens=1)
-    stream = iter(session.stream(image, _FIRST, "caption", max_new_tokens=tokens, decoding=Decoding(lookup=0)))
-    next(stream)
-    engine.seconds, started = 0.0, time.perf_counter()
-    count = sum(1 for _ in stream)
-    total = time.perf_counter() - started
-    return 1e6 * (total - engine.seconds) / max(1, count), 1e3 * total / max(1, count)
+    stream = session.stream(image, _FIRST, "caption", max_new_tokens=tokens, decoding=Decoding(lookup=0))
+    calls: list[tuple[float, float]] = []  # when each call of the engine had returned, and the seconds in it so far
+    engine.returned = lambda: calls.append((time.perf_counter(), engine.seconds))
+    stream.finish()
+    engine.returned = lambda: None
+    (first, inside_first), (last, inside_last), count = calls[1], calls[-1], max(1, len(calls) - 2)  # without the prompt, and the end of the answer
+    return 1e6 * (last - first - (inside_last - inside_first)) / count, 1e3 * (last - first) / count
 
 
 def first_token(session: Session, image: bytes, question: str) -> float:

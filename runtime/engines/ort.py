@@ -133,8 +133,7 @@ class OrtEngine:
         spec = bundle.spec.decoder
         self._bundle, self.version = bundle, f"onnxruntime {ort.__version__}"
         self.capacity = min(options.context or spec.context, spec.context)
-        # The tower's threads would otherwise go on spinning on the cores that prefill and decode need.
-        self._vision = open_graph(bundle, VISION, options, spinning=False)
+        self._vision = open_graph(bundle, VISION, options)
         self._decoder = open_graph(bundle, DECODER, options)
         self._prefill = open_graph(bundle, PREFILL, options) if PREFILL in bundle.files else self._decoder
         _check_contract(bundle, self._vision, {DECODER: self._decoder, **({PREFILL: self._prefill} if PREFILL in bundle.files else {})})

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import onnxruntime as ort
 
-from runtime.contract.bundle import FIT_16_BITS, PRODUCTS, Bundle
+from runtime.contract.bundle import FIT_16_BITS, PREFILL, PRODUCTS, VISION, Bundle
 from runtime.contract.errors import EngineError
 from runtime.engines import EngineOptions
 from runtime.engines.ort_store import open_stored, stored
@@ -22,10 +22,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def session_options(threads: int | None, spinning: bool = True, exact: bool = True) -> ort.SessionOptions:
+def session_options(threads: int | None, spinning: bool = True, exact: bool = True, resting: bool = False) -> ort.SessionOptions:
     """ONNX Runtime settings every session here uses; `threads` None means all cores this process may use.
 
-    `spinning` lets idle worker threads wait busily for the next operator. x86 CPUs without VNNI saturate in the unsigned-by-signed 8-bit kernel
+    `spinning` lets idle worker threads wait busily for the next operator, `resting` stops that when a run is over: they would take the cores another
+    session needs. x86 CPUs without VNNI saturate in the unsigned-by-signed 8-bit kernel
     unless the weights were made to fit (as our builds do); `exact` makes ONNX Runtime take its exact, slower one there (and only there).
     """
     settings = ort.SessionOptions()
@@ -34,17 +35,17 @@ def session_options(threads: int | None, spinning: bool = True, exact: bool = Tr
     settings.log_severity_level = _ERRORS
     settings.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
-    # Workers of a session that has just returned would go on spinning on the cores the next one needs.
-    settings.add_session_config_entry("session.force_spinning_stop", "1")
+    settings.add_session_config_entry("session.force_spinning_stop", "1" if resting else "0")
     return settings
 
 
-def open_graph(bundle: Bundle, file: str, options: EngineOptions, spinning: bool = True) -> ort.InferenceSession:
+def open_graph(bundle: Bundle, file: str, options: EngineOptions) -> ort.InferenceSession:
     """A session of one of a bundle's graphs, from the engine cache where its weights are worth it. Raises `EngineError`."""
     exact = bundle.schemes.get(PRODUCTS) != FIT_16_BITS
 
     def settings() -> ort.SessionOptions:
-        return session_options(options.threads, spinning, exact)
+        # The tower runs once an answer, a prefill graph before the first token: neither may go on spinning beside what comes next.
+        return session_options(options.threads, file != VISION, exact, resting=file == PREFILL)
 
     path = bundle.file(file)
     if options.engine_cache and (ready := stored(bundle, file, settings, str(exact))):
