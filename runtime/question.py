@@ -11,7 +11,6 @@ from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.constraints import Constraint
@@ -24,7 +23,7 @@ from runtime.engines import Engine
 from runtime.features import FeatureCache, Features
 from runtime.kv_cache import CacheBudget, Segment
 
-__all__ = ["IMAGE_STAGES", "Job", "Picture", "PictureSource", "embedded"]
+__all__ = ["IMAGE_STAGES", "Job", "Picture", "PictureSource"]
 
 T = TypeVar("T")
 PictureSource = str | os.PathLike[str] | bytes | Image.Image
@@ -90,8 +89,3 @@ class Job:
     decoding: Decoding
     constraint: Constraint | None
     context: tuple[int, ...] = field(repr=False)
-
-
-def embedded(table: NDArray[np.floating], ids: tuple[int, ...]) -> NDArray[np.float32]:
-    """Input embeddings [1, L, H] of token ids."""
-    return np.asarray(table[list(ids)], np.float32)[None]

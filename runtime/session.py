@@ -19,8 +19,8 @@ from runtime.answer import Answer, AnswerText, FoundBox, Stream
 from runtime.beam import beam_search
 from runtime.constraints import BoxGrammar, Constraint, JsonSchema
 from runtime.contract.boxes import find_boxes, to_pixel_box
-from runtime.contract.bundle import ALONE, EMBEDDINGS, ROWS, TOKENIZER, Bundle, read_bundle
-from runtime.contract.errors import BundleError, UsageError
+from runtime.contract.bundle import ALONE, ROWS, TOKENIZER, Bundle, read_bundle
+from runtime.contract.errors import UsageError
 from runtime.contract.prompt import TASKS, Prompt, detect_task, render
 from runtime.contract.tokenizer import Tokenizer
 from runtime.decoding import Decoding
@@ -29,8 +29,9 @@ from runtime.features import FeatureCache
 from runtime.generate import Generation, Limits, generate
 from runtime.kv_cache import CacheBudget, Prefix, Segment
 from runtime.lookup import Lookup
-from runtime.question import Job, Picture, PictureSource, embedded
+from runtime.question import Job, Picture, PictureSource
 from runtime.sampling import Chooser
+from runtime.table import embedded, open_table
 
 if TYPE_CHECKING:
     from runtime.chat import Chat
@@ -59,7 +60,7 @@ class Session:
     def __init__(self, bundle: Bundle, engine: Engine, image_cache: int = 0) -> None:
         self.bundle, self.spec, self.engine = bundle, bundle.spec, engine
         self.tokenizer = Tokenizer.load(bundle.file(TOKENIZER), bundle.spec)
-        self._table = _open_table(bundle)
+        self._table = open_table(bundle)
         self.prefix = Prefix(engine)
         self._images = FeatureCache(f"{bundle.identity}:{engine.version}", bundle.spec.decoder.hidden, disk=image_cache)
         self._drafts = engine.verifies and bundle.schemes.get(ROWS) == ALONE
@@ -273,18 +274,6 @@ class Session:
     def embed_prompt(self, before: list[int], image_embeds_TH: NDArray[np.float32], after: list[int]) -> NDArray[np.float32]:
         """Input embeddings [1, L, H]: text before, visual embeddings, text after."""
         return np.concatenate([self._table[before], image_embeds_TH, self._table[after]], dtype=np.float32)[None]
-
-
-def _open_table(bundle: Bundle) -> NDArray[np.floating]:
-    """The token embeddings [V, H], mapped into memory."""
-    path, spec = bundle.file(EMBEDDINGS), bundle.spec.decoder
-    try:
-        table: NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise BundleError(f"{path} is no readable array ({error}); re-export the bundle") from None
-    if table.shape != (spec.vocab_size, spec.hidden) or table.dtype not in (np.float32, np.float16):
-        raise BundleError(f"{path} is {table.dtype} {table.shape}, expected ({spec.vocab_size}, {spec.hidden}) of float; re-export the bundle")
-    return np.asarray(table)  # a plain view of the map: indexing numpy's own class for maps costs microseconds a token
 
 
 def load(

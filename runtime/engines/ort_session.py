@@ -8,6 +8,7 @@ from typing import NoReturn
 import onnxruntime as ort
 
 from runtime.contract.bundle import FIT_16_BITS, PREFILL, PRODUCTS, VISION, Bundle
+from runtime.contract.console import note
 from runtime.contract.errors import EngineError
 from runtime.engines import EngineOptions
 from runtime.engines.ort_store import open_stored, stored
@@ -51,8 +52,8 @@ def open_graph(bundle: Bundle, file: str, options: EngineOptions) -> ort.Inferen
     if options.engine_cache and (ready := stored(bundle, file, settings, str(exact))):
         try:
             return open_stored(ready, settings())
-        except Exception:  # removed or replaced a moment ago; the plain graph is still there
-            pass
+        except Exception as error:  # removed or replaced a moment ago; the plain graph is still there
+            note(f"the packed weights of {file} cannot be opened ({str(error).splitlines()[0]:.160}); loading takes longer")
     try:
         return ort.InferenceSession(str(path), settings(), providers=_PROVIDERS)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class

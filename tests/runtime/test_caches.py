@@ -12,8 +12,7 @@ from PIL import Image
 
 from runtime import Decoding, Question, Session, load
 from runtime.contract.bundle import cache_folder
-from runtime.contract.errors import ContextError, EngineError, ImageError, PromptError, UsageError
-from runtime.contract.prompt import render
+from runtime.contract.errors import EngineError, ImageError, UsageError
 from runtime.features import FeatureCache, Features
 from runtime.selftest import replay
 
@@ -87,50 +86,6 @@ def test_a_second_question_computes_neither_image_nor_its_rows(built: Callable[[
     assert counted.images == 2, "another number of visual tokens is another embedding"
 
 
-def test_a_conversation_computes_only_what_is_new(built: Callable[[str], Path], scene_image: Image.Image) -> None:
-    for precision in ("fp32", "int8"):
-        session = load(built(precision))
-        counted = Counted(session)
-        chat = session.chat(scene_image, 4)
-        first = chat.ask("Hi.", 5)
-        assert first.kept_tokens == 4
-        counted.rows = 0
-        second = chat.ask("And then?", 5)
-        assert counted.images == 1 and second.cached_tokens == first.prompt_tokens + 4, "all but the last token, which was never fed"
-        assert counted.rows == second.prompt_tokens - second.cached_tokens < 20
-        assert [m.role for m in chat.messages] == ["user", "assistant"] * 2 and chat.messages[3].content == second.text
-        # The same conversation with a question about something else in between, and so nothing in the cache.
-        again = load(built(precision)).chat(scene_image, 4)
-        assert again.ask("Hi.", 5).tokens == first.tokens
-        again._session.prefix.forget()
-        repeated = again.ask("And then?", 5)
-        assert repeated.cached_tokens == 0 and repeated.tokens == second.tokens
-
-
-def test_a_conversation_is_the_rendered_one(built: Callable[[str], Path], scene_image: Image.Image) -> None:
-    """Turn by turn the model sees the tokens of the whole conversation rendered at once."""
-    from runtime.contract.prompt import Message, render_chat
-
-    session = load(built("fp32"))
-    chat = session.chat(scene_image, 4)
-    chat.ask("Hi.", 5)
-    tokens = chat._segments[-1].key[1] + chat._unfed  # type: ignore[index]
-    text = session.tokenizer.decode(tokens)
-    second = chat.ask("And then?", 5)
-    before, after = session.tokenizer.encode_prompt(render_chat([Message("user", "Hi."), Message("assistant", "@"), Message("user", "And then?")]))
-    first, _, rest = session.tokenizer.decode(after).partition(" @")
-    shown = session.tokenizer.decode([token for segment in chat._segments[:-1] for token in (segment.key[1] if segment.key[0] != "image" else ())])
-    assert shown == first + text + rest and second.prompt_tokens > len(before)
-
-
-def test_a_conversation_that_outgrows_the_cache_ends_with_one_line(built: Callable[[str], Path], scene_image: Image.Image) -> None:
-    chat = load(built("fp32")).chat(scene_image, 4)
-    with pytest.raises(ContextError, match="does not fit"):
-        for _ in range(20):
-            chat.ask("And then? " * 5, 20)
-    assert len(chat.messages) % 2 == 0
-
-
 def test_beams_and_batches_leave_the_cache_usable(built: Callable[[str], Path], scene_image: Image.Image) -> None:
     session, fresh = load(built("fp32")), load(built("fp32"))
     expected = fresh.ask(scene_image, "what is it?", "vqa").tokens
@@ -161,51 +116,6 @@ def test_a_stream_that_was_overtaken_says_so(built: Callable[[str], Path], scene
         first.finish()
     expected = load(built("fp32")).ask(scene_image, "what is it?", "vqa")
     assert session.ask(scene_image, "what is it?", "vqa").tokens == expected.tokens
-
-
-def test_an_overtaken_stream_that_is_cancelled_claims_no_rows(built: Callable[[str], Path], scene_image: Image.Image) -> None:
-    session, fresh = load(built("fp32")), load(built("fp32"))
-    chats = [one.chat(scene_image, 4, Decoding(lookup=0)) for one in (session, fresh)]
-    for chat in chats:
-        chat.ask("Describe it.", 6)
-    old = session.stream(scene_image, "Describe it.", "chat", 4, 12, Decoding(lookup=0))
-    pieces = iter(old)
-    for _ in range(3):
-        next(pieces)
-    session.ask(scene_image, "Describe it.", "chat", 4, 1)
-    old.cancel()
-    with pytest.raises(UsageError, match="used again"):
-        list(pieces)
-    assert chats[0].ask("And then?", 8).tokens == chats[1].ask("And then?", 8).tokens
-
-
-def test_rows_checked_among_others_are_not_kept(built: Callable[[str], Path], scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drafted token's row equals a stepwise one only up to rounding: the next turn computes it again, and so gives the same bits as without."""
-    monkeypatch.setattr("runtime.generate._Pays.__bool__", lambda self: True)
-    session = load(built("fp32"))
-    real = session.engine.forward(np.ones((1, 3, 64), np.float32), 0)
-    assert real.shape == (960,)
-    session.forget()
-    said = session.ask(scene_image, "say it", "chat", 4, 30, Decoding(lookup=0)).tokens
-    monkeypatch.setattr("runtime.lookup.Lookup.draft", lambda self, most: list(said[len(self._tokens) - start :][:most]))
-    chat = session.chat(scene_image, 4, Decoding(lookup=3))
-    start = len(session.tokenizer.encode_prompt(render("chat", "say it"))[1])
-    session.forget()
-    first = chat.ask("say it", 30)
-    assert first.tokens == said and first.accepted_tokens > 10 and first.kept_tokens == 0
-    assert chat.ask("And then?", 5).cached_tokens == first.prompt_tokens
-
-
-def test_turns_of_a_conversation_come_one_after_another(built: Callable[[str], Path], scene_image: Image.Image) -> None:
-    chat = load(built("fp32")).chat(scene_image, 4)
-    first, second = chat.stream("Hi.", 4), chat.stream("And then?", 4)
-    first.finish()
-    with pytest.raises(UsageError, match="another turn was answered"):
-        second.finish()
-    assert len(chat.messages) == 2
-    for wrong in ("  ", "\ud800"):
-        with pytest.raises(PromptError):
-            chat.ask(wrong)
 
 
 def test_an_answer_left_unread_harms_nothing(built: Callable[[str], Path], scene_image: Image.Image) -> None:
