@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from runtime.contract.bundle import MANIFEST, read_bundle
+from runtime.contract.bundle import MANIFEST, PRODUCTS, ROWS, read_bundle
 from runtime.contract.errors import BundleError
 from runtime.contract.files import sha256_file
 from runtime.contract.onnx_guard import external_locations
@@ -35,7 +35,7 @@ def rename_entry(name: str) -> Callable[[dict[str, Any]], None]:
 def test_a_good_bundle_reads(copied: Path) -> None:
     bundle = read_bundle(copied)
     bundle.verify()
-    assert bundle.verdict == "VERIFIED" and set(bundle.schemes) == {"vision", "decoder", "embeddings", "cache"}
+    assert bundle.verdict == "VERIFIED" and set(bundle.schemes) == {"vision", "decoder", "embeddings", "cache", ROWS, PRODUCTS}
 
 
 def test_missing_bundle_says_how_to_build_one(tmp_path: Path) -> None:

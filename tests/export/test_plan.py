@@ -98,12 +98,12 @@ def test_a_block_kept_in_another_scheme_is_stored_so(tiny_checkpoint: Path, tmp_
     description = describe_bundle(read_bundle(tmp_path / "b"))
     kinds = {name: {block: set(row["layers"].values()) for block, row in graph["blocks"].items()} for name, graph in description["graphs"].items()}
     assert kinds["decoder.onnx"]["decoder.layers.0"] == kinds["prefill.onnx"]["decoder.layers.0"] == {"fp16"}
-    assert kinds["decoder.onnx"]["decoder.layers.1"] == {"int4/32"} and kinds["prefill.onnx"]["decoder.layers.1"] == {"int8 x int8"}
+    assert kinds["decoder.onnx"]["decoder.layers.1"] == {"int4/64", "int4/128"} and kinds["prefill.onnx"]["decoder.layers.1"] == {"int8 x int8"}
     assert kinds["vision.onnx"]["vision_tower.blocks.1"] == {"int8/32", "int8/64"} and kinds["vision.onnx"]["vision_tower.blocks.0"] == {
         "int8 x int8"
     }
     page = block_page(description)
-    assert "VERIFIED" in page and "decoder.layers.1" in page and "3 × int8/32" in page and "7 × int4/32" in page
+    assert "VERIFIED" in page and "decoder.layers.1" in page and "3 × int8/32" in page and "6 × int4/64" in page
 
 
 def test_upgrades_save_the_most_divergence_per_cost_first() -> None:
