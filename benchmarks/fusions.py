@@ -18,10 +18,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 
+from calibration.linear import LinearScheme
 from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
-from export.passes.contract import initializer
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
+from export.passes.pack_projections import pack_projections
 from runtime.contract.spec import INPUTS_EMBEDS, LOGITS, POSITION_IDS, SEQLENS_K, TOTAL_LENGTH, DecoderSpec, ModelSpec, VisionSpec, present
 from runtime.engines.ort_session import session_options
 from trainer.config import find_preset
@@ -34,38 +35,6 @@ WIDE = ModelSpec(
     DecoderSpec(vocab_size=2048, hidden=2048, layers=3, heads=32, kv_heads=4, mlp_width=5632, context=512),
     (4,),
 )
-
-
-def pack_projections(model: ir.Model) -> int:
-    """One product for all layers that share an input, split afterwards (inside GroupQueryAttention for queries, keys and values)."""
-    by_input: dict[ir.Value, list[ir.Node]] = defaultdict(list)
-    for node in model.graph:
-        if node.op_type == "MatMul" and node.inputs[0] is not None:
-            by_input[node.inputs[0]].append(node)
-    packed = 0
-    for x, nodes in by_input.items():
-        if len(nodes) < 2:
-            continue
-        arrays = [node.inputs[1].const_value.numpy() for node in nodes]  # type: ignore[union-attr]
-        weight = initializer(model, f"{nodes[0].inputs[1].name}.packed", np.concatenate(arrays, axis=1))  # type: ignore[union-attr]
-        product = ir.node("MatMul", [x, weight])
-        product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        model.graph.insert_before(nodes[0], product)
-        attention = [use.node for use in nodes[0].outputs[0].uses() if use.node.op_type == "GroupQueryAttention"]
-        if attention:
-            attention[0].replace_input_with(0, product.outputs[0])
-            attention[0].replace_input_with(1, None)
-            attention[0].replace_input_with(2, None)
-        else:
-            sizes = initializer(model, f"{weight.name}.sizes", np.array([a.shape[1] for a in arrays], np.int64))
-            split = ir.node("Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=len(nodes))
-            model.graph.insert_before(nodes[0], split)
-            for node, output in zip(nodes, split.outputs, strict=True):
-                ir.convenience.replace_all_uses_with(node.outputs[0], output)
-        for node in nodes:
-            model.graph.remove(node, safe=True)
-        packed += 1
-    return packed
 
 
 class Form:
@@ -116,7 +85,7 @@ def main() -> None:
     lowered = canonical.clone()
     GROUP_QUERY_ATTENTION(lowered)
     packed = lowered.clone()
-    pack_projections(packed)
+    pack_projections(lambda name: LinearScheme())(packed)
     forms = {name: Form(graph, spec.decoder) for name, graph in (("canonical", canonical), ("GroupQueryAttention", lowered), ("packed", packed))}
     embeds = np.random.default_rng(0).normal(size=(1, _PROMPT, spec.decoder.hidden)).astype(np.float32)
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)

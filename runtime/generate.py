@@ -25,16 +25,15 @@ _TRIALS = 4  # drafts tried before judging whether they pay
 class Generation:
     """Progress of one answer. `finish_reason` is "stop" (the model or a stop text ended it), "length" (token limit or full cache) or "cancelled".
 
-    `fed` counts the tokens whose rows are in the cache, `exact` those of them before the first that was checked among others (whose row equals a
-    stepwise one only up to rounding, and is not kept); times are seconds, `step_seconds` one for each call after the prompt (without drafts: each
-    token). `drafted` and `accepted` count looked-up tokens.
+    `exact` counts the tokens whose rows are in the cache, up to the first that was checked among others (whose row equals a stepwise one only up to
+    rounding, and is not kept); times are seconds, `step_seconds` one for each call after the prompt (without drafts: each token). `drafted` and
+    `accepted` count looked-up tokens.
     """
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = ""
     prefill_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
-    fed: int = 0
     exact: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -96,7 +95,7 @@ def generate(
             progress.tokens.append(token)
             agreed = chosen <= len(drafts) and token == drafts[chosen - 1]
             if agreed:
-                progress.fed, progress.accepted, rows = progress.fed + 1, progress.accepted + 1, rows + 1
+                progress.accepted, rows = progress.accepted + 1, rows + 1
             yield token
             if len(progress.tokens) >= limits.new_tokens:
                 progress.finish_reason = "length"
@@ -113,7 +112,7 @@ def generate(
         last = table[None, token : token + 1]
         waiting = list(engine.verify(table[None, [token, *drafts]], rows)) if drafts else [engine.forward(last, rows)]
         elapsed = time.perf_counter() - started
-        if not drafts and progress.exact == progress.fed:
+        rows, progress.drafted = rows + 1, progress.drafted + len(drafts)
+        if not progress.drafted:
             progress.exact += 1
-        rows, progress.fed, progress.drafted = rows + 1, progress.fed + 1, progress.drafted + len(drafts)
         progress.step_seconds.append(elapsed)

@@ -63,7 +63,7 @@ class Prefix:
     engine: Engine
     _held: list[tuple[Hashable, int]] = field(default_factory=list)
 
-    def reusable(self, segments: Sequence[Segment]) -> int:
+    def _reusable(self, segments: Sequence[Segment]) -> int:
         """How many leading segments are there already. The last one is always computed: its logits are wanted."""
         count = 0
         for segment, held in zip(segments[:-1], self._held, strict=False):
@@ -72,11 +72,11 @@ class Prefix:
             count += 1
         return count
 
-    def prefill(self, segments: Sequence[Segment]) -> NDArray[np.float32]:
-        """Computes what is missing and returns the last position's logits [V], valid until the engine's next call."""
-        reused = self.reusable(segments)
+    def prefill(self, segments: Sequence[Segment]) -> tuple[NDArray[np.float32], int]:
+        """Computes what is missing: the last position's logits [V], valid until the engine's next call, and how many rows were there already."""
+        reused = self._reusable(segments)
         del self._held[reused:]
-        start = sum(rows for _, rows in self._held)
+        cached = start = sum(rows for _, rows in self._held)
         logits: NDArray[np.float32] | None = None
         for segment in segments[reused:]:
             embeds = segment.embeds()
@@ -86,7 +86,7 @@ class Prefix:
             start += segment.rows
             self._held.append((segment.key, segment.rows))
         assert logits is not None, "the last segment is always computed"
-        return logits
+        return logits, cached
 
     def extend(self, key: Hashable, rows: int) -> None:
         """Notes that the cache goes on with `rows` rows that were decoded."""

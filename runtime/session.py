@@ -60,7 +60,8 @@ class Session:
     def __init__(self, bundle: Bundle, engine: Engine, image_cache: int = 0) -> None:
         self.bundle, self.spec, self.engine = bundle, bundle.spec, engine
         self.tokenizer = Tokenizer.load(bundle.file(TOKENIZER), bundle.spec)
-        self._table = open_table(bundle)
+        self.table = open_table(bundle)
+        """The token embeddings [V, H], mapped into memory."""
         self.prefix = Prefix(engine)
         self._images = FeatureCache(f"{bundle.identity}:{engine.version}", bundle.spec.decoder.hidden, disk=image_cache)
         self._drafts = engine.verifies and bundle.schemes.get(ROWS) == ALONE
@@ -156,15 +157,12 @@ class Session:
 
     def image_segment(self, before: tuple[int, ...], picture: Picture) -> Segment:
         """The rows of the text before the image, and of the image."""
-
-        def embeds() -> NDArray[np.float32]:
-            return np.concatenate([embedded(self._table, before), picture.features.embeds[None]], axis=1)
-
-        return Segment(("image", before, picture.digest, picture.p), len(before) + picture.p**2, embeds)
+        key = ("image", before, picture.digest, picture.p)
+        return Segment(key, len(before) + picture.p**2, lambda: self.embed_prompt(list(before), picture.features.embeds, []))
 
     def text_segment(self, ids: tuple[int, ...], generated: bool = False) -> Segment:
         """The rows of tokens, that were given or generated."""
-        return Segment(("answer" if generated else "text", ids), len(ids), lambda: embedded(self._table, ids), generated)
+        return Segment(("answer" if generated else "text", ids), len(ids), lambda: embedded(self.table, ids), generated)
 
     def constraint(self, task: str, decoding: Decoding) -> Constraint | None:
         """What the answer is held to, if anything."""
@@ -207,7 +205,7 @@ class Session:
         else:
             chooser = Chooser(job.decoding, self.spec.eos_id, job.constraint)
             context = Lookup(job.context) if drafts else None
-            tokens = generate(self.engine, self._table, logits, chooser, limits, progress, drafts, context)
+            tokens = generate(self.engine, self.table, logits, chooser, limits, progress, drafts, context)
         pushed = 0
         for token in tokens:
             pushed += 1
@@ -238,15 +236,14 @@ class Session:
             said = self.tokenizer.decode(tokens).lstrip(" ") if job.decoding.stop else ""
             return any(text in said for text in job.decoding.stop)
 
-        beam_search(self.engine, self._table, logits, job.decoding, limits, progress, job.constraint, stopped, cancelled=lambda: stream.cancelled)
+        beam_search(self.engine, self.table, logits, job.decoding, limits, progress, job.constraint, stopped, cancelled=lambda: stream.cancelled)
 
     def prefill(self, job: Job, progress: Generation) -> tuple[NDArray[np.float32], int]:
         """The prompt's last logits [V], and how many of its rows were in the cache already."""
         job.picture.timings.update(dict.fromkeys(job.picture.timings, 0.0))  # a conversation asks about the same one again
         started = time.perf_counter()
-        cached = sum(segment.rows for segment in job.segments[: self.prefix.reusable(job.segments)])
         try:
-            logits = self.prefix.prefill(job.segments)
+            logits, cached = self.prefix.prefill(job.segments)
         except BaseException:
             self.prefix.forget()  # an interrupted call may have written some of its rows
             raise
@@ -266,14 +263,9 @@ class Session:
             cached, progress.drafted, progress.accepted, progress.exact, tuple(steps),
         )  # fmt: skip
 
-    @property
-    def table(self) -> NDArray[np.floating]:
-        """The token embeddings [V, H], mapped into memory."""
-        return self._table
-
     def embed_prompt(self, before: list[int], image_embeds_TH: NDArray[np.float32], after: list[int]) -> NDArray[np.float32]:
         """Input embeddings [1, L, H]: text before, visual embeddings, text after."""
-        return np.concatenate([self._table[before], image_embeds_TH, self._table[after]], dtype=np.float32)[None]
+        return np.concatenate([self.table[before], image_embeds_TH, self.table[after]], dtype=np.float32)[None]
 
 
 def load(

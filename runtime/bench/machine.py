@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ROOT", "Machine", "cores", "read_machine", "read_number", "read_text", "reset_peak_memory"]
+__all__ = ["ROOT", "Machine", "read_machine", "read_number", "read_text", "reset_peak_memory"]
 
 ROOT = Path("/")
 # x86 flags and ARM features that decide which kernels run.
@@ -29,11 +28,6 @@ class Machine:
     memory_mb: float
     last_cache_mb: float | None
     os: str
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_machine(root: Path = ROOT) -> Machine:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from runtime.bench.limits import measure_limits
-from runtime.bench.machine import ROOT, cores, read_machine, reset_peak_memory
+from runtime.bench.machine import ROOT, read_machine, reset_peak_memory
 from runtime.bench.nvidia import Nvidia
 from runtime.bench.power import Rapl, Source, measure_energy, open_ina
 from runtime.bench.record import STAGES, AnswerTimes, BundleFacts, Conditions, Energy, Report, Work
@@ -29,6 +29,7 @@ from runtime.contract.console import note, peak_memory_mib, track
 from runtime.contract.files import sha256_file
 from runtime.contract.image import open_image, read_image_bytes
 from runtime.decoding import Decoding
+from runtime.engines import available_cores
 
 if TYPE_CHECKING:
     from runtime.answer import Answer
@@ -82,7 +83,7 @@ def measure(options: BenchOptions) -> Report:
     """Measures as `options` say; about two seconds more than its answers take, and some more where power can be measured."""
     from runtime.session import load
 
-    machine, threads = read_machine(), options.threads or cores()
+    machine, threads = read_machine(), options.threads or available_cores()
     picture = read_image_bytes(options.image) if options.image else sample_jpeg()
     size = open_image(picture).size
     # What the probe takes must not count as the bundle's memory.
@@ -106,7 +107,7 @@ def measure(options: BenchOptions) -> Report:
     limits.append(measure_limits(threads, machine.last_cache_mb))
     conditions = Conditions(
         **vars(machine),
-        cores=cores(),
+        cores=available_cores(),
         threads=threads,
         python=platform.python_version(),
         onnxruntime=version("onnxruntime"),

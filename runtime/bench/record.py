@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from runtime.bench.machine import Machine
 from runtime.contract.errors import DataError
 
 __all__ = [
@@ -64,17 +65,11 @@ class BundleFacts:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What the figures depend on. Memory and the last cache level in MB (10^6 bytes); `started` is UTC."""
+class Conditions(Machine):
+    """What the figures depend on: the machine, what ran on it, and what was asked; `started` is UTC."""
 
-    cpu: str
-    board: str | None
-    isa: tuple[str, ...]
     cores: int
     threads: int
-    memory_mb: float
-    last_cache_mb: float | None
-    os: str
     python: str
     onnxruntime: str
     infmllm: str

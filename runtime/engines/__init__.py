@@ -6,6 +6,7 @@ An engine owns both graphs and the key/value cache buffers. Heavy imports live i
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,12 @@ from numpy.typing import NDArray
 from runtime.contract.bundle import Bundle
 from runtime.contract.errors import EngineError
 
-__all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "load_engine"]
+__all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "available_cores", "load_engine"]
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import NoReturn
 
 import onnxruntime as ort
@@ -10,17 +9,13 @@ import onnxruntime as ort
 from runtime.contract.bundle import FIT_16_BITS, PREFILL, PRODUCTS, VISION, Bundle
 from runtime.contract.console import note
 from runtime.contract.errors import EngineError
-from runtime.engines import EngineOptions
+from runtime.engines import EngineOptions, available_cores
 from runtime.engines.ort_store import open_stored, stored
 
 __all__ = ["engine_errors", "open_graph", "session_options"]
 
 _ERRORS = 3  # ONNX Runtime log level
 _PROVIDERS = ["CPUExecutionProvider"]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def session_options(threads: int | None, spinning: bool = True, exact: bool = True, resting: bool = False) -> ort.SessionOptions:
@@ -31,7 +26,7 @@ def session_options(threads: int | None, spinning: bool = True, exact: bool = Tr
     unless the weights were made to fit (as our builds do); `exact` makes ONNX Runtime take its exact, slower one there (and only there).
     """
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads or _cores()
+    settings.intra_op_num_threads = threads or available_cores()
     settings.inter_op_num_threads = 1
     settings.log_severity_level = _ERRORS
     settings.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
