@@ -1,7 +1,7 @@
 """What graph rewrites are worth on this machine: the same decoder in several forms, prompt and single steps, interleaved in one run.
 
-Forms: canonical (standard operators, caches copied), GroupQueryAttention (what builds use), and that with a layer's projections packed into one
-product.
+Forms: canonical (standard operators, caches copied), GroupQueryAttention, and that with a layer's projections packed into one product (what builds
+use).
 
 python benchmarks/fusions.py [--shape nano|wide] [--repetitions 30]
 """
