@@ -12,7 +12,7 @@ from typing import Any
 
 from export.auto import Budget, choose_mixture
 from export.devices import find_device
-from export.passes import LOWERING
+from export.lowering import find_lowering
 from export.pipeline import STEPS, build
 from export.plan import make_plan
 from export.schemes import TARGET_SCHEMES, choose_scheme
@@ -84,8 +84,7 @@ def run_plan(
     as_json: bool,
 ) -> None:
     """Prints the plan of one scheme in full, or of all in a table. Raises `UsageError` for unknown names."""
-    if target not in LOWERING:
-        raise UsageError(f"unknown target {target!r}; choose one of: {', '.join(LOWERING)}")
+    find_lowering(target)
     spec = find_preset(preset).spec if preset else read_spec(checkpoint or DEMO)
     chosen = find_device(device)
     names = [precision] if precision else list(TARGET_SCHEMES[target])
