@@ -76,13 +76,13 @@ def parity(
 ) -> None:
     """Compares a bundle with its PyTorch checkpoint on fresh inputs; exit code 1 if it drifts."""
     from calibration.samples import default_source
+    from export.reference import open_session
     from export.report import print_stages
     from export.verify import compare_with_checkpoint
     from runtime.contract.errors import ParityError
-    from runtime.session import load
     from trainer.checkpoint import DEMO, open_checkpoint
 
-    session, stored = load(bundle or default_bundle()), open_checkpoint(checkpoint or DEMO)
+    session, stored = open_session(bundle or default_bundle()), open_checkpoint(checkpoint or DEMO)
     stages = compare_with_checkpoint(session, stored, cases, default_source(stored.card, calib))
     if as_json:
         print(json.dumps([asdict(stage) | {"passed": stage.passed} for stage in stages]))
