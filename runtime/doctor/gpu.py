@@ -6,7 +6,10 @@ from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CUDA, RTX, TENSORRT, Check, Finding, note, ok, problem, warning
 from runtime.doctor.known import DRIVER_FOR_CUDA, LEAST_CAPABILITY, RTX_CAPABILITIES, numbers
 
-__all__ = ["CHECKS", "driver_runs"]
+__all__ = ["CHECKS", "PIP_ONNXRUNTIME_GPU", "driver_runs"]
+
+PIP_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+"""How to have onnxruntime-gpu alone, with the libraries of its CUDA."""
 
 _GPU = (CUDA, TENSORRT, RTX)
 _MISMATCH, _NO_COMPAT = 803, 804  # CUDA_ERROR_SYSTEM_DRIVER_MISMATCH and CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE, of cuda.h
@@ -80,7 +83,7 @@ def _unused(facts: Facts) -> Finding | None:
     engines = {"onnxruntime-gpu", "tensorrt", facts.plugin} - {""}
     if not facts.devices or engines & set(facts.packages) or facts.probes["tensorrt"].installed:
         return None
-    return note("the GPU is not used", "no engine for it is installed", 'pip install -e ".[gpu]" or pip install -e ".[tensorrt]"')
+    return note("the GPU is not used", "no engine for it is installed", f"{PIP_ONNXRUNTIME_GPU}, or: pip install -e '.[tensorrt]'")
 
 
 def driver_runs(facts: Facts, library: str, major: int | None) -> Finding | None:

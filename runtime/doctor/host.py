@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CPU, CUDA, RTX, WANTED, Check, Finding, note, ok, problem, warning
+from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU
 from runtime.doctor.known import OLDEST_ONNXRUNTIME, release
 
 __all__ = ["CHECKS"]
@@ -62,7 +63,7 @@ def _one_onnxruntime(facts: Facts) -> Finding | None:
         return None
     found = f"onnxruntime {facts.packages['onnxruntime']} and onnxruntime-gpu {facts.packages['onnxruntime-gpu']} are both installed"
     cause = "they are the same module and overwrite each other's files: which one runs is a matter of chance"
-    return problem(found, cause, "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu (for rtx: pip install onnxruntime)")
+    return problem(found, cause, f"{PIP_ONNXRUNTIME_GPU} (for rtx: pip install onnxruntime)")
 
 
 CHECKS = (

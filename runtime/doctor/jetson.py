@@ -24,10 +24,11 @@ def _jetpack(facts: Facts) -> Finding | None:
     jetpack = facts.jetpack
     if jetpack is None:
         return note(f"{facts.machine.board}: Jetson Linux {facts.jetson.l4t}, a JetPack this doctor does not know")
-    found = f"{facts.machine.board}: JetPack {jetpack.name} (L4T {facts.jetson.l4t}), CUDA {jetpack.cuda}, TensorRT {jetpack.tensorrt}"
-    if release(jetpack.tensorrt) >= OLDEST_TENSORRT:
+    tensorrt = facts.jetson.tensorrt or jetpack.tensorrt
+    found = f"{facts.machine.board}: JetPack {jetpack.name} (L4T {facts.jetson.l4t}), CUDA {jetpack.cuda}, TensorRT {tensorrt}"
+    if release(tensorrt) >= OLDEST_TENSORRT:
         return ok(found)
-    return problem(found, f"TensorRT {jetpack.tensorrt} does not take our graphs", "flash JetPack 6.2 or newer; --target cpu runs as it is")
+    return problem(found, f"TensorRT {tensorrt} does not take our graphs", "flash JetPack 6.2 or newer; --target cpu runs as it is")
 
 
 def _tensorrt_on_jetson(facts: Facts) -> Finding | None:

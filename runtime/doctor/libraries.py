@@ -6,7 +6,7 @@ import re
 
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CUDA, RTX, TENSORRT, Check, Finding, ok, problem, warning
-from runtime.doctor.gpu import driver_runs
+from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU, driver_runs
 from runtime.doctor.known import FUSED_TENSORRT, OLDEST_ONNXRUNTIME, OLDEST_TENSORRT, numbers, release
 
 __all__ = ["CHECKS"]
@@ -22,14 +22,13 @@ def _cuda_major(facts: Facts) -> int | None:
 
 def _cuda_provider(facts: Facts) -> Finding | None:
     if "onnxruntime-gpu" not in facts.packages:
-        fix = "pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        fix = "use --target tensorrt: PyPI has no onnxruntime-gpu for Jetson" if facts.jetson else fix
+        fix = "use --target tensorrt: PyPI has no onnxruntime-gpu for Jetson" if facts.jetson else PIP_ONNXRUNTIME_GPU
         return problem("onnxruntime-gpu is not installed", "the CPU's onnxruntime has no CUDA provider", fix)
     if not facts.probes["onnxruntime"].works:
         return None  # the check of onnxruntime tells why
     if "CUDAExecutionProvider" not in facts.probes["onnxruntime"].values["providers"]:
-        fix = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        return problem("CUDAExecutionProvider is absent although onnxruntime-gpu is installed", "another onnxruntime overwrote its files", fix)
+        found = "CUDAExecutionProvider is absent although onnxruntime-gpu is installed"
+        return problem(found, "another onnxruntime overwrote its files", PIP_ONNXRUNTIME_GPU)
     probe = facts.probes["cuda_provider"]
     if probe.works and probe.values["runs"]:
         return ok(f"CUDAExecutionProvider computes (onnxruntime-gpu {facts.packages['onnxruntime-gpu']})")

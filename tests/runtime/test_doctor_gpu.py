@@ -37,7 +37,7 @@ def test_why_there_is_no_gpu(probe: Probe, access: dict[str, Any], words: tuple[
 
 def test_a_gpu_nothing_uses_wsl_and_a_full_disk(tmp_path: Path) -> None:
     facts = machine(tmp_path, {"driver": driver("NVIDIA GeForce RTX 3060", (8, 6), "13.0")})
-    fires(facts, "gpu unused", "note", ".[gpu]")
+    fires(facts, "gpu unused", "note", "onnxruntime-gpu[cuda,cudnn]", ".[tensorrt]")
     assert say(facts, "wsl") is None
     fires(replace(facts, access=replace(facts.access, wsl=True)), "wsl", "note", "Windows")
     fires(replace(facts, free_mb=900.0), "disk", "warning", "0.9 GB", "INFMLLM_CACHE")

@@ -73,7 +73,7 @@ def test_jetpacks_are_known_by_their_release(tmp_path: Path) -> None:
     rows = {"36.4.3": "6.2", "36.4.0": "6.1", "36.4.7": "6.2.1", "38.4.0": "7.1", "39.2.0": "7.2", "39.2.1": "7.2.1", "35.4.1": "5", "36.3.0": "6"}
     assert {l4t: row.name for l4t in rows if (row := find_jetpack(l4t))} == rows and find_jetpack("99.1") is None
     assert all(numbers(row.cuda) and numbers(row.tensorrt) for row in JETPACKS)
-    orin_nano(tmp_path)
+    (orin_nano(tmp_path) / "usr/lib/aarch64-linux-gnu/libnvinfer.so.10.3.0").unlink()
     write(tmp_path, **{"etc/nv_tegra_release": "# R35 (release), REVISION: 4.1, GCID: 33958178, BOARD: t186ref, EABI: aarch64\n"})
     fires(machine(tmp_path), "jetpack", "problem", "TensorRT 8.5", "JetPack 6.2 or newer")
     write(tmp_path, **{"etc/nv_tegra_release": "# R99 (release), REVISION: 1.0\n"})
