@@ -33,7 +33,7 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.level in LEVELS, f"{self.level} is no level"
-        assert self.level not in ("warning", "problem") or (self.cause and self.fix), "what is wrong has a cause and a fix"
+        assert bool(self.cause) == bool(self.fix) and (self.cause or self.level in ("ok", "note")), "what is wrong has a cause and a fix"
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,17 @@ _MISMATCH, _NO_COMPAT = 803, 804  # CUDA_ERROR_SYSTEM_DRIVER_MISMATCH and CUDA_E
 def _gpu(facts: Facts) -> Finding:
     if facts.devices:
         names = ", ".join(f"{gpu.name} ({gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory_mb / 1e3:.1f} GB)" for gpu in facts.devices)
-        return ok(f"{names}; driver {facts.access.driver or 'of unknown version'} runs CUDA up to {facts.driver_cuda}")
+        return ok(f"{names}; {_driver(facts)} runs CUDA up to {facts.driver_cuda}")
     found = _failure(facts)
     for reason in (_hidden, _forbidden, _init, _contained, _driverless):
         if answer := reason(facts):
             return problem(found, *answer)
     return problem("no NVIDIA GPU", "there is none on this machine's bus", "use the CPU: infmllm-export build --target cpu")
+
+
+def _driver(facts: Facts) -> str:
+    """Its name; a Jetson's has no version of its own."""
+    return f"driver {facts.access.driver}" if facts.access.driver else "the driver"
 
 
 def _failure(facts: Facts) -> str:
@@ -79,9 +84,9 @@ def _driverless(facts: Facts) -> tuple[str, str] | None:
 
 
 def _unused(facts: Facts) -> Finding | None:
-    """A GPU is there and nothing that would use it."""
+    """A GPU is there and nothing that would use it; a Jetson's missing TensorRT is told by the check of that."""
     engines = {"onnxruntime-gpu", "tensorrt", facts.plugin} - {""}
-    if not facts.devices or engines & set(facts.packages) or facts.probes["tensorrt"].installed:
+    if not facts.devices or facts.jetson or engines & set(facts.packages) or facts.probes["tensorrt"].installed:
         return None
     return note("the GPU is not used", "no engine for it is installed", f"{PIP_ONNXRUNTIME_GPU}, or: pip install -e '.[tensorrt]'")
 
@@ -93,8 +98,7 @@ def driver_runs(facts: Facts, library: str, major: int | None) -> Finding | None
     newest = numbers(facts.driver_cuda)[0]
     if major <= newest:
         return ok(f"{library} is built for CUDA {major}, the driver runs up to {facts.driver_cuda}")
-    driver = f"driver {facts.access.driver}" if facts.access.driver else "the driver"
-    found = f"{library} is built for CUDA {major}, {driver} runs up to {facts.driver_cuda}"
+    found = f"{library} is built for CUDA {major}, {_driver(facts)} runs up to {facts.driver_cuda}"
     cause = f"CUDA {major} needs driver {DRIVER_FOR_CUDA.get(major, 'of a newer release')} or newer"
     if facts.jetson:
         return problem(found, "a Jetson's driver is part of JetPack", f"take the build for CUDA {newest}, or flash a JetPack with CUDA {major}")
@@ -106,7 +110,7 @@ def _capability(facts: Facts) -> Finding | None:
     if not facts.devices or max(gpu.capability for gpu in facts.devices) >= LEAST_CAPABILITY:
         return None
     gpu = facts.devices[0]
-    found = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+    found = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, old for TensorRT"
     version = numbers(str(facts.probes["tensorrt"].values.get("version", "")))
     if gpu.capability >= (7, 0) and version[:1] == (10,):
         return warning(found, "late versions of TensorRT begin with 7.5 (Turing)", "stay with this TensorRT if it builds engines")
@@ -117,7 +121,7 @@ def _rtx_capability(facts: Facts) -> Finding | None:
     if not facts.devices or any(gpu.capability in RTX_CAPABILITIES for gpu in facts.devices):
         return None
     gpu = facts.devices[0]
-    found = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}"
+    found = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, not one of TensorRT-RTX's"
     cause = "TensorRT-RTX is for RTX GPUs: 8.6 (Ampere), 8.9 (Ada), 12.0 and 12.1 (Blackwell)"
     return problem(found, cause, "use --target tensorrt, --target cuda or --target cpu")
 

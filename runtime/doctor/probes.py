@@ -124,4 +124,4 @@ def run_probe(name: str, seconds: float = _SECONDS, find: Callable[[str], object
 def _failure(code: int, log: str) -> str:
     """The error's last line, after the signal that ended the process, if one did."""
     last = (log.splitlines() or ["no message"])[-1].strip()[:_LONGEST]
-    return last if code >= 0 else f"ended by {signal.Signals(-code).name}: {last}"
+    return last if code >= 0 else f"ended by signal {-code} ({signal.strsignal(-code)}): {last}"

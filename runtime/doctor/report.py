@@ -16,7 +16,7 @@ __all__ = ["diagnosis_json", "diagnosis_page", "diagnosis_text", "verdict"]
 
 _STYLE = """
 table { width: 100%; } td { text-align: left; vertical-align: top; overflow-wrap: anywhere; } th { text-align: left; }
-td:first-child { white-space: nowrap; } code { background: var(--soft); border-radius: 4px; padding: .05rem .3rem; }
+td:nth-child(-n+2) { white-space: nowrap; } .wide { overflow-x: auto; } code { background: var(--soft); border-radius: 4px; padding: .05rem .3rem; }
 .problem td:first-child { color: var(--bad); font-weight: 600; } .warning td:first-child { font-weight: 600; } .aside { color: var(--dim); }
 """
 
@@ -56,11 +56,10 @@ def diagnosis_text(facts: Facts, diagnosis: Diagnosis, width: int = 110) -> str:
 def _lines(result: Result, width: int) -> list[str]:
     head = f"{result.finding.level:8} {result.check:23} "
     found = textwrap.wrap(result.finding.found, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
-    rows = () if result.aside else (("cause", result.finding.cause), ("fix", result.finding.fix))
-    for name, text in rows:
-        if text:
-            start = f"{'':9}{name:23} "
-            found += textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+    if result.finding.cause and not result.aside:
+        start = f"{'':9}{'cause':23} "
+        found += textwrap.wrap(result.finding.cause, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+        found.append(f"{'':9}{'fix':23} {result.finding.fix}")  # on one line: it is made to be copied
     return found
 
 
@@ -85,4 +84,5 @@ def _table(results: list[Result]) -> str:
         f"<td>{f'<code>{escape(result.finding.fix)}</code>' if result.finding.fix else ''}</td><td>{', '.join(result.targets)}</td></tr>"
         for result in results
     )
-    return f"<table><tr><th>level</th><th>check</th><th>found</th><th>cause</th><th>fix</th><th>matters to</th></tr>{rows}</table>"
+    head = "".join(f"<th>{name}</th>" for name in ("level", "check", "found", "cause", "fix", "matters to"))
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'

@@ -76,7 +76,7 @@ def test_a_desktop_whose_cuda_fits(tmp_path: Path) -> None:
         ({"onnxruntime": CPU_ORT}, ("CUDAExecutionProvider is absent", "overwrote")),
         ({"cuda_provider": Probe(True, error="Fail: libcudnn.so.9: cannot open shared object file")}, ("libcudnn.so.9", "nvidia-cudnn-cu13")),
         ({"cuda_provider": Probe(True, error="Fail: libcuda.so.1: cannot open shared object file")}, ("no NVIDIA driver",)),
-        ({"cuda_provider": Probe(True, error="ended by SIGSEGV: no message")}, ("SIGSEGV", "check of the GPU")),
+        ({"cuda_provider": Probe(True, error="ended by signal 11 (Segmentation fault): no message")}, ("Segmentation fault", "check of the GPU")),
         ({"cuda_provider": Probe(True, {"runs": False})}, ("fell back to the CPU",)),
     ],
 )
