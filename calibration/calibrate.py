@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from calibration.blocks import Block, Fed, Reader, StreamedModel, Trace
 from calibration.gptq import gptq
-from calibration.linear import Grid, LinearScheme, Quantised, fit_pairs, grid_for, round_in_pairs, round_to
+from calibration.linear import SIGNED, Grid, LinearScheme, Quantised, fit_pairs, grid_for, round_in_pairs, round_to
 from calibration.ranges import PERCENTILE, find_range
 from calibration.samples import Case
 from calibration.smoothing import search_scales
@@ -149,8 +149,9 @@ def _results(
         for name in feed.linears:
             weight = _scaled(model.get_parameter(f"{name}.weight").detach(), columns, scales.get(f"{name}|rows"))
             for scheme in wanted(f"{name}.weight"):
-                if scheme.activation == "int8-static":
-                    found[f"{name}|range"] = np.array(_static_range(rows, row, columns, method), np.float32)
+                if scheme.static:
+                    signed = scheme.activation == SIGNED
+                    found[f"{name}|range"] = np.array(_static_range(rows, row, columns, method, signed), np.float32)
                 if scheme.rounding == "gptq":
                     assert row.moments is not None, "asked for above"
                     moments = row.moments if columns is None else row.moments / columns / columns[:, None]
@@ -160,13 +161,17 @@ def _results(
     return found
 
 
-def _static_range(rows: Tensor, row: _Statistics, columns: Tensor | None, method: str) -> tuple[float, float]:
-    """A range from the sampled rows; what a sample misses are rare large rows, which all but the percentile must see."""
+def _static_range(rows: Tensor, row: _Statistics, columns: Tensor | None, method: str, signed: bool) -> tuple[float, float]:
+    """A range from the sampled rows; what a sample misses are rare large rows, which all but the percentile must see.
+
+    A signed one is that of the values and their opposites.
+    """
     assert row.low is not None and row.high is not None, "the walk has seen data"
     extremes = torch.cat([row.low, row.high]) / (1.0 if columns is None else columns.repeat(2))
     values = rows.flatten()
     values = values[:: max(1, len(values) // _RANGE_VALUES)]
-    return find_range((torch.cat([values, extremes]) if method != PERCENTILE else values).numpy(), method)
+    values = torch.cat([values, extremes]) if method != PERCENTILE else values
+    return find_range((torch.cat([values, -values]) if signed else values).numpy(), method)
 
 
 def _scaled(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:

@@ -11,8 +11,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["KERNEL_BLOCKS", "Grid", "LinearScheme", "Quantised", "fake_activation", "fit_pairs", "fits", "grid_for", "round_in_pairs", "round_to"]
+__all__ = [
+    "KERNEL_BLOCKS",
+    "SIGNED",
+    "Grid",
+    "LinearScheme",
+    "Quantised",
+    "activation_grid",
+    "fake_activation",
+    "fit_pairs",
+    "fits",
+    "grid_for",
+    "round_in_pairs",
+    "round_to",
+    "signed_scale",
+]
 
+SIGNED = "int8-signed"
 _INT8 = 127
 _WIDER = (1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0)  # scales tried, against that of 8 bits; the last one is that of 7
 _PAIR = 128  # what two neighbouring 8-bit levels of one sign may add up to
@@ -31,7 +46,7 @@ class LinearScheme:
     """Where a linear layer's weight and activation go.
 
     `weight`: fp32, fp16, int8, int4. `activation`: "float"; "int8-row" (a symmetric scale per token, found as it occurs), "int8-tensor" (one range
-    for all tokens of a call, likewise), "int8-static" (one range, calibrated). `block` is the number of inputs that share a scale (0: all, per output
+    for all tokens of a call, likewise), "int8-static" (one range, calibrated), "int8-signed" (likewise, symmetric around 0). `block` is the number of inputs that share a scale (0: all, per output
     channel). `symmetric` 4-bit weights have no zero points, without which kernels are faster. `rounding`: "nearest", "mse" (ranges shrunk where that
     lowers the squared error) or "gptq" (data-aware, arXiv 2210.17323). `smooth` moves scales between activations and weights first (SmoothQuant,
     arXiv 2211.10438; for float activations AWQ's variant, arXiv 2306.00978).
@@ -57,12 +72,17 @@ class LinearScheme:
     @property
     def calibrates(self) -> bool:
         """True if it needs data."""
-        return self.smooth or self.rounding == "gptq" or self.activation == "int8-static"
+        return self.smooth or self.rounding == "gptq" or self.static
+
+    @property
+    def static(self) -> bool:
+        """True where the range of activations is calibrated."""
+        return self.activation in ("int8-static", SIGNED)
 
     @property
     def pairs(self) -> bool:
-        """True where kernels multiply 8-bit weights by 8-bit activations, and so for `fit_pairs`."""
-        return self.weight == "int8" and self.activation != "float"
+        """True where kernels multiply 8-bit weights by unsigned 8-bit activations, and so for `fit_pairs`."""
+        return self.weight == "int8" and self.activation not in ("float", SIGNED)
 
     def kernel_block(self, inputs: int) -> int:
         """How many inputs share a scale where weights alone are quantised: kernels know powers of two, and no block longer than it must be."""
@@ -217,8 +237,17 @@ def fake_activation(x_RK: Tensor, kind: str, static: tuple[float, float] | None 
     if kind == "int8-row":
         scale = x_RK.abs().amax(-1, keepdim=True).clamp(min=_TINY) / _INT8
         return (x_RK / scale).round_().mul_(scale)
-    step, zero = activation_grid(*(static or (float(x_RK.min()), float(x_RK.max()))))
+    low, high = static or (float(x_RK.min()), float(x_RK.max()))
+    if kind == SIGNED:
+        step = signed_scale(low, high)
+        return (x_RK / step).round_().clamp_(-_INT8 - 1, _INT8).mul_(step)
+    step, zero = activation_grid(low, high)
     return ((x_RK / step).round_() + zero).clamp_(0, 255).sub_(zero).mul_(step)
+
+
+def signed_scale(low: float, high: float) -> float:
+    """Scale of signed 8-bit activations around zero that span [low, high]."""
+    return max(-low, high, _TINY * _INT8) / _INT8
 
 
 def activation_grid(low: float, high: float) -> tuple[float, int]:

@@ -26,14 +26,14 @@ app = command_app("Compile InfMLLM checkpoints into verified bundles.")
 def build(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder. Default: the demo checkpoint.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-static, int8-weights, int4, int4-hybrid, int4-all, or auto.")] = "int8",
-    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu.")] = "cpu",
+    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu or tensorrt.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")] = Path("infmllm-bundle"),
     calib: Annotated[str, typer.Option(help="Data to calibrate and compare with, as infmllm-eval takes them. Default: the training mix.")] = "",
     samples: Annotated[int, typer.Option(min=4, help="Pictures to calibrate with.")] = 32,
     ranges: Annotated[str, typer.Option(help="How static ranges are found: min-max, percentile, mse or entropy.")] = "mse",
     block: Annotated[int | None, typer.Option(help="Inputs that share a scale in 4-bit weights: 16, 32, 64, 128 or 256. Default: 32.")] = None,
     rounding: Annotated[str | None, typer.Option(help="How 4-bit weights are rounded: nearest, mse or gptq. Default: gptq.")] = None,
-    kv: Annotated[str, typer.Option(help="Keys and values: fp32 or int8.")] = "fp32",
+    kv: Annotated[str | None, typer.Option(help="Keys and values: fp32 or int8. Default: what the precision keeps them in.")] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="BLOCK=SCHEME: another scheme for a block, such as decoder.layers.0=fp16. Repeatable.")
     ] = None,
@@ -56,7 +56,9 @@ def build(
 
     if precision == "auto" and (block or rounding):
         raise UsageError("--precision auto chooses blocks and rounding itself; leave out --block and --rounding")
-    scheme = choose_scheme("int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [])
+    if precision == "auto" and target != "cpu":
+        raise UsageError(f"--precision auto measures with the cpu's kernels and serves no other target; choose a precision for {target}")
+    scheme = choose_scheme("int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [], target)
     options = BuildOptions(checkpoint or DEMO, scheme, target, out, dump, allow_unverified, calib, samples, ranges, questions)
     if precision == "auto":
         run_auto(options, Budget(max_drop, metric, auto_questions), as_json)
@@ -99,10 +101,10 @@ def plan(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder (only its config.json is read). Default: the demo checkpoint.")] = None,
     preset: Annotated[str | None, typer.Option(help="A shape instead of a checkpoint: nano, edge or 7b.")] = None,
     precision: Annotated[str, typer.Option(help="A scheme of build (not auto); all of them if left out.")] = "",
-    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu.")] = "cpu",
+    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu or tensorrt.")] = "cpu",
     device: Annotated[str | None, typer.Option(help="orin-nano-8gb, orin-agx-64gb, rtx4090 or a JSON file. Default: this machine.")] = None,
     block: Annotated[int | None, typer.Option(help="Block size of 4-bit weights.")] = None,
-    kv: Annotated[str, typer.Option(help="Keys and values: fp32 or int8.")] = "fp32",
+    kv: Annotated[str | None, typer.Option(help="Keys and values: fp32 or int8. Default: what the precision keeps them in.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Rows of the key/value cache. Default: the model's context.")] = None,
     samples: Annotated[int, typer.Option(min=4, help="Pictures the build would calibrate with.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,

@@ -26,15 +26,19 @@ from export import manifest
 from export.cache import workspace
 from export.capture import capture
 from export.drift import find_drift
-from export.passes import LOWERING, SIMPLIFY, GraphPass, run_passes
+from export.lowering import find_lowering
+from export.passes import SIMPLIFY, GraphPass, run_passes
+from export.passes.half import to_half
 from export.passes.int8_cache import int8_cache
 from export.passes.pack_projections import pack_projections
 from export.passes.quantise import quantise_linears, store_half
+from export.passes.tensorrt_attention import fixed_capacity
 from export.pieces import replay_in_pieces
 from export.plan import LARGE_BYTES
+from export.sharing import refer_to
 from export.state import Build, BuildOptions, Detail, open_build
 from export.verify import MetricCheck, goldens_of, measure_answers
-from runtime.contract.bundle import DECODER, EMBEDDINGS, GOLDENS, MANIFEST, PREFILL, TOKENIZER, UNVERIFIED, VERIFIED, VISION
+from runtime.contract.bundle import EMBEDDINGS, GOLDENS, MANIFEST, TOKENIZER, UNVERIFIED, VERIFIED, graph_file, weights_file
 from runtime.contract.console import peak_memory_mib
 from runtime.contract.errors import BuildError, ParityError
 from runtime.contract.files import staged_folder
@@ -42,8 +46,6 @@ from runtime.selftest import StageError, read_goldens, replay, replay_goldens, w
 from runtime.session import load
 
 __all__ = ["STEPS", "Build", "BuildOptions", "build"]
-
-_FILES = {"vision": VISION, "decoder": DECODER, "prefill": PREFILL}
 
 
 def _calibrate(build: Build) -> Build:
@@ -89,8 +91,14 @@ def _simplify(build: Build) -> Build:
 
 
 def _lower(build: Build) -> Build:
-    build = _passes(build, lambda name: LOWERING[build.options.target][name])
-    steps = {step.name for passes in LOWERING[build.options.target].values() for step in passes}
+    plans = find_lowering(build.options.target).graphs
+    build = replace(build, graphs={name: build.graphs[plan.base].clone() for name, plan in plans.items()})
+    capacity = build.checkpoint.spec.decoder.context
+    build = _passes(build, lambda name: [*plans[name].passes, *([fixed_capacity(capacity)] if plans[name].fixed else [])])
+    for name, plan in plans.items():
+        if plan.opset:
+            build.graphs[name].opset_imports[""] = plan.opset
+    steps = {step.name for plan in plans.values() for step in plan.passes}
     refused = [reason for _, step, result in build.counts for reason in result.refused if step in steps]
     if refused:
         raise BuildError(f"target {build.options.target} cannot run this graph: {refused[0]}; report it with --dump")
@@ -98,7 +106,7 @@ def _lower(build: Build) -> Build:
 
 
 def _apply_scheme(build: Build) -> Build:
-    scheme, calibrated = build.options.scheme, build.calibrated
+    scheme, calibrated, lowering = build.options.scheme, build.calibrated, find_lowering(build.options.target)
     assert calibrated, "calibrated before"
     if scheme.prefill is not None:
         build = replace(build, graphs={**build.graphs, "prefill": build.graphs["decoder"].clone()})
@@ -106,24 +114,29 @@ def _apply_scheme(build: Build) -> Build:
     def steps(name: str) -> list[GraphPass]:
         scheme_of = partial(scheme.linear, prefill=name == "prefill")
         cache = [int8_cache(calibrated)] if scheme.cache == "int8" and name != "vision" else []
-        pack = [] if name == "vision" else [pack_projections(scheme_of)]
-        return [*pack, store_half(scheme.half), quantise_linears(scheme_of, calibrated), *cache]
+        pack = [] if name.startswith("vision") else [pack_projections(scheme_of)]
+        half = [to_half(lowering.full_values)] if scheme.compute == "fp16" else []
+        store = [] if half else [store_half(scheme.half)]
+        return [*pack, *store, quantise_linears(scheme_of, calibrated, lowering.kernels), *half, *cache]
 
     return _passes(build, steps)
 
 
 def _pack(build: Build) -> Build:
-    folder, checkpoint = build.folder, build.checkpoint
+    folder, checkpoint, plans = build.folder, build.checkpoint, find_lowering(build.options.target).graphs
     for name, graph in build.graphs.items():
-        file = _FILES[name]
+        file, source = graph_file(name), plans[name].weights_of if name in plans else ""
         if not (build.work / file).is_file():
             written = build.work / f"partial.{file}"
+            if source:
+                refer_to(graph, build.work / graph_file(source))
             tell = partial(_tell_tensor, build.detail, name)
-            ir.save(graph, written, external_data=file.replace(".onnx", ".weights"), callback=tell)
+            ir.save(graph, written, external_data=None if source else weights_file(name), callback=tell)
             written.rename(build.work / file)
     for name in build.graphs:
-        for file in (_FILES[name], _FILES[name].replace(".onnx", ".weights")):
-            shutil.move(build.work / file, folder / file)
+        for file in (graph_file(name), weights_file(name)):
+            if (build.work / file).is_file():
+                shutil.move(build.work / file, folder / file)
     dtype = np.float16 if build.options.scheme.embeddings == "fp16" else np.float32
     table = checkpoint.read("decoder.embed_tokens.weight").numpy()
     if np.abs(table).max() > np.finfo(dtype).max:

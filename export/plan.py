@@ -138,7 +138,7 @@ def _disk(spec: ModelSpec, scheme: Scheme, weights: dict[str, int]) -> dict[str,
 def _cache_row(spec: ModelSpec, scheme: Scheme) -> int:
     """Bytes of keys and values of one position, all layers."""
     decoder = spec.decoder
-    return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * (1 if scheme.cache == "int8" else 4)
+    return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * {"int8": 1, "fp16": 2, "fp32": 4}[scheme.cache]
 
 
 def _run_memory(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], context: int) -> dict[str, int]:
@@ -197,7 +197,7 @@ def _advice(spec: ModelSpec, scheme: Scheme, plan: Plan, context: int) -> list[s
     cache = plan.run["cache"]
     if cache > 0.1 * plan.run_bytes:
         found.append(
-            f"--context {context // 4} saves {cache * 0.75 / 1e9:.1f} GB of cache" + ("" if scheme.cache == "int8" else ", --kv int8 as much")
+            f"--context {context // 4} saves {cache * 0.75 / 1e9:.1f} GB of cache" + (", --kv int8 as much" if scheme.cache == "fp32" else "")
         )
     if scheme.linear(f"{DECODER}layers.0.mlp.up_proj.weight").bits > 4:
         found.append("--precision int4 stores the decoder in 4 bits")

@@ -12,10 +12,10 @@ from typing import Any
 
 from export.auto import Budget, choose_mixture
 from export.devices import find_device
-from export.passes import LOWERING
+from export.lowering import find_lowering
 from export.pipeline import STEPS, build
 from export.plan import make_plan
-from export.schemes import SCHEMES, choose_scheme
+from export.schemes import TARGET_SCHEMES, choose_scheme
 from export.state import Build, BuildOptions
 from runtime.contract.console import note, peak_memory_mib, step_bar
 from runtime.contract.errors import UsageError
@@ -78,20 +78,19 @@ def run_plan(
     target: str,
     device: str | None,
     block: int | None,
-    kv: str,
+    kv: str | None,
     context: int | None,
     samples: int,
     as_json: bool,
 ) -> None:
     """Prints the plan of one scheme in full, or of all in a table. Raises `UsageError` for unknown names."""
-    if target not in LOWERING:
-        raise UsageError(f"unknown target {target!r}; choose one of: {', '.join(LOWERING)}")
+    find_lowering(target)
     spec = find_preset(preset).spec if preset else read_spec(checkpoint or DEMO)
     chosen = find_device(device)
-    names = [precision] if precision else list(SCHEMES)
+    names = [precision] if precision else list(TARGET_SCHEMES[target])
     if not precision and block:
         raise UsageError("--block needs a --precision with 4-bit weights, for example int4")
-    plans = {name: make_plan(spec, choose_scheme(name, block, None, kv), chosen, context, samples) for name in names}
+    plans = {name: make_plan(spec, choose_scheme(name, block, None, kv, target=target), chosen, context, samples) for name in names}
     if as_json:
         print(json.dumps({name: plan.to_json() for name, plan in plans.items()}))
         return

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from calibration.linear import KERNEL_BLOCKS, LinearScheme
+from calibration.linear import KERNEL_BLOCKS, SIGNED, LinearScheme
 from runtime.contract.bundle import ALONE, TOGETHER
 from runtime.contract.errors import UsageError
 
-__all__ = ["CACHES", "ROUNDINGS", "SCHEMES", "Scheme", "choose_scheme", "find_scheme", "mixed"]
+__all__ = ["CACHES", "ROUNDINGS", "SCHEMES", "TARGET_SCHEMES", "Scheme", "choose_scheme", "find_scheme", "mixed"]
 
 ROUNDINGS = ("nearest", "mse", "gptq")
 """How 4-bit weights are rounded, the cheapest first."""
@@ -31,6 +31,9 @@ STATIC = LinearScheme("int8", "int8-static", smooth=True)
 WEIGHTS8 = LinearScheme("int8", block=64)
 FAST4 = LinearScheme("int4", block=128, rounding="gptq", smooth=True, symmetric=True)
 WEIGHTS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True)
+# TensorRT multiplies signed bytes with one calibrated scale per tensor of activations and one per output channel of weights.
+W8A8 = LinearScheme("int8", SIGNED, smooth=True)
+CHANNELS8 = LinearScheme("int8")
 DECODER, VISION = "decoder.", "vision_tower."
 
 
@@ -38,8 +41,8 @@ DECODER, VISION = "decoder.", "vision_tower."
 class Scheme:
     """A named precision. `parts` maps prefixes of parameter names to their linear scheme, the longest match counting.
 
-    `prefill`, where given, does the same for a second decoder graph that serves calls of more than one token. `cache` is fp32 or int8;
-    `drop` is how many points of task accuracy may be lost.
+    `prefill`, where given, does the same for a second decoder graph that serves calls of more than one token. `cache` is what keys and values are
+    kept in (fp32, fp16 or int8), `compute` what other activations are (fp32, fp16); `drop` is how many points of task accuracy may be lost.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Scheme:
     help: str
     prefill: Mapping[str, LinearScheme] | None = None
     cache: str = "fp32"
+    compute: str = "fp32"
     drop: float = 0.5
 
     def entry(self, parameter: str, prefill: bool = False) -> str | None:
@@ -116,27 +120,57 @@ SCHEMES: dict[str, Scheme] = {
     )
 }
 
+_FLOAT16 = {"vision": 1e-2, "prefill": 2e-2, "decode": 2e-2}
 
-def find_scheme(name: str) -> Scheme:
+
+def _halves(name: str, parts: Mapping[str, LinearScheme], tolerance: Mapping[str, float], help: str) -> Scheme:
+    """A scheme of a GPU: activations, keys and values in fp16."""
+    return Scheme(name, parts, "fp16", tolerance, help, cache="fp16", compute="fp16")
+
+
+TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
+    "cpu": SCHEMES,
+    "tensorrt": {
+        scheme.name: scheme
+        for scheme in (
+            _halves("fp16", {"": HALF}, _FLOAT16, "half precision; norms, softmax and logits in fp32"),
+            _halves("int8", {"": W8A8}, _STATIC, "W8A8 with calibrated ranges (SmoothQuant)"),
+            _halves("int8-weights", {"": CHANNELS8}, _INTEGER, "8-bit weights, one scale per channel"),
+            _halves("int4", {"": W8A8, DECODER: FAST4, "decoder.lm_head": CHANNELS8}, _FOUR, "4-bit decoder (GPTQ), W8A8 tower"),
+        )
+    },
+}
+"""Per target, its schemes by name: the same name asks for the nearest thing its engine has kernels for."""
+
+
+def find_scheme(name: str, target: str = "cpu") -> Scheme:
     """The scheme of that name; raises `UsageError` listing the choices."""
-    if name not in SCHEMES:
-        raise UsageError(f"unknown precision {name!r}; choose one of: {', '.join(SCHEMES)} (or auto, for build)")
-    return SCHEMES[name]
+    if target not in TARGET_SCHEMES:
+        raise UsageError(f"unknown target {target!r}; choose one of: {', '.join(TARGET_SCHEMES)}")
+    known = TARGET_SCHEMES[target]
+    if name not in known:
+        where = " (or auto, for build)" if target == "cpu" else f" for target {target}"
+        raise UsageError(f"unknown precision {name!r}; choose one of: {', '.join(known)}{where}")
+    return known[name]
 
 
-def choose_scheme(name: str, block: int | None = None, rounding: str | None = None, cache: str = "fp32", keep: Sequence[str] = ()) -> Scheme:
-    """A named scheme with what the command line changed about it. Raises `UsageError` naming the choices.
+def choose_scheme(
+    name: str, block: int | None = None, rounding: str | None = None, cache: str | None = None, keep: Sequence[str] = (), target: str = "cpu"
+) -> Scheme:
+    """A named scheme of a target with what the command line changed about it. Raises `UsageError` naming the choices.
 
     `block` and `rounding` apply to its 4-bit weights, `cache` to keys and values, `keep` lists "PREFIX=SCHEME" for blocks that go another way.
     """
-    scheme = find_scheme(name)
-    if cache not in CACHES:
-        raise UsageError(f"unknown --kv {cache!r}; choose one of: {', '.join(CACHES)}")
+    scheme = find_scheme(name, target)
+    cache = cache or scheme.cache
+    choices = CACHES if target == "cpu" else (scheme.cache,)
+    if cache not in choices:
+        raise UsageError(f"unknown --kv {cache!r}; choose one of: {', '.join(choices)}")
     for text in keep:
         prefix, equals, other = text.partition("=")
         if not equals or not prefix:
             raise UsageError(f"--keep {text!r}: write BLOCK=SCHEME, for example decoder.layers.0=fp16")
-        kept = find_scheme(other)
+        kept = find_scheme(other, target)
         scheme = replace(mixed(scheme, {prefix: kept.linear(f"{prefix.rstrip('.')}.weight")}), tolerance=_loosest(scheme.tolerance, kept.tolerance))
     four = [prefix for prefix, linear in scheme.parts.items() if linear.bits == 4]
     if (block or rounding) and not four:

@@ -19,7 +19,8 @@ from calibration.calibrate import Calibrated
 from calibration.ranges import RANGES
 from calibration.samples import MIN_IMAGES, Case, default_source, draw_cases, draw_examples, set_card
 from export.cache import build_key
-from export.passes import LOWERING, PassResult
+from export.lowering import find_lowering
+from export.passes import PassResult
 from export.plan import linears
 from export.schemes import Scheme
 from export.verify import METRIC_SEED, MetricCheck, golden_count
@@ -83,8 +84,7 @@ class Build:
 
 def open_build(options: BuildOptions) -> Build:
     """Opens the checkpoint, draws the calibration set, and names the build by the hash of all that decides its result."""
-    if options.target not in LOWERING:
-        raise UsageError(f"unknown target {options.target!r}; choose one of: {', '.join(LOWERING)}")
+    find_lowering(options.target)
     if options.dump is not None:
         try:
             options.dump.mkdir(parents=True, exist_ok=True)

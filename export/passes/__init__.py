@@ -9,19 +9,22 @@ import onnx_ir as ir
 from export.passes.contract import GraphPass, PassResult
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.logits_to_keep import KEEP_LOGITS
+from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
 from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, REWRITE
+from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE
+from export.passes.token_outputs import TOKEN_OUTPUTS
 
-__all__ = ["LOWERING", "PASSES", "SIMPLIFY", "GraphPass", "PassResult", "run_passes"]
+__all__ = ["PASSES", "SIMPLIFY", "GraphPass", "PassResult", "run_passes"]
 
 SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWRITE, CLEAN)
 """From the exporter's output to the canonical graph. Transposes of weights are folded before constants, so that weights keep their names."""
 
-LOWERING: dict[str, dict[str, tuple[GraphPass, ...]]] = {
-    "cpu": {"vision": (), "decoder": (GROUP_QUERY_ATTENTION, KEEP_LOGITS)},
-}
-"""Per target and graph: passes from canonical operators to those the target's engine runs fastest."""
+LOWERINGS: tuple[GraphPass, ...] = (
+    *(GROUP_QUERY_ATTENTION, KEEP_LOGITS),
+    *(PLAIN_NORMS, PLAIN_GELU, PLAIN_ATTENTION, PLAIN_CACHE, FUSED_CACHE, TOKEN_OUTPUTS),
+)
 
-PASSES: dict[str, GraphPass] = {step.name: step for step in (*SIMPLIFY, GROUP_QUERY_ATTENTION, KEEP_LOGITS)}
+PASSES: dict[str, GraphPass] = {step.name: step for step in (*SIMPLIFY, *LOWERINGS)}
 
 
 def run_passes(model: ir.Model, passes: Sequence[GraphPass]) -> list[tuple[str, PassResult]]:

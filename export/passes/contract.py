@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["GraphPass", "PassResult", "initializer", "is_weight", "lazy_initializer", "lazy_tensor", "replace_node"]
+__all__ = [
+    "GraphPass",
+    "PassResult",
+    "constant",
+    "initializer",
+    "insert",
+    "is_full",
+    "is_weight",
+    "lazy_initializer",
+    "lazy_tensor",
+    "replace_node",
+]
+
+_FULL = "fp32"
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,37 @@ def is_weight(value: ir.Value | None) -> bool:
 def initializer(model: ir.Model, name: str, array: object) -> ir.Value:
     """Adds a tensor to the graph under `name` and returns its value."""
     return _register(model, ir.tensor(array, name=name))  # type: ignore[arg-type]
+
+
+def constant(model: ir.Model, name: str, array: NDArray[np.generic]) -> ir.Value:
+    """The initializer of that name, added if it is not there."""
+    known = model.graph.initializers
+    return known[name] if name in known else initializer(model, name, array)
+
+
+def insert(
+    model: ir.Model,
+    before: ir.Node,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    *dtypes: ir.DataType,
+    domain: str = "",
+    full: bool = False,
+    **attributes: Any,
+) -> list[ir.Value]:
+    """Puts one operator in front of a node and returns its outputs, typed; `full` keeps it in fp32 where a graph computes in fp16."""
+    node = ir.node(op_type, inputs, dict(attributes), domain=domain, num_outputs=len(dtypes))
+    for output, dtype in zip(node.outputs, dtypes, strict=True):
+        output.type = ir.TensorType(dtype)
+    if full:
+        node.meta[_FULL] = True
+    model.graph.insert_before(before, node)
+    return list(node.outputs)
+
+
+def is_full(node: ir.Node) -> bool:
+    """True for a node that stays in fp32 (see `insert`)."""
+    return bool(node.meta.get(_FULL))
 
 
 def lazy_tensor(name: str, make: Callable[[], NDArray[np.generic]], dtype: ir.DataType, shape: Sequence[int]) -> ir.LazyTensor:

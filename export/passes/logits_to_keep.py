@@ -12,7 +12,7 @@ import onnx_ir as ir
 from export.passes.contract import GraphPass, PassResult, initializer
 from runtime.contract.spec import LOGITS_TO_KEEP, TOTAL_LENGTH
 
-__all__ = ["KEEP_LOGITS"]
+__all__ = ["KEEP_LOGITS", "last_position"]
 
 _LAST = -1
 _END = np.iinfo(np.int64).max
@@ -26,14 +26,19 @@ def _takes_last_position(node: ir.Node) -> bool:
     return index is not None and index.shape.numpy() == () and int(index.numpy()) == _LAST
 
 
+def last_position(model: ir.Model, step: str) -> tuple[ir.Node | None, str]:
+    """The node that takes the last position in front of the head; None and the reason, for the pass named `step`, if there is not just one."""
+    found = [node for node in model.graph if _takes_last_position(node)]
+    return (found[0], "") if len(found) == 1 else (None, f"{step}: {len(found)} nodes take the last position, expected 1")
+
+
 def _keep(model: ir.Model) -> PassResult:
     graph = model.graph
     if any(value.name == LOGITS_TO_KEEP for value in graph.inputs):
         return PassResult(0)
-    found = [node for node in graph if _takes_last_position(node)]
-    if len(found) != 1:
-        return PassResult(0, (f"logits_to_keep: {len(found)} nodes take the last position, expected 1",))
-    (gather,) = found
+    gather, reason = last_position(model, "logits_to_keep")
+    if gather is None:
+        return PassResult(0, (reason,))
     hidden, row = gather.inputs[0], gather.outputs[0]
     assert hidden is not None and hidden.shape is not None and row.shape is not None, "captured graphs carry shapes"
     count = ir.Value(name=LOGITS_TO_KEEP, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))

@@ -24,6 +24,7 @@ from runtime.contract.spec import ModelSpec
 __all__ = [
     "ALONE",
     "DECODER",
+    "DECODER_FUSED",
     "EMBEDDINGS",
     "FIT_16_BITS",
     "GOLDENS",
@@ -35,9 +36,12 @@ __all__ = [
     "TOKENIZER",
     "VERSION",
     "VISION",
+    "VISION_FUSED",
     "Bundle",
     "cache_folder",
+    "graph_file",
     "read_bundle",
+    "weights_file",
     "write_manifest",
 ]
 
@@ -45,6 +49,9 @@ FORMAT, VERSION = "infmllm-bundle", 1
 MANIFEST = "manifest.json"
 VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS = "vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json", "goldens.npz"
 PREFILL = "prefill.onnx"  # optional: a second decoder graph for calls of more than one token
+# tensorrt target: the same graphs over the same weights, with operators only newer versions have.
+VISION_FUSED, DECODER_FUSED = "vision-fused.onnx", "decoder-fused.onnx"
+GRAPHS = (VISION, DECODER, PREFILL, VISION_FUSED, DECODER_FUSED)
 REQUIRED = (VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS)
 VERIFIED, UNVERIFIED = "VERIFIED", "UNVERIFIED"
 # Keys and values in `schemes` that say how the engine may run a bundle; those before 0.2 lack them.
@@ -56,6 +63,16 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_MANIFEST = 4 << 20
 _MAX_FILES = 1000
 _FIELDS = {"format", "version", "spec", "target", "schemes", "files", "provenance", "parity"}
+
+
+def graph_file(graph: str) -> str:
+    """The file of a graph called "vision", "decoder", ..."""
+    return f"{graph}.onnx"
+
+
+def weights_file(graph: str) -> str:
+    """The file of its weights, where it has its own."""
+    return f"{graph}.weights"
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ class Bundle:
     @property
     def graphs(self) -> tuple[str, ...]:
         """Names of the graph files."""
-        return (VISION, DECODER, *([PREFILL] if PREFILL in self.files else []))
+        return tuple(name for name in GRAPHS if name in self.files)
 
     @property
     def verdict(self) -> str:

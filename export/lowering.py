@@ -1,0 +1,66 @@
+"""Targets as data: which graphs a bundle for it carries, and how each is made from a canonical one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from export.passes import GraphPass
+from export.passes.explicit_kernels import EXPLICIT_KERNELS
+from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
+from export.passes.integer_kernels import INTEGER_KERNELS
+from export.passes.logits_to_keep import KEEP_LOGITS
+from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
+from export.passes.quantise import Kernels
+from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE
+from export.passes.token_outputs import TOKEN_OUTPUTS
+from runtime.contract.errors import UsageError
+from runtime.contract.spec import IMAGE_EMBEDS, LOGITS, LOGITS_MASS, PIXELS, POOL
+
+__all__ = ["LOWERING", "GraphPlan", "Lowering", "find_lowering"]
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """One graph of a bundle: the canonical one it comes from, its passes, its opset (0: as captured), and whether its cache has a fixed length.
+
+    `weights_of` names the graph whose weights it refers to; its own are stored where there is none.
+    """
+
+    base: str
+    passes: tuple[GraphPass, ...] = ()
+    opset: int = 0
+    fixed: bool = False
+    weights_of: str = ""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A target's graphs by name, in the order they are packed, its kernels of integer layers, and graph values that stay fp32 in a half graph."""
+
+    graphs: Mapping[str, GraphPlan]
+    kernels: Kernels
+    full_values: frozenset[str] = frozenset()
+
+
+LOWERING: dict[str, Lowering] = {
+    "cpu": Lowering({"vision": GraphPlan("vision"), "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, KEEP_LOGITS))}, INTEGER_KERNELS),
+    # What TensorRT 10.3 parses, at the first opset with blocks of 4-bit weights; and with what 10.15 brought, at the first opset that has it.
+    "tensorrt": Lowering(
+        {
+            "vision": GraphPlan("vision", (PLAIN_GELU, PLAIN_ATTENTION), 21),
+            "vision-fused": GraphPlan("vision", (PLAIN_GELU,), 24, weights_of="vision"),
+            "decoder": GraphPlan("decoder", (PLAIN_CACHE, PLAIN_NORMS, TOKEN_OUTPUTS), 21),
+            "decoder-fused": GraphPlan("decoder", (FUSED_CACHE, PLAIN_NORMS, TOKEN_OUTPUTS), 24, fixed=True, weights_of="decoder"),
+        },
+        EXPLICIT_KERNELS,
+        frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS}),
+    ),
+}
+
+
+def find_lowering(target: str) -> Lowering:
+    """The lowering of a target; raises `UsageError` listing the choices."""
+    if target not in LOWERING:
+        raise UsageError(f"unknown target {target!r}; choose one of: {', '.join(LOWERING)}")
+    return LOWERING[target]

@@ -1,0 +1,136 @@
+"""Turns a graph's arithmetic from fp32 to fp16, with fp32 kept where sums are long or ranges wide: norms, rotary angles, softmax, and what is asked for.
+
+Weights become fp16 when the graph is written; Casts stand where the two meet, one per value. Engines that take types literally (TensorRT's strongly
+typed networks) compute exactly this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from export.passes.contract import GraphPass, PassResult, is_full, lazy_initializer
+from runtime.contract.errors import BuildError
+
+__all__ = ["to_half"]
+
+_FP32, _FP16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_FULL_OPS = {"LayerNormalization", "RMSNormalization", "RotaryEmbedding", "Softmax"}
+_OTHER_TYPES = {"Shape": ir.DataType.INT64, "LessOrEqual": ir.DataType.BOOL, "Less": ir.DataType.BOOL, "Size": ir.DataType.INT64}
+
+
+def to_half(full_values: Collection[str]) -> GraphPass:
+    """The pass. Graph inputs and outputs named in `full_values` stay fp32."""
+
+    def run(model: ir.Model) -> PassResult:
+        _infer_types(model)
+        state = _Halves(model, full_values)
+        for node in list(model.graph):
+            state.convert(node)
+        state.finish()
+        return PassResult(state.modified)
+
+    return GraphPass("to_half", run)
+
+
+def _infer_types(model: ir.Model) -> None:
+    """Types of values the exporter left without: those of their first input, but for few operators."""
+    for node in model.graph:
+        for output in node.outputs:
+            if output.type is not None:
+                continue
+            if node.op_type == "Cast":
+                dtype = ir.DataType(node.attributes["to"].as_int())
+            elif node.op_type == "Constant":
+                dtype = node.attributes["value"].as_tensor().dtype
+            else:
+                first = node.inputs[0].type if node.inputs and node.inputs[0] is not None else None
+                assert node.op_type in _OTHER_TYPES or first is not None, f"{node.op_type} {output.name} has no type"
+                dtype = _OTHER_TYPES.get(node.op_type) or first.dtype  # type: ignore[union-attr]
+            output.type = ir.TensorType(dtype)
+
+
+class _Halves:
+    """Where each fp32 value's fp16 form is, and the other way round."""
+
+    def __init__(self, model: ir.Model, full_values: Collection[str]) -> None:
+        self.model, self.modified = model, 0
+        self._full_values = full_values
+        self._half: dict[ir.Value, ir.Value] = {}
+        self._full: dict[ir.Value, ir.Value] = {}
+        self._weights = [value for value in model.graph.initializers.values() if value.dtype == _FP32]
+        for value in model.graph.inputs:
+            if value.dtype == _FP32 and value.name not in full_values:
+                value.type = ir.TensorType(_FP16)
+
+    def convert(self, node: ir.Node) -> None:
+        """Gives a node inputs of the type it computes in, and its outputs that type."""
+        full = is_full(node) or node.op_type in _FULL_OPS
+        halved = not full and (node.op_type != "Cast" or node.attributes["to"].as_int() == _FP32)
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in (_FP32, _FP16):
+                node.replace_input_with(index, self._as_full(value, node) if full else self._as_half(value, node))
+        if node.op_type == "Constant" and not full:
+            return  # small, and cast where it is used
+        for output in node.outputs:
+            if halved and output.dtype == _FP32:
+                output.type = ir.TensorType(_FP16)
+                self.modified += 1
+        if halved and node.op_type == "Cast":
+            node.attributes["to"] = ir.AttrInt64("to", _FP16)
+
+    def finish(self) -> None:
+        """Outputs in the type the contract names; weights that are fp16 only now go."""
+        graph = self.model.graph
+        for index, value in enumerate(graph.outputs):
+            if value.dtype == _FP16 and value.name in self._full_values:
+                cast, name = ir.node("Cast", [value], {"to": _FP32}), value.name
+                graph.append(cast)
+                cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(_FP32)
+                value.name, cast.outputs[0].name = f"{name}.fp16", name
+                graph.outputs[index] = cast.outputs[0]
+        for value in self._weights:
+            if not value.uses() and value.name:
+                del graph.initializers[value.name]
+
+    def _as_half(self, value: ir.Value, node: ir.Node) -> ir.Value:
+        if value.dtype == _FP16:
+            return value
+        if value not in self._half:
+            self._half[value] = self._stored(value) if value.is_initializer() else self._cast(value, node, _FP16)
+        return self._half[value]
+
+    def _as_full(self, value: ir.Value, node: ir.Node) -> ir.Value:
+        if value.dtype == _FP32:
+            return value
+        if value not in self._full:
+            self._full[value] = self._cast(value, node, _FP32)
+        return self._full[value]
+
+    def _cast(self, value: ir.Value, node: ir.Node, dtype: ir.DataType) -> ir.Value:
+        cast = ir.node("Cast", [value], {"to": dtype})
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(dtype)
+        self.model.graph.insert_before(node, cast)
+        return cast.outputs[0]
+
+    def _stored(self, value: ir.Value) -> ir.Value:
+        tensor = value.const_value
+        assert tensor is not None and value.name, "initializers hold tensors"
+        self.modified += 1
+        return lazy_initializer(self.model, f"{value.name}.fp16", partial(_rounded, tensor), _FP16, tensor.shape.numpy())
+
+
+def _rounded(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
+    """The tensor in fp16; refused where that would make something infinite, or a scale vanish."""
+    full = tensor.numpy()
+    with np.errstate(over="ignore", under="ignore"):
+        half = full.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise BuildError(f"{tensor.name} has values beyond 65504, which fp16 cannot hold; build for --target cpu with --precision fp32")
+    if (tensor.name or "").endswith("scale") and not (half > 0).all():
+        raise BuildError(f"{tensor.name} has scales below what fp16 holds; keep that block in fp16: --keep BLOCK=fp16")
+    return half

@@ -1,0 +1,57 @@
+"""Gives a decoder what a GPU's loop needs: logits of chosen rows, the likeliest token of each, and a number that is finite only if all logits are.
+
+With them a decoding step brings a token id and one number across to the host instead of the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from export.passes.contract import GraphPass, PassResult, constant, insert
+from export.passes.logits_to_keep import last_position
+from runtime.contract.spec import LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN
+
+__all__ = ["TOKEN_OUTPUTS"]
+
+_FP32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+
+
+def _outputs(model: ir.Model) -> PassResult:
+    graph = model.graph
+    if any(value.name == LOGITS_ROWS for value in graph.inputs):
+        return PassResult(0)
+    gather, reason = last_position(model, "token_outputs")
+    if gather is None:
+        return PassResult(0, (reason,))
+    hidden, row = gather.inputs[0], gather.outputs[0]
+    assert hidden is not None and hidden.shape is not None, "captured graphs carry shapes"
+    rows = ir.Value(name=LOGITS_ROWS, shape=ir.Shape(["n"]), type=ir.TensorType(_INT64))
+    width = constant(model, f"{LOGITS_ROWS}.width", np.array([-1, int(hidden.shape[2])], np.int64))  # type: ignore[arg-type]
+    (chosen,) = insert(model, gather, "Gather", [hidden, rows], _FP32, axis=1)
+    (matrix,) = insert(model, gather, "Reshape", [chosen, width], _FP32)
+    ir.convenience.replace_all_uses_with(row, matrix)
+    graph.remove(gather, safe=True)
+    graph.inputs[:] = [*graph.inputs[:2], rows, *graph.inputs[2:]]
+    logits = graph.outputs[0]
+    assert logits.name == LOGITS and logits.shape is not None, "captured graphs give logits first"
+    logits.shape = ir.Shape(["n", logits.shape[1]])
+    graph.outputs[:] = [logits, *_summaries(model, logits), *graph.outputs[1:]]
+    return PassResult(1)
+
+
+def _summaries(model: ir.Model, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """`next_token` [n] int64 and `logits_mass` [n], the sum of magnitudes."""
+    graph, axis = model.graph, constant(model, "last_axis", np.array([-1], np.int64))
+    token = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0, "select_last_index": 0})
+    size = ir.node("Abs", [logits])
+    mass = ir.node("ReduceSum", [size.outputs[0], axis], {"keepdims": 0})
+    for node, dtype in ((token, _INT64), (size, _FP32), (mass, _FP32)):
+        node.meta["fp32"] = True
+        graph.append(node)
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), ir.Shape(["n"] if node is not size else logits.shape)  # type: ignore[arg-type]
+    token.outputs[0].name, mass.outputs[0].name = NEXT_TOKEN, LOGITS_MASS
+    return token.outputs[0], mass.outputs[0]
+
+
+TOKEN_OUTPUTS = GraphPass("token_outputs", _outputs, requires=frozenset({"::Gather"}), ensures=frozenset({"::ArgMax"}))
