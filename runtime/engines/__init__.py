@@ -74,8 +74,11 @@ class Engine(Protocol):
     """Of the engine's library: its results may change with it."""
     verifies: bool
     """True where `verify` works: the graph gives logits of more than one position."""
-    trial: Trial | None
-    """Set while the engine must not answer yet (see `Trial`); engines that run the bundle's own graphs need none."""
+
+    @property
+    def trial(self) -> Trial | None:
+        """Set while the engine must not answer yet (see `Trial`); engines that run the bundle's own graphs need none."""
+        ...
 
     def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
         """pixels [N,3,S,S] and pool [T,s*s] to image embeddings [N,T,H]."""

@@ -47,7 +47,8 @@ class Memory:
         """A writable view of pinned memory, which keeps it alive."""
         raw = (ctypes.c_uint8 * self.size).from_address(self.address)
         raw.owner = self  # type: ignore[attr-defined]
-        return np.frombuffer(raw, dtype, int(np.prod(shape)), offset).reshape(shape)
+        found: NDArray[Any] = np.frombuffer(memoryview(raw), np.dtype(dtype), int(np.prod(shape)), offset).reshape(shape)
+        return found
 
     def __del__(self) -> None:
         self._free(self.address)
@@ -74,9 +75,8 @@ class Device:
         self._cuda, self.lost, self._capturing = _bindings(), "", False
         code, count = self._attempt("cudaGetDeviceCount")
         if code or not count:
-            raise EngineError(
-                f"no GPU can be used ({self._named(code) if code else 'none is visible'}); check nvidia-smi and the driver, or build with --target cpu"
-            )
+            found = self._named(code) if code else "none is visible"
+            raise EngineError(f"no GPU can be used ({found}); check nvidia-smi and the driver, or build with --target cpu")
         properties = self.call("cudaGetDeviceProperties", 0)
         name = properties.name.decode(errors="replace") if isinstance(properties.name, bytes) else str(properties.name)
         self.name = name.rstrip("\0")
@@ -117,7 +117,9 @@ class Device:
         """Raises a fault of the device or of what runs on it; unless it only spoils a capture, nothing runs here any more."""
         if self._capturing:
             raise EngineError(fault)
-        self.lost = f"the GPU failed ({fault}); this session answers no more: start the program again, and look at dmesg and nvidia-smi if it comes back"
+        self.lost = (
+            f"the GPU failed ({fault}); this session answers no more: start the program again, and look at dmesg and nvidia-smi if it comes back"
+        )
         raise EngineError(self.lost)
 
     def release(self, name: str, handle: Any) -> None:
