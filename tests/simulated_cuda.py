@@ -6,7 +6,6 @@ says; captured work runs only when its graph is launched; calls that may not be 
 
 from __future__ import annotations
 
-import ctypes
 import enum
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -51,7 +50,10 @@ class _Stream:
 
 
 class Cuda(ModuleType):
-    """The module `cuda.bindings.runtime`. `fails` maps a call's name to errors its next calls give; `lost` is given by every call."""
+    """The module `cuda.bindings.runtime`.
+
+    `fails` maps a call's name to errors its next calls give; `lost` is given by every call. `brought` are the sizes of copies to the host.
+    """
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode, cudaStreamNonBlocking = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode, 1
 
@@ -67,6 +69,7 @@ class Cuda(ModuleType):
         self.lost = OK
         self.calls: list[str] = []
         self.launched = 0
+        self.brought: list[int] = []
 
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
@@ -78,9 +81,15 @@ class Cuda(ModuleType):
             if name.startswith("cudaGetError"):
                 return (OK, found(*arguments))
             fault = self.lost or (self.fails.get(name) or [OK]).pop(0)
-            if not fault and self.captured is not None and name in ("cudaMalloc", "cudaFree", "cudaMallocHost", "cudaFreeHost", "cudaStreamSynchronize"):
+            if (
+                not fault
+                and self.captured is not None
+                and name in ("cudaMalloc", "cudaFree", "cudaMallocHost", "cudaFreeHost", "cudaStreamSynchronize")
+            ):
                 self.spoilt, fault = True, cudaError_t.cudaErrorStreamCaptureUnsupported
             if fault:
+                if name == "cudaStreamEndCapture":
+                    self.captured = None  # over, even where it failed
                 return (fault, None)
             value = found(*arguments)
             return value if isinstance(value, tuple) else (OK,) if value is None else (value,) if isinstance(value, cudaError_t) else (OK, value)
@@ -168,6 +177,8 @@ class Cuda(ModuleType):
         origin, target = _SIDES[kind]
 
         def work() -> None:
+            if target == "host":
+                self.brought.append(width)
             for row in range(rows):
                 self.view(to + row * to_pitch, width, target)[...] = self.view(source + row * pitch, width, origin)
 
@@ -206,5 +217,5 @@ def array_at(cuda: Cuda, address: int, dtype: Any, shape: tuple[int, ...]) -> np
     """A view of device memory as a tensor."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     found = cuda.view(address, size, "device")
-    assert ctypes.c_uint8 and address % ALIGNMENT == 0, f"a tensor at {address:#x} is not aligned"
+    assert address % ALIGNMENT == 0, f"a tensor at {address:#x} is not aligned"
     return found.view(dtype).reshape(shape)

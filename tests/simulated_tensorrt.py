@@ -28,14 +28,21 @@ def _shape(value: onnx.ValueInfoProto) -> Shape:
 
 
 class Simulation:
-    """What a test may set and look at. `plant` may change a network while it is built; `refuse` are texts for which nodes' operators are refused."""
+    """What a test may set and look at.
+
+    `plant` may change a network while it is built, `unknown` are operators the parser lacks, builds of files whose name has `build_fault` in it fail,
+    `during_build` runs in the middle of one, `unreadable` engines cannot be read again. `built`, `read` and `timings` tell what happened.
+    """
 
     def __init__(self, cuda: Cuda, version: str, fuses: bool) -> None:
         self.cuda, self.version, self.fuses = cuda, version, fuses
         self.plant: Callable[[onnx.ModelProto], None] = lambda model: None
         self.unknown: set[str] = set()
         self.build_fault = ""
+        self.unreadable = 0
         self.built: list[str] = []
+        self.read: list[bytes] = []
+        self.workspaces: list[int] = []
         self.timings: list[bytes] = []
         self.during_build: Callable[[], None] = lambda: None
         self.module = _module(self)
@@ -81,6 +88,7 @@ class _Config:
     def set_memory_pool_limit(self, pool: str, size: int) -> None:
         assert pool == "workspace" and 0 < size <= self._simulation.cuda.total
         self.workspace = size
+        self._simulation.workspaces.append(size)
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profiles.append(profile.shapes)
@@ -266,9 +274,11 @@ def _module(simulation: Simulation) -> ModuleType:
 
 
 def _deserialized(simulation: Simulation, logger: Any, content: Any) -> _Engine | None:
+    simulation.read.append(bytes(content))
     head, _, model = bytes(content).partition(b"\n")
     told = json.loads(head)
-    if (told["version"], told["gpu"]) != (simulation.version, simulation.cuda.name.decode()):
+    simulation.unreadable -= 1
+    if simulation.unreadable >= 0 or (told["version"], told["gpu"]) != (simulation.version, simulation.cuda.name.decode()):
         logger.log(_Severity.ERROR, "The engine plan file is not compatible with this version of TensorRT")
         return None
     profiles = [{name: [tuple(shape) for shape in shapes] for name, shapes in profile.items()} for profile in told["profiles"]]

@@ -6,6 +6,7 @@ since one stream runs them one after the other.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,7 +142,7 @@ class _Decoder:
         self._out = _Packet(machine.device, "logits", found)
         self._context = _Context(machine, engine, profile, activations)
         self._context.bind({name: self._in.address(name) for name in given} | {name: self._out.address(name) for name in found})
-        self._bound: Caches | None = None
+        self._bound: weakref.ref[Caches] | None = None  # a batch's caches go when it does
 
     def _fill(self, inputs_embeds: NDArray[np.float32], start: int) -> None:
         """Puts the embeddings [1,L,H] and their positions where the GPU fetches them."""
@@ -156,11 +157,11 @@ class _Decoder:
 
     def _bind(self, caches: Caches) -> None:
         """Has the network work on these caches."""
-        if self._bound is not caches:
+        if self._bound is None or self._bound() is not caches:
             self._context.bind(dict(caches.addresses()))
             if self._fresh is None:
                 self._context.bind({present(name): address for name, address in caches.addresses()})
-            self._bound = caches
+            self._bound = weakref.ref(caches)
 
     def _place(self, rows: int) -> None:
         """Has the network put that many new rows where they lie evenly."""
