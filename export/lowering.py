@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from export.passes import GraphPass
+from export.passes.companion_row import COMPANION_ROW
 from export.passes.explicit_kernels import EXPLICIT_KERNELS
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.integer_kernels import INTEGER_KERNELS
@@ -14,6 +15,7 @@ from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NOR
 from export.passes.quantise import Kernels
 from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE
 from export.passes.token_outputs import TOKEN_OUTPUTS
+from export.schemes import Scheme
 from runtime.contract.errors import UsageError
 from runtime.contract.spec import IMAGE_EMBEDS, LOGITS, LOGITS_MASS, PIXELS, POOL
 
@@ -36,11 +38,22 @@ class GraphPlan:
 
 @dataclass(frozen=True)
 class Lowering:
-    """A target's graphs by name, in the order they are packed, its kernels of integer layers, and graph values that stay fp32 in a half graph."""
+    """A target's graphs by name, in the order they are packed, its kernels of integer layers, and graph values that stay fp32 in a half graph.
+
+    `byte_weights` are passes that decoders with 8-bit weights and float activations get first. `referenced` tells that a build is compared with
+    PyTorch through `export.reference`: the target's engine runs on other machines.
+    """
 
     graphs: Mapping[str, GraphPlan]
     kernels: Kernels
     full_values: frozenset[str] = frozenset()
+    byte_weights: tuple[GraphPass, ...] = ()
+    referenced: bool = False
+
+    def passes(self, graph: str, scheme: Scheme) -> tuple[GraphPass, ...]:
+        """What turns the canonical graph into this one, but for its precision."""
+        plan = self.graphs[graph]
+        return (*(self.byte_weights if plan.base == "decoder" and scheme.byte_weights else ()), *plan.passes)
 
 
 LOWERING: dict[str, Lowering] = {
@@ -55,6 +68,8 @@ LOWERING: dict[str, Lowering] = {
         },
         EXPLICIT_KERNELS,
         frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS}),
+        (COMPANION_ROW,),
+        referenced=True,
     ),
 }
 
