@@ -40,7 +40,7 @@ __all__ = ["ReferenceEngine", "open_session", "reference_session", "replay_forms
 class ReferenceEngine:
     """An `Engine` for tensorrt bundles, of the plain graphs or the fused ones. Slow: for builds and tests."""
 
-    verifies = False
+    verifies, trial = False, None
 
     def __init__(self, bundle: Bundle, fused: bool = False, threads: int | None = None) -> None:
         spec = bundle.spec.decoder

@@ -64,7 +64,7 @@ def _install(folder: Path, wheels: tuple[str, ...], libraries: str) -> None:
     for name, real in (("nvinfer", "tensorrt_rtx"), ("nvonnxparser", "tensorrt_onnxparser_rtx"), ("nvinfer_plugin", "")):
         found = next((folder / libraries).glob(f"lib{real}.so.*")) if libraries and real else ""
         soname = f"lib{name}.so.{generation}"
-        output = ["-o", str(module / soname), f"-Wl,-soname,{soname}", f'-DTARGET="{found}"']
+        output = ["-o", str(module / soname), f"-Wl,-soname,{soname}", f'-DTARGET="{found}"', f"-D{name}"]
         command = ["gcc", "-O1", "-shared", "-fPIC", str(HERE / "forward.c"), *output, "-ldl"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     (folder / "ready").touch()

@@ -17,18 +17,27 @@ static void *find(const char *symbol) {
 
 static int version(const char *symbol) { return ((int (*)(void))find(symbol))(); }
 
-int getInferLibVersion(void) { return version("getInferLibVersion"); }
-int getNvOnnxParserVersion(void) { return version("getNvOnnxParserVersion"); }
-void *getPluginRegistry(void) { return ((void *(*)(void))find("getPluginRegistry"))(); }
-void *getBuilderPluginRegistry(int kind) { return ((void *(*)(int))find("getBuilderPluginRegistry"))(kind); }
-int initLibNvInferPlugins(void *logger, const char *space) { return logger || space || 1; }
-
+/* One source, three libraries: each has only the symbols of the one it stands for, since all are loaded side by side. */
 #define ONE(symbol, asked) \
     void *symbol(void *a, int unused) { return ((void *(*)(void *, int))find(#symbol))(a, unused * 0 + version(asked)); }
 #define TWO(symbol, asked) \
     void *symbol(void *a, void *b, int unused) { return ((void *(*)(void *, void *, int))find(#symbol))(a, b, unused * 0 + version(asked)); }
+
+#ifdef nvinfer
+int getInferLibVersion(void) { return version("getInferLibVersion"); }
+void *getPluginRegistry(void) { return ((void *(*)(void))find("getPluginRegistry"))(); }
+void *getBuilderPluginRegistry(int kind) { return ((void *(*)(int))find("getBuilderPluginRegistry"))(kind); }
 ONE(createInferBuilder_INTERNAL, "getInferLibVersion")
 ONE(createInferRuntime_INTERNAL, "getInferLibVersion")
 TWO(createInferRefitter_INTERNAL, "getInferLibVersion")
+#endif
+
+#ifdef nvonnxparser
+int getNvOnnxParserVersion(void) { return version("getNvOnnxParserVersion"); }
 TWO(createNvOnnxParser_INTERNAL, "getNvOnnxParserVersion")
 TWO(createNvOnnxParserRefitter_INTERNAL, "getNvOnnxParserVersion")
+#endif
+
+#ifdef nvinfer_plugin
+int initLibNvInferPlugins(void *logger, const char *space) { return logger || space || 1; }
+#endif

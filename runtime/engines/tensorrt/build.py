@@ -54,6 +54,7 @@ def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Pat
     _check_network(machine, network, form, path)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # an engine tells what its layers compute in
     _add_profiles(builder, network, config, form)
     cache = _with_timings(config, timings)
     with step_bar(1) as bar:
