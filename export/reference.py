@@ -30,6 +30,7 @@ from runtime.contract.spec import (
     present,
     value_cache,
 )
+from runtime.engines import Trial
 from runtime.engines.ort_session import session_options
 from runtime.selftest import StageError, replay
 from runtime.session import Session, load
@@ -41,6 +42,7 @@ class ReferenceEngine:
     """An `Engine` for tensorrt bundles, of the plain graphs or the fused ones. Slow: for builds and tests."""
 
     verifies = False
+    trial: Trial | None = None
 
     def __init__(self, bundle: Bundle, fused: bool = False, threads: int | None = None) -> None:
         spec = bundle.spec.decoder

@@ -31,7 +31,8 @@ class Simulation:
     """What a test may set and look at.
 
     `plant` may change a network while it is built, `unknown` are operators the parser lacks, builds of files whose name has `build_fault` in it fail,
-    `during_build` runs in the middle of one, `unreadable` engines cannot be read again. `built`, `read` and `timings` tell what happened.
+    `during_build` runs in the middle of one, `unreadable` engines cannot be read again, `refuses_to_run` is why no network runs. `built`, `read`,
+    `workspaces` and `timings` tell what happened.
     """
 
     def __init__(self, cuda: Cuda, version: str, fuses: bool) -> None:
@@ -40,6 +41,8 @@ class Simulation:
         self.unknown: set[str] = set()
         self.build_fault = ""
         self.unreadable = 0
+        self.refuses_to_run = ""
+        self.loggers: list[Any] = []
         self.built: list[str] = []
         self.read: list[bytes] = []
         self.workspaces: list[int] = []
@@ -236,6 +239,9 @@ class _Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 0x57 and self._memory[0], "memory to compute in was given"
+        if self._engine.simulation.refuses_to_run:
+            self._engine.simulation.loggers[-1].log(_Severity.ERROR, self._engine.simulation.refuses_to_run)
+            return False
         assert set(self._addresses) == set(self._engine.values), f"not bound: {set(self._engine.values) - set(self._addresses)}"
         assert all(-1 not in shape for shape in self._shapes.values()), self._shapes
         assert all(self._addresses[output] == self._addresses[source] for output, source in self._engine.aliases.items())
@@ -275,6 +281,7 @@ def _module(simulation: Simulation) -> ModuleType:
 
 def _deserialized(simulation: Simulation, logger: Any, content: Any) -> _Engine | None:
     simulation.read.append(bytes(content))
+    simulation.loggers.append(logger)
     head, _, model = bytes(content).partition(b"\n")
     told = json.loads(head)
     simulation.unreadable -= 1
