@@ -31,8 +31,8 @@ class Simulation:
     """What a test may set and look at.
 
     `plant` may change a network while it is built, `unknown` are operators the parser lacks, builds of files whose name has `build_fault` in it fail,
-    `during_build` runs in the middle of one, `unreadable` engines cannot be read again, `refuses_to_run` is why no network runs. `built`, `read`,
-    `workspaces` and `timings` tell what happened.
+    `during_build` runs in the middle of one, `unreadable` engines cannot be read again, `copies_caches` has outputs apart from their inputs,
+    `refuses_to_run` is why no network runs. `built`, `read`, `workspaces` and `timings` tell what happened.
     """
 
     def __init__(self, cuda: Cuda, version: str, fuses: bool) -> None:
@@ -41,6 +41,7 @@ class Simulation:
         self.unknown: set[str] = set()
         self.build_fault = ""
         self.unreadable = 0
+        self.copies_caches = False
         self.refuses_to_run = ""
         self.loggers: list[Any] = []
         self.built: list[str] = []
@@ -204,6 +205,9 @@ class _Engine:
 
     def get_tensor_shape(self, name: str) -> Shape:
         return _shape(self.values[name])
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return None if self.simulation.copies_caches else self.aliases.get(name)
 
     def create_execution_context(self, strategy: str) -> _Context:
         assert strategy == "user managed"

@@ -16,6 +16,7 @@ from export.reference import ReferenceEngine
 from runtime import Decoding, Session, load
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import BundleError, ContextError, EngineError, NonFiniteError
+from runtime.doctor.system import Memory
 from tests.runtime.conftest import Install
 from tests.simulated_cuda import cudaError_t
 
@@ -123,19 +124,29 @@ def test_a_verdict_holds_for_the_tolerance_it_was_given_under(bundle: Path, gpu:
         load(stricter)
 
 
-@pytest.mark.parametrize("how", ["operator", "build"])
+@pytest.mark.parametrize("how", ["operator", "build", "copies", "old"])
 def test_a_fused_form_that_cannot_be_built_gives_way(
     bundle: Path, gpu: Install, scene_image: Image.Image, capfd: pytest.CaptureFixture[str], how: str
 ) -> None:
     simulation = gpu()
     if how == "operator":
         simulation.unknown = {"TensorScatter"}
-    else:
+    elif how == "build":
         simulation.build_fault = "decoder-fused"
+    elif how == "copies":
+        simulation.copies_caches = True
+    else:
+        del simulation.module.INetworkDefinition.add_kv_cache_update
     session = load(bundle)
-    assert simulation.built == ["vision-fused.onnx", "decoder.onnx"]
-    reason = "has no TensorScatter" if how == "operator" else "MiB: Could not find any implementation for node Attention_7"
-    assert reason in capfd.readouterr().err
+    assert [file for file in simulation.built if how != "copies" or file != "decoder-fused.onnx"] == ["vision-fused.onnx", "decoder.onnx"]
+    reasons = {
+        "operator": "has no TensorScatter",
+        "build": "MiB: Could not find any implementation for node Attention_7",
+        "copies": "does not update present.key_cache.0 of decoder-fused.onnx in place",
+        "old": "",
+    }
+    notes = capfd.readouterr().err
+    assert reasons[how] in notes and ("takes its place" in notes) == (how != "old")
     assert tokens(session, scene_image) == expected(bundle, scene_image, False)
 
 
@@ -147,11 +158,9 @@ def test_a_graph_no_tensorrt_takes_is_one_line(bundle: Path, gpu: Install) -> No
 
 
 def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle: Path, gpu: Install) -> None:
-    simulation = gpu()
-    del simulation.module.INetworkDefinition.add_attention
+    simulation = gpu(fuses=False)
     original = onnx.load(bundle / "decoder.onnx")
     original.graph.output[0].name = "else"
-    simulation.plant = lambda model: None
     parser = simulation.module.OnnxParser
 
     def other(network: object, logger: object) -> object:
@@ -213,6 +222,15 @@ def test_memory_that_runs_out_for_beams_costs_that_answer_only(bundle: Path, gpu
     with pytest.raises(ContextError, match="the key/value caches of 8 beams or questions"):
         session.ask(scene_image, "describe", decoding=Decoding(beams=8))
     assert tokens(session, scene_image) == expected(bundle, scene_image, True)
+
+
+def test_a_build_for_which_memory_is_short_is_announced(
+    bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gpu()
+    monkeypatch.setattr("runtime.engines.tensorrt.maker.read_memory", lambda root: Memory(4000, 0.1, 0, 0))
+    load(bundle)
+    assert "building needs about 1 MB of memory, 0 are available" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cudaGraphLaunch", "cudaMemcpyAsync", "cudaStreamSynchronize"])

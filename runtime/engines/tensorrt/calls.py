@@ -80,7 +80,8 @@ class _Context:
     def __init__(self, machine: Machine, engine: Any, profile: int, activations: Activations) -> None:
         self._machine, self._engine, self._activations = machine, engine, activations
         self._context = engine.create_execution_context(machine.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        machine.must(self._context, "creating an execution context")
+        if self._context is None:
+            raise machine.refusal(f"a context of profile {profile}")
         machine.must(self._context.set_optimization_profile_async(profile, machine.device.handle), "choosing an optimization profile")
         machine.device.wait()
         memory: Memory = activations.memory

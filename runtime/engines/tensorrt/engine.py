@@ -31,7 +31,7 @@ class _Loaded:
         baked = int(decoder.engine.get_tensor_shape(key_cache(0))[2])
         rows = decoder.form.rows if decoder.form.rows is not None else baked
         self.caches = Caches(device, spec.decoder, rows)
-        fresh = None if decoder.form.fused else Rows(device, spec.decoder, rows, "new keys and values")
+        fresh = None if decoder.form.updates_caches else Rows(device, spec.decoder, rows, "new keys and values")
         activations = Activations(machine, {part.form.file: part.engine for part in (vision, decoder)})
         self.vision = Vision(machine, vision.engine, activations, spec)
         self.prefill = Prefill(machine, decoder.engine, activations, spec, self.caches, fresh)

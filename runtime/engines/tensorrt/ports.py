@@ -7,7 +7,7 @@ and has attention as one operator, for TensorRT from 10.15.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ DECODE, PREFILL = 0, 1
 """The decoder's optimization profiles: one token, and several."""
 
 _PROMPT = 64  # text tokens of a usual prompt: the prefill profile is tuned for these and the default visual tokens
-_FUSED_OPERATORS = ("Attention", "TensorScatter")
+_ATTENTION, _CACHE = ("Attention", "add_attention"), ("TensorScatter", "add_kv_cache_update")
 
 Shape = tuple[int, ...]
 Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -60,7 +60,7 @@ class Port:
 class Form:
     """One form of a graph. `rows` are the cache rows to build for, None where the graph itself says.
 
-    `profiles` gives the ranges for a number of rows; `operators` are those a TensorRT may lack.
+    `profiles` gives the ranges for a number of rows; `operators` maps those a TensorRT may lack to how its networks call them.
     """
 
     file: str
@@ -68,12 +68,17 @@ class Form:
     outputs: Mapping[str, Port]
     rows: int | None
     profiles: Callable[[int], tuple[Ranges, ...]]
-    operators: tuple[str, ...] = ()
+    operators: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fused(self) -> bool:
-        """True if attention is one operator, and the caches are updated in place."""
+        """True if attention is one operator."""
         return bool(self.operators)
+
+    @property
+    def updates_caches(self) -> bool:
+        """True if the caches it gives are those it takes, in place."""
+        return _CACHE[0] in self.operators
 
 
 def caches(spec: DecoderSpec) -> list[str]:
@@ -93,7 +98,7 @@ def vision_form(spec: ModelSpec, fused: bool) -> Form:
         {IMAGE_EMBEDS: Port(np.float32, (None, None, hidden))},
         None,
         lambda rows: (ranges,),
-        _FUSED_OPERATORS[:1] if fused else (),
+        dict([_ATTENTION]) if fused else {},
     )
 
 
@@ -114,7 +119,7 @@ def decoder_form(spec: ModelSpec, fused: bool, rows: int) -> Form:
         outputs | {present(name): cache for name in held},
         None if fused else rows,
         lambda rows: _decoder_profiles(spec, rows),
-        _FUSED_OPERATORS if fused else (),
+        dict([_ATTENTION, _CACHE]) if fused else {},
     )
 
 
