@@ -67,10 +67,10 @@ class Caches(Rows):
 
     def take(self, source: Rows, at: int, start: int, count: int) -> None:
         """Queues copying `count` rows of another block, from its row `at`, to rows `start` and on."""
-        heads = self._spec.kv_heads
-        pairs = [(to, origin) for (_, to), (_, origin) in zip(self.addresses(), source.addresses(), strict=True)]
-        if self.packed and source.packed:
-            pairs, heads = pairs[:1], heads * len(pairs)
+        heads, pairs = self._spec.kv_heads * len(self.names), [(self.memory.address, source.memory.address)]
+        if not (self.packed and source.packed):
+            heads = self._spec.kv_heads
+            pairs = [(to, origin) for (_, to), (_, origin) in zip(self.addresses(), source.addresses(), strict=True)]
         for to, origin in pairs:
             target = (to + start * self.row, self.pitch(self.rows))
             self._device.rows(target, (origin + at * self.row, source.pitch(source.rows)), count * self.row, heads)

@@ -196,6 +196,7 @@ class Device:
                 reason = reason or self._named(code)
             elif not reason:
                 code, executable = self._attempt("cudaGraphInstantiate", graph, 0)
+                self.release("cudaGraphDestroy", graph)
                 if not code:
                     return Graph(self, executable), ""
                 reason = self._named(code)
