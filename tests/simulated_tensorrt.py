@@ -273,6 +273,7 @@ def _module(simulation: Simulation) -> ModuleType:
     layers = {"add_kv_cache_update": None, "add_attention": None} if simulation.fuses else {}
     module.INetworkDefinition = type("INetworkDefinition", (_Network,), layers)
     module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
+    module.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
     module.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
     module.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")

@@ -181,8 +181,9 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle: Path, gpu
         load(bundle)
 
 
-def test_logits_that_are_not_finite_give_no_token(bundle: Path, gpu: Install, scene_image: Image.Image) -> None:
-    gpu()
+@pytest.mark.parametrize("fused", [False, True])
+def test_logits_that_are_not_finite_give_no_token(bundle: Path, gpu: Install, scene_image: Image.Image, fused: bool) -> None:
+    gpu(fuses=fused)
     session = load(bundle)
     huge = np.full((1, 1, 64), 1e6, np.float32)  # more than half precision holds
     session.engine.forward(np.ones((1, 4, 64), np.float32), 0)
@@ -194,10 +195,27 @@ def test_logits_that_are_not_finite_give_no_token(bundle: Path, gpu: Install, sc
     for decoding in (GREEDY, Decoding(temperature=1.0), Decoding(beams=2)):
         session.forget()
         with pytest.raises(NonFiniteError):
-            session.ask(scene_image, "describe", decoding=decoding)
+            session.ask(scene_image, "tell me all about every single thing", decoding=decoding)
     session.embed_prompt = embed  # type: ignore[method-assign]
     session.forget()
-    assert tokens(session, scene_image) == expected(bundle, scene_image, True)
+    assert tokens(session, scene_image) == expected(bundle, scene_image, fused), "NaN in rows that are masked now does no harm"
+    session.engine.forward(np.ones((1, 4, 64), np.float32), 0)
+    session.engine.forward(huge, 4)
+    assert not np.isfinite(session.engine.forward(huge / 1e6, 5)).all(), "a row that attends a spoilt one shows it"
+    assert np.isfinite(session.engine.forward(huge / 1e6, 4)).all()
+
+
+def test_the_token_chosen_on_the_gpu_is_tried_too(bundle: Path, gpu: Install) -> None:
+    def plant(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if node.op_type == "ArgMax":
+                node.op_type = "ArgMin"
+                del node.attribute[:]
+                node.attribute.extend([onnx.helper.make_attribute("axis", -1), onnx.helper.make_attribute("keepdims", 0)])
+
+    gpu().plant = plant
+    with pytest.raises(EngineError, match=r"decoder.onnx computes something else .*decode chose token"):
+        load(bundle)
 
 
 def test_memory_that_runs_out_is_noticed_at_the_start(bundle: Path, gpu: Install) -> None:

@@ -1,4 +1,4 @@
-"""The simulated TensorRT offers nothing that the real ones do not: its names are those of TensorRT's own bindings, of the oldest version we run on too."""
+"""The simulated TensorRT offers nothing that the real ones do not: its names are those of TensorRT's own bindings, the oldest we run on too."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def used() -> dict[str, list[str]]:
     found["ILogger"] = ["INTERNAL_ERROR", "ERROR", "log"]
     found["IProgressMonitor"] = ["phase_start", "step_complete", "phase_finish"]
     found["NetworkDefinitionCreationFlag"], found["MemoryPoolType"] = ["STRONGLY_TYPED"], ["WORKSPACE"]
+    found["ProfilingVerbosity"] = ["DETAILED"]
     found["TensorIOMode"], found["ExecutionContextAllocationStrategy"] = ["INPUT", "OUTPUT"], ["USER_MANAGED"]
     found[""] = [name for name in vars(module) if not name.startswith("_")] + ["__version__"]
     return found

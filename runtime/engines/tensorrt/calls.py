@@ -180,11 +180,19 @@ class _Decoder:
             self._fresh.fit(rows)
             caches.take(self._fresh, 0, start, rows)
 
-    def logits(self, wanted: int) -> NDArray[np.float32]:
-        """The logits [wanted,V] of the call before, valid until the next."""
-        self._out.down(LOGITS, LOGITS, wanted * self._vocabulary)
-        self._device.wait()
+    def logits(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
+        """The logits [wanted,V] of the call before, which wrote rows `start` and on; valid until the next."""
+        self._out.down(LOGITS_MASS, LOGITS, wanted * self._vocabulary)
+        self._arrived(wanted, caches, start)
         return self._out.arrays[LOGITS][:wanted]
+
+    def _arrived(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
+        """Waits for a call; the sums [wanted] of its logits' magnitudes. If they are not finite, neither may be the rows it wrote."""
+        self._device.wait()
+        mass: NDArray[np.float32] = self._out.arrays[LOGITS_MASS][:wanted]
+        if not np.isfinite(mass).all():
+            caches.spoil(start)
+        return mass
 
 
 class Step(_Decoder):
@@ -213,6 +221,7 @@ class Step(_Decoder):
     def run(self, inputs_embeds: NDArray[np.float32], start: int, caches: Caches) -> None:
         """Queues the step that writes row `start` from inputs [1,1,H]."""
         self._fill(inputs_embeds, start)
+        caches.heal(start)
         if self._graph is not None and caches is self._own:
             self._graph.launch()
         else:
@@ -220,14 +229,13 @@ class Step(_Decoder):
             self._queue()
         self._settle(caches, start, 1)
 
-    def token(self) -> tuple[int, NDArray[np.float32]]:
+    def token(self, caches: Caches, start: int) -> tuple[int, NDArray[np.float32]]:
         """The likeliest token of the step before, and the sum [1] of its logits' magnitudes, finite exactly if all of them are.
 
         Equal logits: ONNX has the lowest id win, and the graph asks for that; TensorRT documents no order of its own for equal values.
         """
-        self._device.wait()
+        mass = self._arrived(1, caches, start)
         token = int(self._out.arrays[NEXT_TOKEN][0])
-        mass = self._out.arrays[LOGITS_MASS]
         if np.isfinite(mass[0]) and not 0 <= token < self._vocabulary:
             raise EngineError(
                 f"the GPU chose token {token}, expected 0 to {self._vocabulary - 1}; run infmllm-run --self-test, or re-export the bundle"
@@ -250,7 +258,8 @@ class Prefill(_Decoder):
         self._in.arrays[LOGITS_ROWS][:wanted] = np.arange(length - wanted, length)
         self._shape(self._own, length, wanted)
         self._place(length)
+        self._own.heal(start)
         self._in.up(INPUTS_EMBEDS, length * self._hidden)
         self._context.run()
         self._settle(self._own, start, length)
-        return self.logits(wanted)
+        return self.logits(wanted, self._own, start)

@@ -46,6 +46,7 @@ class TensorRtEngine:
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self._bundle, self._machine = bundle, Machine()
+        self._wrong_choice = ""
         self._maker = Maker(bundle, self._machine, options)
         self._vision = Part(("vision",), vision_forms(bundle, self._machine))
         self._decoder = Part(("prefill", "decode"), decoder_forms(bundle, self._machine, options.context))
@@ -71,12 +72,20 @@ class TensorRtEngine:
         return None if self._vision.proved and self._decoder.proved else self
 
     def judge(self, failed: Mapping[str, str]) -> None:
-        """See `Trial.judge`."""
+        """See `Trial.judge`; what goldens do not show, the tokens chosen on the GPU, was looked at beside them."""
+        if self._wrong_choice:
+            failed = {**failed, "decode": self._wrong_choice}
+        self._wrong_choice = ""
         if failed:
             self._loaded = None  # its memory is needed for what comes instead
         self._maker.judge((self._vision, self._decoder), failed)
         if failed:
             self._load()
+
+    def _compare(self, logits: NDArray[np.float32], token: int) -> None:
+        """Notes a token that is not the likeliest."""
+        if np.isfinite(logits).all() and logits[token] != logits.max():
+            self._wrong_choice = f"decode chose token {token} on the GPU, its logits say {logits.argmax()}"
 
     def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `Engine.embed_image`."""
@@ -90,7 +99,9 @@ class TensorRtEngine:
             found: NDArray[np.float32] = ready.prefill.run(inputs_embeds, start, 1)[0]
             return found
         ready.step.run(inputs_embeds, start, ready.caches)
-        logits: NDArray[np.float32] = ready.step.logits(1)[0]
+        logits: NDArray[np.float32] = ready.step.logits(1, ready.caches, start)[0]
+        if self.trial is not None:
+            self._compare(logits, ready.step.token(ready.caches, start)[0])
         return logits
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
@@ -98,7 +109,7 @@ class TensorRtEngine:
         self._check_room(inputs_embeds, start)
         ready = self._ready
         ready.step.run(inputs_embeds, start, ready.caches)
-        token, mass = ready.step.token()
+        token, mass = ready.step.token(ready.caches, start)
         check_finite(mass)
         return token
 
@@ -139,7 +150,7 @@ class TensorRtBatch:
         found = []
         for slot, start in enumerate(starts.tolist()):
             self._step.run(inputs_embeds[slot : slot + 1], start, self._caches[slot])
-            found.append(self._step.logits(1).copy())
+            found.append(self._step.logits(1, self._caches[slot], start).copy())
         return np.concatenate(found)
 
     def copy(self, sources: Sequence[int], start: int, end: int) -> None:
