@@ -43,6 +43,7 @@ def build(
     ] = "mean",
     auto_questions: Annotated[int, typer.Option(min=1, help="auto: pictures whose questions measure a mixture.")] = 150,
     questions: Annotated[int, typer.Option(min=0, help="Pictures the bundle answers against PyTorch; 0 leaves this check out.")] = 16,
+    context: Annotated[int | None, typer.Option(min=1, help="tensorrt: rows of the key/value cache. Default: the model's context.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write each graph after every step to this folder.")] = None,
     allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Keep a bundle that fails parity, marked UNVERIFIED.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -59,7 +60,7 @@ def build(
     if precision == "auto" and target != "cpu":
         raise UsageError(f"--precision auto measures with the cpu's kernels and serves no other target; choose a precision for {target}")
     scheme = choose_scheme("int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [], target)
-    options = BuildOptions(checkpoint or DEMO, scheme, target, out, dump, allow_unverified, calib, samples, ranges, questions)
+    options = BuildOptions(checkpoint or DEMO, scheme, target, out, dump, allow_unverified, calib, samples, ranges, questions, context)
     if precision == "auto":
         run_auto(options, Budget(max_drop, metric, auto_questions), as_json)
     else:

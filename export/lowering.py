@@ -45,7 +45,8 @@ class GraphPlan:
 class Lowering:
     """A target's graphs by name, in the order they are packed, its kernels of integer layers, and graph values that stay fp32 in a half graph.
 
-    `byte_weights` are passes that decoders with 8-bit weights and float activations get first. `referenced` tells that a build is compared with
+    `byte_weights` are passes that decoders with 8-bit weights and float activations get first; `packs` is whether projections of one
+    input are one product. `referenced` tells that a build is compared with
     PyTorch through `export.reference`: the target's engine runs on other machines.
     """
 
@@ -53,6 +54,7 @@ class Lowering:
     kernels: Kernels
     full_values: frozenset[str] = frozenset()
     byte_weights: tuple[GraphPass, ...] = ()
+    packs: bool = True
     referenced: bool = False
 
     def form(self, graph: str, scheme: Scheme, capacity: int) -> list[GraphPass]:
@@ -65,7 +67,7 @@ class Lowering:
         """What gives the graph called so (also "prefill", a second decoder) its precision."""
         linear = partial(scheme.linear, prefill=graph == "prefill")
         decoder = not graph.startswith("vision")
-        pack = [pack_projections(linear)] if decoder else []
+        pack = [pack_projections(linear)] if decoder and self.packs else []
         halves = scheme.compute == "fp16"
         store = [] if halves else [store_half(scheme.half)]
         last = [to_half(self.full_values)] if halves else []
@@ -86,6 +88,7 @@ LOWERING: dict[str, Lowering] = {
         EXPLICIT_KERNELS,
         frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS}),
         (COMPANION_ROW,),
+        packs=False,  # the compiler merges projections itself; packed 8-bit ones it takes apart again, at every step
         referenced=True,
     ),
 }

@@ -7,10 +7,11 @@ from typing import Any
 
 from calibration.samples import set_card
 from export.devices import DEVICES
+from export.lowering import find_lowering
 from export.plan import MIB, make_plan
 from export.state import Build, tools
 from export.verify import MetricCheck, verdict_json
-from runtime.contract.bundle import FIT_16_BITS, MANIFEST, PRODUCTS, ROWS, VERIFIED, read_bundle, write_manifest
+from runtime.contract.bundle import CAPACITY, FIT_16_BITS, MANIFEST, PRODUCTS, ROWS, VERIFIED, read_bundle, write_manifest
 from runtime.contract.errors import BundleError
 from runtime.selftest import StageError
 
@@ -56,6 +57,8 @@ def write(build: Build) -> None:
         ROWS: scheme.rows,
         PRODUCTS: FIT_16_BITS,
     }
+    if any(plan.fixed for plan in find_lowering(build.options.target).graphs.values()):
+        schemes[CAPACITY] = str(build.options.context or build.checkpoint.spec.decoder.context)
     provenance |= {"tools": tools(), "passes": passes, "steps": build.costs, **build.options.notes}
     provenance["plan"] = _predicted(build)
     write_manifest(

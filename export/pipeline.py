@@ -90,7 +90,7 @@ def _lower(build: Build) -> Build:
     lowering = find_lowering(build.options.target)
     plans, scheme = lowering.graphs, build.options.scheme
     build = replace(build, graphs={name: build.graphs[plan.base].clone() for name, plan in plans.items()})
-    capacity = build.checkpoint.spec.decoder.context
+    capacity = build.options.context or build.checkpoint.spec.decoder.context
     build = _passes(build, lambda name: lowering.form(name, scheme, capacity))
     for name, plan in plans.items():
         if plan.opset:

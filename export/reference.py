@@ -30,6 +30,7 @@ from runtime.contract.spec import (
     present,
     value_cache,
 )
+from runtime.engines import Trial
 from runtime.engines.ort_session import session_options
 from runtime.selftest import StageError, replay
 from runtime.session import Session, load
@@ -40,15 +41,16 @@ __all__ = ["ReferenceEngine", "open_session", "reference_session", "replay_forms
 class ReferenceEngine:
     """An `Engine` for tensorrt bundles, of the plain graphs or the fused ones. Slow: for builds and tests."""
 
-    verifies, trial = False, None
+    verifies = False
+    trial: Trial | None = None
 
     def __init__(self, bundle: Bundle, fused: bool = False, threads: int | None = None) -> None:
         spec = bundle.spec.decoder
-        self.capacity, self.version, self._fused = spec.context, f"reference, onnxruntime {ort.__version__}", fused
+        self.capacity, self.version, self._fused = bundle.capacity, f"reference, onnxruntime {ort.__version__}", fused
         self._vision, self._decoder = (
             _opened(str(bundle.file(file)), threads) for file in ((VISION_FUSED, DECODER_FUSED) if fused else (VISION, DECODER))
         )
-        shape = (1, spec.kv_heads, spec.context, spec.head_dim)
+        shape = (1, spec.kv_heads, self.capacity, spec.head_dim)
         names = [name for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))]
         self._caches = {name: np.zeros(shape, np.float16) for name in names}
         self._outputs = [LOGITS, NEXT_TOKEN, *(present(name) for name in names)]

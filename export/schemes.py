@@ -79,7 +79,7 @@ class Scheme:
     @property
     def rows(self) -> str:
         """Whether what the decoder makes of a position depends on which others are computed with it: `ALONE` or `TOGETHER`."""
-        together = any(
+        together = self.compute == "fp16" or any(  # a GPU's kernels differ with the number of rows
             linear.activation == "int8-tensor" for prefix, linear in self.parts.items() if not prefix.startswith((VISION, "pool_adapter."))
         )
         return TOGETHER if together else ALONE

@@ -33,6 +33,7 @@ __all__ = ["Build", "BuildOptions", "Detail", "open_build", "tools"]
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 _GOLDEN_SEED, _CALIBRATION_SEED = 20231, 20230
+LEAST_TEXT = 64  # tokens of a question and its answer
 Detail = Callable[[int, int, str], None]
 """Hears how many parts of how many a long step has done, and of what."""
 
@@ -42,7 +43,8 @@ class BuildOptions:
     """What to build and where. `dump` receives each graph after every step; `allow_unverified` keeps a bundle that fails parity, marked.
 
     `calib` names the data that calibration, golden cases and questions come from (empty: the training mix), `samples` how many pictures calibrate,
-    `ranges` how static ranges are found, `questions` on how many pictures the bundle answers against PyTorch; `notes` go into the
+    `ranges` how static ranges are found, `questions` on how many pictures the bundle answers against PyTorch; `context` is the
+    length of caches that have a fixed one (default: the model's); `notes` go into the
     manifest's provenance as they are.
     """
 
@@ -56,6 +58,7 @@ class BuildOptions:
     samples: int = 32
     ranges: str = "mse"
     questions: int = 16
+    context: int | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -93,6 +96,7 @@ def open_build(options: BuildOptions) -> Build:
     if options.ranges not in RANGES:
         raise UsageError(f"unknown --ranges {options.ranges!r}; choose one of: {', '.join(RANGES)}")
     checkpoint, scheme = open_checkpoint(options.checkpoint), options.scheme
+    _check_context(options, checkpoint)
     used = {scheme.entry(name) for name in linears(checkpoint.spec)}
     idle = [prefix for prefix in scheme.parts if prefix not in used]
     if idle:
@@ -110,8 +114,19 @@ def open_build(options: BuildOptions) -> Build:
     decides: dict[str, Any] = {"checkpoint": checkpoint.sha256, "scheme": scheme, "target": options.target, "questions": options.questions}
     decides |= {"goldens": set_card(source, goldens), "calibration": set_card(source, cases), "ranges": options.ranges, "tools": tools()}
     asked = [(example.name, example.samples) for example in draw_examples(source, options.questions, METRIC_SEED)] if options.questions else []
-    decides |= {"source": source, "asked": repr(asked), "notes": options.notes}
+    decides |= {"context": options.context, "source": source, "asked": repr(asked), "notes": options.notes}
     return Build(options, checkpoint, source, build_key(decides), goldens, cases)
+
+
+def _check_context(options: BuildOptions, checkpoint: StoredCheckpoint) -> None:
+    """Raises `UsageError` unless a context was asked for where it is fixed, and the longest usual question fits it."""
+    if options.context is None:
+        return
+    if not any(plan.fixed for plan in find_lowering(options.target).graphs.values()):
+        raise UsageError(f"bundles for {options.target} take any context when they run; leave --context out and give it to infmllm-run")
+    least, most = max(checkpoint.spec.pool_sizes) ** 2 + LEAST_TEXT, checkpoint.spec.decoder.context
+    if not least <= options.context <= most:
+        raise UsageError(f"--context {options.context} does not suit {checkpoint.spec.name}; choose {least} (picture and text) to {most}")
 
 
 def tools() -> dict[str, str]:

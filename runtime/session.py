@@ -190,8 +190,8 @@ class Session:
             return _LOOKUP if self._drafts and decoding.beams == 1 else 0
         if decoding.lookup and not self._drafts:
             raise UsageError(
-                "this bundle cannot check looked-up tokens without changing the answer (one 8-bit range for all tokens of a step); "
-                "leave --lookup out, or build with --precision int8-weights, int4-all, fp16 or fp32"
+                "this bundle cannot check looked-up tokens without changing the answer (what becomes of a token depends on those of the same step); "
+                "leave --lookup out, or build for the cpu with --precision int8-weights, int4-all, fp16 or fp32"
             )
         return decoding.lookup
 

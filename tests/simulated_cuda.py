@@ -164,6 +164,13 @@ class Cuda(ModuleType):
     def cudaMemsetAsync(self, address: int, value: int, size: int, stream: _Stream) -> None:
         self.submit(lambda: self.view(address, size, "device").fill(value))
 
+    def cudaMemset2DAsync(self, address: int, pitch: int, value: int, width: int, rows: int, stream: _Stream) -> None:
+        def work() -> None:
+            for row in range(rows):
+                self.view(address + row * pitch, width, "device").fill(value)
+
+        self.submit(work)
+
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: cudaMemcpyKind, stream: _Stream) -> None:
         self._copy(to, size, source, size, size, 1, kind)
 

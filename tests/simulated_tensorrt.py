@@ -31,7 +31,8 @@ class Simulation:
     """What a test may set and look at.
 
     `plant` may change a network while it is built, `unknown` are operators the parser lacks, builds of files whose name has `build_fault` in it fail,
-    `during_build` runs in the middle of one, `unreadable` engines cannot be read again. `built`, `read` and `timings` tell what happened.
+    `during_build` runs in the middle of one, `unreadable` engines cannot be read again, `copies_caches` has outputs apart from their inputs,
+    `refuses_to_run` is why no network runs. `built`, `read`, `workspaces` and `timings` tell what happened.
     """
 
     def __init__(self, cuda: Cuda, version: str, fuses: bool) -> None:
@@ -40,6 +41,9 @@ class Simulation:
         self.unknown: set[str] = set()
         self.build_fault = ""
         self.unreadable = 0
+        self.copies_caches = False
+        self.refuses_to_run = ""
+        self.loggers: list[Any] = []
         self.built: list[str] = []
         self.read: list[bytes] = []
         self.workspaces: list[int] = []
@@ -202,6 +206,9 @@ class _Engine:
     def get_tensor_shape(self, name: str) -> Shape:
         return _shape(self.values[name])
 
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return None if self.simulation.copies_caches else self.aliases.get(name)
+
     def create_execution_context(self, strategy: str) -> _Context:
         assert strategy == "user managed"
         return _Context(self)
@@ -236,6 +243,9 @@ class _Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 0x57 and self._memory[0], "memory to compute in was given"
+        if self._engine.simulation.refuses_to_run:
+            self._engine.simulation.loggers[-1].log(_Severity.ERROR, self._engine.simulation.refuses_to_run)
+            return False
         assert set(self._addresses) == set(self._engine.values), f"not bound: {set(self._engine.values) - set(self._addresses)}"
         assert all(-1 not in shape for shape in self._shapes.values()), self._shapes
         assert all(self._addresses[output] == self._addresses[source] for output, source in self._engine.aliases.items())
@@ -263,6 +273,7 @@ def _module(simulation: Simulation) -> ModuleType:
     layers = {"add_kv_cache_update": None, "add_attention": None} if simulation.fuses else {}
     module.INetworkDefinition = type("INetworkDefinition", (_Network,), layers)
     module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
+    module.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
     module.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
     module.TensorIOMode = SimpleNamespace(INPUT="input", OUTPUT="output")
     module.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
@@ -275,6 +286,7 @@ def _module(simulation: Simulation) -> ModuleType:
 
 def _deserialized(simulation: Simulation, logger: Any, content: Any) -> _Engine | None:
     simulation.read.append(bytes(content))
+    simulation.loggers.append(logger)
     head, _, model = bytes(content).partition(b"\n")
     told = json.loads(head)
     simulation.unreadable -= 1

@@ -36,22 +36,37 @@ def _outputs(model: ir.Model) -> PassResult:
     logits = graph.outputs[0]
     assert logits.name == LOGITS and logits.shape is not None, "captured graphs give logits first"
     logits.shape = ir.Shape(["n", logits.shape[1]])
-    graph.outputs[:] = [logits, *_summaries(model, logits), *graph.outputs[1:]]
+    graph.outputs[:] = [logits, *_summaries(model, logits, matrix), *graph.outputs[1:]]
     return PassResult(1)
 
 
-def _summaries(model: ir.Model, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """`next_token` [n] int64 and `logits_mass` [n], the sum of magnitudes."""
-    graph, axis = model.graph, constant(model, "last_axis", np.array([-1], np.int64))
-    token = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0, "select_last_index": 0})
-    size = ir.node("Abs", [logits])
-    mass = ir.node("ReduceSum", [size.outputs[0], axis], {"keepdims": 0})
-    for node, dtype in ((token, _INT64), (size, _FP32), (mass, _FP32)):
+def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """`next_token` [n] int64 and `logits_mass` [n].
+
+    Of equal logits the lowest id wins, as on the CPU; engines promise no order for ArgMax, so the ids of all that equal the largest are compared
+    (as floats, which hold them exactly, since reductions of integers are young). The mass takes in the hidden row: an 8-bit head turns what is not
+    finite into numbers.
+    """
+    assert logits.shape is not None, "captured graphs carry shapes"
+    axis, count = constant(model, "last_axis", np.array([-1], np.int64)), int(logits.shape[1])  # type: ignore[arg-type]
+    ids = constant(model, "token_ids", np.arange(count, dtype=np.float32))
+    beyond = constant(model, "token_ids.beyond", np.array(count, np.float32))
+
+    def add(op_type: str, inputs: list[ir.Value], dtype: ir.DataType = _FP32, **attributes: int) -> ir.Value:
+        node = ir.node(op_type, inputs, dict(attributes))
         node.meta["fp32"] = True
-        graph.append(node)
-        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), ir.Shape(["n"] if node is not size else logits.shape)  # type: ignore[arg-type]
-    token.outputs[0].name, mass.outputs[0].name = NEXT_TOKEN, LOGITS_MASS
-    return token.outputs[0], mass.outputs[0]
+        node.outputs[0].type = ir.TensorType(dtype)
+        model.graph.append(node)
+        return node.outputs[0]
+
+    largest = add("ReduceMax", [logits, axis], keepdims=1)
+    best = add("Where", [add("Equal", [logits, largest], ir.DataType.BOOL), ids, beyond])
+    token = add("Cast", [add("ReduceMin", [best, axis], keepdims=0)], _INT64, to=_INT64)
+    masses = [add("ReduceSum", [add("Abs", [value]), axis], keepdims=0) for value in (logits, hidden)]
+    mass = add("Add", masses)
+    token.name, mass.name = NEXT_TOKEN, LOGITS_MASS
+    token.shape = mass.shape = ir.Shape(["n"])
+    return token, mass
 
 
-TOKEN_OUTPUTS = GraphPass("token_outputs", _outputs, requires=frozenset({"::Gather"}), ensures=frozenset({"::ArgMax"}))
+TOKEN_OUTPUTS = GraphPass("token_outputs", _outputs, requires=frozenset({"::Gather"}), ensures=frozenset({"::ReduceMin"}))

@@ -23,6 +23,7 @@ from runtime.contract.spec import ModelSpec
 
 __all__ = [
     "ALONE",
+    "CAPACITY",
     "DECODER",
     "DECODER_FUSED",
     "EMBEDDINGS",
@@ -57,6 +58,7 @@ VERIFIED, UNVERIFIED = "VERIFIED", "UNVERIFIED"
 # Keys and values in `schemes` that say how the engine may run a bundle; those before 0.2 lack them.
 ROWS, ALONE, TOGETHER = "rows", "alone", "together"
 PRODUCTS, FIT_16_BITS = "products", "fit 16 bits"
+CAPACITY = "capacity"  # cache rows, as decimal text, of graphs whose caches have a fixed length
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -97,6 +99,12 @@ class Bundle:
     def graphs(self) -> tuple[str, ...]:
         """Names of the graph files."""
         return tuple(name for name in GRAPHS if name in self.files)
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the longest key/value caches its graphs can have."""
+        text = self.schemes.get(CAPACITY, "")
+        return min(int(text), self.spec.decoder.context) if text.isascii() and text.isdigit() and int(text[:9]) > 0 else self.spec.decoder.context
 
     @property
     def verdict(self) -> str:

@@ -45,7 +45,7 @@ TOTAL_LENGTH = "total_sequence_length"  # int32 scalar, likewise: cache rows fil
 LOGITS_TO_KEEP = "logits_to_keep"  # [1] int64, cpu and cuda targets: how many of the last positions get logits
 LOGITS_ROWS = "logits_rows"  # [n] int64, tensorrt target: positions along L that get logits
 NEXT_TOKEN = "next_token"  # [n] int64, tensorrt target: the likeliest token of each such position
-LOGITS_MASS = "logits_mass"  # [n] float32, tensorrt target: the sum of |logits|, finite exactly if all of them are
+LOGITS_MASS = "logits_mass"  # [n] float32, tensorrt target: the sum of |logits| and of |the hidden row|, finite exactly if both are
 LOGITS = "logits"  # [B, V] float32, of the last position; [B*n, V] where the last n are asked for
 
 

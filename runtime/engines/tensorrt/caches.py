@@ -53,11 +53,11 @@ class Rows:
 
 
 class Caches(Rows):
-    """The caches themselves. Zeroed when made: rows never written are masked, and garbage among them could be NaN, which masking does not remove."""
+    """The caches themselves. Zeroed when made: rows that are not attended are masked, and masking does not remove a NaN among them."""
 
     def __init__(self, device: Device, spec: DecoderSpec, rows: int, what: str = "the key/value caches") -> None:
         super().__init__(device, spec, rows, what)
-        self._device = device
+        self._device, self._spoilt = device, rows
         device.zero(self.memory)
 
     @property
@@ -65,12 +65,27 @@ class Caches(Rows):
         """Of each cache, [B, KV, C, D]."""
         return (1, self._spec.kv_heads, self.rows, self._spec.head_dim)
 
+    def spoil(self, start: int) -> None:
+        """Notes that rows from `start` on may hold numbers that are none, of a call whose logits were not finite."""
+        self._spoilt = min(self._spoilt, start)
+
+    def heal(self, start: int) -> None:
+        """Queues zeroing rows from `start` on, which a call is about to write, if spoilt ones are among them.
+
+        Spoilt rows before `start` stay: who attends them is to notice.
+        """
+        if start <= self._spoilt < self.rows:
+            width = (self.rows - start) * self.row
+            for _, address in self.addresses():
+                self._device.zero_rows((address + start * self.row, self.pitch(self.rows)), width, self._spec.kv_heads)
+            self._spoilt = self.rows
+
     def take(self, source: Rows, at: int, start: int, count: int) -> None:
         """Queues copying `count` rows of another block, from its row `at`, to rows `start` and on."""
-        heads = self._spec.kv_heads
-        pairs = [(to, origin) for (_, to), (_, origin) in zip(self.addresses(), source.addresses(), strict=True)]
-        if self.packed and source.packed:
-            pairs, heads = pairs[:1], heads * len(pairs)
+        heads, pairs = self._spec.kv_heads * len(self.names), [(self.memory.address, source.memory.address)]
+        if not (self.packed and source.packed):
+            heads = self._spec.kv_heads
+            pairs = [(to, origin) for (_, to), (_, origin) in zip(self.addresses(), source.addresses(), strict=True)]
         for to, origin in pairs:
             target = (to + start * self.row, self.pitch(self.rows))
             self._device.rows(target, (origin + at * self.row, source.pitch(source.rows)), count * self.row, heads)

@@ -31,7 +31,7 @@ from runtime.contract.spec import (
 from runtime.engines.tensorrt.caches import Caches, Rows
 from runtime.engines.tensorrt.device import Device, Graph, Memory, aligned
 from runtime.engines.tensorrt.library import Machine
-from runtime.engines.tensorrt.ports import DECODE, MOST_ROWS, PREFILL
+from runtime.engines.tensorrt.ports import DECODE, MOST_ROWS, MOST_TOKENS, PREFILL
 
 __all__ = ["Activations", "Prefill", "Step", "Vision"]
 
@@ -80,7 +80,8 @@ class _Context:
     def __init__(self, machine: Machine, engine: Any, profile: int, activations: Activations) -> None:
         self._machine, self._engine, self._activations = machine, engine, activations
         self._context = engine.create_execution_context(machine.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        machine.must(self._context, "creating an execution context")
+        if self._context is None:
+            raise machine.refusal(f"a context of profile {profile}")
         machine.must(self._context.set_optimization_profile_async(profile, machine.device.handle), "choosing an optimization profile")
         machine.device.wait()
         memory: Memory = activations.memory
@@ -179,11 +180,19 @@ class _Decoder:
             self._fresh.fit(rows)
             caches.take(self._fresh, 0, start, rows)
 
-    def logits(self, wanted: int) -> NDArray[np.float32]:
-        """The logits [wanted,V] of the call before, valid until the next."""
-        self._out.down(LOGITS, LOGITS, wanted * self._vocabulary)
-        self._device.wait()
+    def logits(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
+        """The logits [wanted,V] of the call before, which wrote rows `start` and on; valid until the next."""
+        self._out.down(LOGITS_MASS, LOGITS, wanted * self._vocabulary)
+        self._arrived(wanted, caches, start)
         return self._out.arrays[LOGITS][:wanted]
+
+    def _arrived(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
+        """Waits for a call; the sums [wanted] of its logits' magnitudes. If they are not finite, neither may be the rows it wrote."""
+        self._device.wait()
+        mass: NDArray[np.float32] = self._out.arrays[LOGITS_MASS][:wanted]
+        if not np.isfinite(mass).all():
+            caches.spoil(start)
+        return mass
 
 
 class Step(_Decoder):
@@ -212,6 +221,7 @@ class Step(_Decoder):
     def run(self, inputs_embeds: NDArray[np.float32], start: int, caches: Caches) -> None:
         """Queues the step that writes row `start` from inputs [1,1,H]."""
         self._fill(inputs_embeds, start)
+        caches.heal(start)
         if self._graph is not None and caches is self._own:
             self._graph.launch()
         else:
@@ -219,14 +229,13 @@ class Step(_Decoder):
             self._queue()
         self._settle(caches, start, 1)
 
-    def token(self) -> tuple[int, NDArray[np.float32]]:
+    def token(self, caches: Caches, start: int) -> tuple[int, NDArray[np.float32]]:
         """The likeliest token of the step before, and the sum [1] of its logits' magnitudes, finite exactly if all of them are.
 
         Equal logits: ONNX has the lowest id win, and the graph asks for that; TensorRT documents no order of its own for equal values.
         """
-        self._device.wait()
+        mass = self._arrived(1, caches, start)
         token = int(self._out.arrays[NEXT_TOKEN][0])
-        mass = self._out.arrays[LOGITS_MASS]
         if np.isfinite(mass[0]) and not 0 <= token < self._vocabulary:
             raise EngineError(
                 f"the GPU chose token {token}, expected 0 to {self._vocabulary - 1}; run infmllm-run --self-test, or re-export the bundle"
@@ -238,7 +247,7 @@ class Prefill(_Decoder):
     """Several tokens at once, with the logits of some of them."""
 
     def __init__(self, machine: Machine, engine: Any, activations: Activations, spec: ModelSpec, caches: Caches, fresh: Rows | None) -> None:
-        super().__init__(machine, engine, PREFILL, activations, spec, (caches.most, MOST_ROWS), fresh)
+        super().__init__(machine, engine, PREFILL, activations, spec, (min(caches.most, MOST_TOKENS), MOST_ROWS), fresh)
         self._bind(caches)
         self._own = caches
 
@@ -249,7 +258,8 @@ class Prefill(_Decoder):
         self._in.arrays[LOGITS_ROWS][:wanted] = np.arange(length - wanted, length)
         self._shape(self._own, length, wanted)
         self._place(length)
+        self._own.heal(start)
         self._in.up(INPUTS_EMBEDS, length * self._hidden)
         self._context.run()
         self._settle(self._own, start, length)
-        return self.logits(wanted)
+        return self.logits(wanted, self._own, start)

@@ -173,6 +173,10 @@ class Device:
         """Queues filling a block with zeros."""
         self.call("cudaMemsetAsync", memory.address, 0, memory.size, self.stream)
 
+    def zero_rows(self, to: tuple[int, int], width: int, count: int) -> None:
+        """Queues filling `count` rows of `width` bytes at (address, pitch) with zeros."""
+        self.call("cudaMemset2DAsync", *to, 0, width, count, self.stream)
+
     def wait(self) -> None:
         """Returns when everything queued is done."""
         self.call("cudaStreamSynchronize", self.stream)
@@ -196,6 +200,7 @@ class Device:
                 reason = reason or self._named(code)
             elif not reason:
                 code, executable = self._attempt("cudaGraphInstantiate", graph, 0)
+                self.release("cudaGraphDestroy", graph)
                 if not code:
                     return Graph(self, executable), ""
                 reason = self._named(code)

@@ -17,7 +17,7 @@ from runtime.engines.tensorrt.caches import Caches, Rows
 from runtime.engines.tensorrt.calls import Activations, Prefill, Step, Vision
 from runtime.engines.tensorrt.library import Machine
 from runtime.engines.tensorrt.maker import Maker, Part, decoder_forms, vision_forms
-from runtime.engines.tensorrt.ports import MOST_ROWS
+from runtime.engines.tensorrt.ports import MOST_ROWS, MOST_TOKENS
 from runtime.sampling import check_finite
 
 __all__ = ["TensorRtEngine"]
@@ -31,7 +31,7 @@ class _Loaded:
         baked = int(decoder.engine.get_tensor_shape(key_cache(0))[2])
         rows = decoder.form.rows if decoder.form.rows is not None else baked
         self.caches = Caches(device, spec.decoder, rows)
-        fresh = None if decoder.form.fused else Rows(device, spec.decoder, rows, "new keys and values")
+        fresh = None if decoder.form.updates_caches else Rows(device, spec.decoder, min(rows, MOST_TOKENS), "new keys and values")
         activations = Activations(machine, {part.form.file: part.engine for part in (vision, decoder)})
         self.vision = Vision(machine, vision.engine, activations, spec)
         self.prefill = Prefill(machine, decoder.engine, activations, spec, self.caches, fresh)
@@ -46,6 +46,7 @@ class TensorRtEngine:
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self._bundle, self._machine = bundle, Machine()
+        self._wrong_choice = ""
         self._maker = Maker(bundle, self._machine, options)
         self._vision = Part(("vision",), vision_forms(bundle, self._machine))
         self._decoder = Part(("prefill", "decode"), decoder_forms(bundle, self._machine, options.context))
@@ -71,12 +72,20 @@ class TensorRtEngine:
         return None if self._vision.proved and self._decoder.proved else self
 
     def judge(self, failed: Mapping[str, str]) -> None:
-        """See `Trial.judge`."""
+        """See `Trial.judge`; what goldens do not show, the tokens chosen on the GPU, was looked at beside them."""
+        if self._wrong_choice:
+            failed = {**failed, "decode": self._wrong_choice}
+        self._wrong_choice = ""
         if failed:
             self._loaded = None  # its memory is needed for what comes instead
         self._maker.judge((self._vision, self._decoder), failed)
         if failed:
             self._load()
+
+    def _compare(self, logits: NDArray[np.float32], token: int) -> None:
+        """Notes a token that is not the likeliest."""
+        if np.isfinite(logits).all() and logits[token] != logits.max():
+            self._wrong_choice = f"decode chose token {token} on the GPU, its logits say {logits.argmax()}"
 
     def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
         """See `Engine.embed_image`."""
@@ -87,10 +96,13 @@ class TensorRtEngine:
         self._check_room(inputs_embeds, start)
         ready = self._ready
         if inputs_embeds.shape[1] > 1:
-            found: NDArray[np.float32] = ready.prefill.run(inputs_embeds, start, 1)[0]
+            for at in range(0, inputs_embeds.shape[1], MOST_TOKENS):
+                found: NDArray[np.float32] = ready.prefill.run(inputs_embeds[:, at : at + MOST_TOKENS], start + at, 1)[0]
             return found
         ready.step.run(inputs_embeds, start, ready.caches)
-        logits: NDArray[np.float32] = ready.step.logits(1)[0]
+        logits: NDArray[np.float32] = ready.step.logits(1, ready.caches, start)[0]
+        if self.trial is not None:
+            self._compare(logits, ready.step.token(ready.caches, start)[0])
         return logits
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
@@ -98,7 +110,7 @@ class TensorRtEngine:
         self._check_room(inputs_embeds, start)
         ready = self._ready
         ready.step.run(inputs_embeds, start, ready.caches)
-        token, mass = ready.step.token()
+        token, mass = ready.step.token(ready.caches, start)
         check_finite(mass)
         return token
 
@@ -139,7 +151,7 @@ class TensorRtBatch:
         found = []
         for slot, start in enumerate(starts.tolist()):
             self._step.run(inputs_embeds[slot : slot + 1], start, self._caches[slot])
-            found.append(self._step.logits(1).copy())
+            found.append(self._step.logits(1, self._caches[slot], start).copy())
         return np.concatenate(found)
 
     def copy(self, sources: Sequence[int], start: int, end: int) -> None:

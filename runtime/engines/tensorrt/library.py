@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from runtime.contract.errors import EngineError
@@ -67,14 +68,13 @@ class Machine:
         driver, runtime = self.device.versions
         return (self.device.name, self.device.capability, str(driver), str(runtime), self.release)
 
-    @property
-    def fuses_attention(self) -> bool:
-        """Whether this TensorRT can have attention and key/value caches as layers of their own (10.15 and later)."""
-        return all(hasattr(self.trt.INetworkDefinition, name) for name in ("add_kv_cache_update", "add_attention"))
+    def has(self, layers: Iterable[str]) -> bool:
+        """Whether networks of this TensorRT can have layers, by the names of the methods that add them."""
+        return all(hasattr(self.trt.INetworkDefinition, name) for name in layers)
 
-    def must(self, ok: Any, doing: str) -> None:
+    def must(self, ok: bool, doing: str) -> None:
         """Raises `EngineError`, and gives the device up, unless TensorRT did what it was told."""
-        if ok is None or ok is False:
+        if not ok:
             self.device.fail(f"{doing}: {self.journal.read()}")
 
     def opened(self, serialized: Any) -> Any:
@@ -83,10 +83,10 @@ class Machine:
         self.journal.clear()
         return self.runtime.deserialize_cuda_engine(serialized)
 
-    def refusal(self, file: str) -> EngineError:
-        """Why an engine built a moment ago cannot be opened."""
+    def refusal(self, what: str) -> EngineError:
+        """Why something cannot be loaded; most often there is no memory for it."""
         free, total = self.device.free_memory()
         return EngineError(
-            f"the engine of {file} was built but cannot be loaded ({self.journal.read()}; {free >> 20} of {total >> 20} MiB of GPU memory are free); "
+            f"{what} cannot be loaded ({self.journal.read()}; {free >> 20} of the GPU's {total >> 20} MiB are free); "
             "close other programs, or choose a smaller --context"
         )

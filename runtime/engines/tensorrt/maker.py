@@ -8,11 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from runtime.contract.bundle import GOLDENS, Bundle
 from runtime.contract.console import note
 from runtime.contract.errors import EngineError
+from runtime.contract.onnx_guard import external_locations
+from runtime.contract.spec import present
+from runtime.doctor.system import read_memory
 from runtime.engines import EngineOptions
 from runtime.engines.tensorrt.build import RefusedError, build, workspace_bytes
 from runtime.engines.tensorrt.library import Machine
@@ -20,6 +24,8 @@ from runtime.engines.tensorrt.ports import Form, check_ports, decoder_form, visi
 from runtime.engines.tensorrt.store import Store, fingerprint
 
 __all__ = ["Maker", "Part", "decoder_forms", "vision_forms"]
+
+_COPIES = 3
 
 
 class Part:
@@ -47,7 +53,7 @@ def vision_forms(bundle: Bundle, machine: Machine) -> list[Form]:
 
 def decoder_forms(bundle: Bundle, machine: Machine, context: int | None) -> list[Form]:
     """The decoder's forms likewise. Caches of the fused one have the size the bundle was built with: a smaller `context` rules it out."""
-    most = bundle.spec.decoder.context
+    most = bundle.capacity
     rows = min(context or most, most)
     forms = _available([decoder_form(bundle.spec, fused, rows) for fused in (True, False)], bundle, machine)
     if rows < most and forms[0].fused:
@@ -57,7 +63,7 @@ def decoder_forms(bundle: Bundle, machine: Machine, context: int | None) -> list
 
 
 def _available(forms: Sequence[Form], bundle: Bundle, machine: Machine) -> list[Form]:
-    return [form for form in forms if form.file in bundle.files and (machine.fuses_attention or not form.fused)]
+    return [form for form in forms if form.file in bundle.files and machine.has(form.operators.values())]
 
 
 class Maker:
@@ -127,19 +133,31 @@ class Maker:
             if engine := self._opened(name, form):  # another process may just have made it
                 return engine
             workspace = workspace_bytes(self._machine, self._options.workspace_mb)
+            self._tell_of_memory(form)
             content = build(self._machine, self._bundle.file(form.file), form, workspace, self._store.timings(self._machine))
             self._store.write(name, content)
         engine = self._machine.opened(content)
         if engine is None:
-            raise self._machine.refusal(form.file)
+            raise self._machine.refusal(f"the engine of {form.file}, built a moment ago,")
         return self._checked(engine, form)
 
+    def _tell_of_memory(self, form: Form) -> None:
+        """Warns of a build that may be ended by the system: weights are held as read, as compiled and as written."""
+        needed = _COPIES * sum(self._bundle.files[name][0] for name in external_locations(self._bundle.file(form.file))) / 1e6
+        there = read_memory(Path("/")).available_mb
+        if there < needed:
+            note(f"building needs about {needed:.0f} MB of memory, {there:.0f} are available; if it is killed, close other programs or add swap")
+
     def _checked(self, engine: Any, form: Form) -> Any:
-        """The engine, if its inputs and outputs are those of the form. Raises `BundleError`."""
+        """The engine, if its inputs and outputs are those of the form. Raises `BundleError`, `RefusedError`."""
         trt = self._machine.trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         for mode, expected in ((trt.TensorIOMode.INPUT, form.inputs), (trt.TensorIOMode.OUTPUT, form.outputs)):
             mine = [name for name in names if engine.get_tensor_mode(name) == mode]
             found = {name: (trt.nptype(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name))) for name in mine}
             check_ports(found, expected, self._bundle.path / form.file)
+        shared = {name: engine.get_aliased_input_tensor(name) for name in form.outputs} if form.updates_caches else {}
+        apart = [name for name, source in shared.items() if source != name.removeprefix(present("")) and name.startswith(present(""))]
+        if apart:
+            raise RefusedError(f"TensorRT {self._machine.release} does not update {apart[0]} of {form.file} in place", lasting=True)
         return engine

@@ -7,7 +7,7 @@ and has attention as one operator, for TensorRT from 10.15.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,19 @@ from runtime.contract.spec import (
     value_cache,
 )
 
-__all__ = ["DECODE", "MOST_ROWS", "PREFILL", "Form", "Port", "Ranges", "caches", "check_ports", "decoder_form", "vision_form"]
+__all__ = ["DECODE", "MOST_ROWS", "MOST_TOKENS", "PREFILL", "Form", "Port", "Ranges", "caches", "check_ports", "decoder_form", "vision_form"]
 
 MOST_ROWS = 8
 """Positions of one call that can have logits."""
+
+MOST_TOKENS = 512
+"""Positions of one call. Scores of a call take memory by its length times the cache's: 2048 at once would need 5 GB for a 7 B model."""
 
 DECODE, PREFILL = 0, 1
 """The decoder's optimization profiles: one token, and several."""
 
 _PROMPT = 64  # text tokens of a usual prompt: the prefill profile is tuned for these and the default visual tokens
-_FUSED_OPERATORS = ("Attention", "TensorScatter")
+_ATTENTION, _CACHE = ("Attention", "add_attention"), ("TensorScatter", "add_kv_cache_update")
 
 Shape = tuple[int, ...]
 Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -60,7 +63,7 @@ class Port:
 class Form:
     """One form of a graph. `rows` are the cache rows to build for, None where the graph itself says.
 
-    `profiles` gives the ranges for a number of rows; `operators` are those a TensorRT may lack.
+    `profiles` gives the ranges for a number of rows; `operators` maps those a TensorRT may lack to how its networks call them.
     """
 
     file: str
@@ -68,12 +71,17 @@ class Form:
     outputs: Mapping[str, Port]
     rows: int | None
     profiles: Callable[[int], tuple[Ranges, ...]]
-    operators: tuple[str, ...] = ()
+    operators: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fused(self) -> bool:
-        """True if attention is one operator, and the caches are updated in place."""
+        """True if attention is one operator."""
         return bool(self.operators)
+
+    @property
+    def updates_caches(self) -> bool:
+        """True if the caches it gives are those it takes, in place."""
+        return _CACHE[0] in self.operators
 
 
 def caches(spec: DecoderSpec) -> list[str]:
@@ -93,7 +101,7 @@ def vision_form(spec: ModelSpec, fused: bool) -> Form:
         {IMAGE_EMBEDS: Port(np.float32, (None, None, hidden))},
         None,
         lambda rows: (ranges,),
-        _FUSED_OPERATORS[:1] if fused else (),
+        dict([_ATTENTION]) if fused else {},
     )
 
 
@@ -114,12 +122,13 @@ def decoder_form(spec: ModelSpec, fused: bool, rows: int) -> Form:
         outputs | {present(name): cache for name in held},
         None if fused else rows,
         lambda rows: _decoder_profiles(spec, rows),
-        _FUSED_OPERATORS if fused else (),
+        dict([_ATTENTION, _CACHE]) if fused else {},
     )
 
 
 def _decoder_profiles(spec: ModelSpec, rows: int) -> tuple[Ranges, Ranges]:
-    usual, decoder = min(rows, spec.pool_sizes[0] ** 2 + _PROMPT), spec.decoder
+    most, decoder = min(rows, MOST_TOKENS), spec.decoder
+    usual = min(most, spec.pool_sizes[0] ** 2 + _PROMPT)
     cache = (1, decoder.kv_heads, rows, decoder.head_dim)
 
     def ranges(lengths: Shape, wanted: Shape) -> Ranges:
@@ -128,7 +137,7 @@ def _decoder_profiles(spec: ModelSpec, rows: int) -> tuple[Ranges, Ranges]:
         kept = tuple((count,) for count in wanted)
         return {INPUTS_EMBEDS: embeds, POSITION_IDS: positions, LOGITS_ROWS: kept} | dict.fromkeys(caches(decoder), (cache,) * 3)  # type: ignore[return-value]
 
-    return ranges((1, 1, 1), (1, 1, 1)), ranges((1, usual, rows), (1, 1, MOST_ROWS))
+    return ranges((1, 1, 1), (1, 1, 1)), ranges((1, usual, most), (1, 1, MOST_ROWS))
 
 
 def check_ports(found: Mapping[str, tuple[Any, Shape]], expected: Mapping[str, Port], where: Path) -> None:
