@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from export.passes import GraphPass
+from export.passes.cuda_operators import MULTI_HEAD_ATTENTION, ONE_PICTURE, SIMPLIFIED_NORMS
 from export.passes.explicit_kernels import EXPLICIT_KERNELS
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
-from export.passes.integer_kernels import INTEGER_KERNELS
+from export.passes.integer_kernels import BLOCK_KERNELS, INTEGER_KERNELS
 from export.passes.logits_to_keep import KEEP_LOGITS
 from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
 from export.passes.quantise import Kernels
@@ -43,8 +44,18 @@ class Lowering:
     full_values: frozenset[str] = frozenset()
 
 
+_FULL_VALUES = frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS})
 LOWERING: dict[str, Lowering] = {
     "cpu": Lowering({"vision": GraphPlan("vision"), "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, KEEP_LOGITS))}, INTEGER_KERNELS),
+    # Operators and opset for which ONNX Runtime's CUDA provider has kernels (export/cuda_kernels.py): what has none would run on the CPU, unseen.
+    "cuda": Lowering(
+        {
+            "vision": GraphPlan("vision", (ONE_PICTURE, MULTI_HEAD_ATTENTION), 20),
+            "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, SIMPLIFIED_NORMS, TOKEN_OUTPUTS), 20),
+        },
+        BLOCK_KERNELS,
+        _FULL_VALUES,
+    ),
     # What TensorRT 10.3 parses, at the first opset with blocks of 4-bit weights; and with what 10.15 brought, at the first opset that has it.
     "tensorrt": Lowering(
         {
@@ -54,7 +65,7 @@ LOWERING: dict[str, Lowering] = {
             "decoder-fused": GraphPlan("decoder", (FUSED_CACHE, PLAIN_NORMS, TOKEN_OUTPUTS), 24, fixed=True, weights_of="decoder"),
         },
         EXPLICIT_KERNELS,
-        frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS}),
+        _FULL_VALUES,
     ),
 }
 

@@ -89,7 +89,13 @@ class Target:
     help: str
 
 
-TARGETS: dict[str, Target] = {target.name: target for target in (Target("cpu", "runtime.engines.ort:OrtEngine", "", "ONNX Runtime on the CPU"),)}
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("cpu", "runtime.engines.ort:OrtEngine", "", "ONNX Runtime on the CPU"),
+        Target("cuda", "runtime.engines.ort_cuda:OrtCudaEngine", "gpu", "ONNX Runtime on an NVIDIA GPU"),
+    )
+}
 
 
 def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
