@@ -46,10 +46,10 @@ class LinearScheme:
     """Where a linear layer's weight and activation go.
 
     `weight`: fp32, fp16, int8, int4. `activation`: "float"; "int8-row" (a symmetric scale per token, found as it occurs), "int8-tensor" (one range
-    for all tokens of a call, likewise), "int8-static" (one range, calibrated), "int8-signed" (likewise, symmetric around 0). `block` is the number of inputs that share a scale (0: all, per output
-    channel). `symmetric` 4-bit weights have no zero points, without which kernels are faster. `rounding`: "nearest", "mse" (ranges shrunk where that
-    lowers the squared error) or "gptq" (data-aware, arXiv 2210.17323). `smooth` moves scales between activations and weights first (SmoothQuant,
-    arXiv 2211.10438; for float activations AWQ's variant, arXiv 2306.00978).
+    for all tokens of a call, likewise), "int8-static" (one range, calibrated), "int8-signed" (one calibrated range around 0). `block` is the number
+    of inputs that share a scale (0: all, per output channel). `symmetric` 4-bit weights have no zero points, without which kernels are faster.
+    `rounding`: "nearest", "mse" (ranges shrunk where that lowers the squared error) or "gptq" (data-aware, arXiv 2210.17323). `smooth` moves scales
+    between activations and weights first (SmoothQuant, arXiv 2211.10438; for float activations AWQ's variant, arXiv 2306.00978).
     """
 
     weight: str = "fp32"

@@ -1,4 +1,4 @@
-"""`infmllm-export`: build a bundle from a checkpoint, compare one with PyTorch, look inside one."""
+"""`infmllm-export`: build a bundle from a checkpoint, compare one with PyTorch, look inside one, and see what this machine can run."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def parity(
 ) -> None:
     """Compares a bundle with its PyTorch checkpoint on fresh inputs; exit code 1 if it drifts."""
     from calibration.samples import default_source
+    from export.reference import open_session
     from export.report import print_stages
     from export.verify import compare_with_checkpoint
     from runtime.contract.errors import ParityError
-    from runtime.session import load
     from trainer.checkpoint import DEMO, open_checkpoint
 
-    session, stored = load(bundle or default_bundle()), open_checkpoint(checkpoint or DEMO)
+    session, stored = open_session(bundle or default_bundle()), open_checkpoint(checkpoint or DEMO)
     stages = compare_with_checkpoint(session, stored, cases, default_source(stored.card, calib))
     if as_json:
         print(json.dumps([asdict(stage) | {"passed": stage.passed} for stage in stages]))
@@ -163,6 +163,35 @@ def import_(
         note(f"new, because the source has none: {parts}; train it: infmllm-train --start-from {out} --stage alignment")
     tower, decoder = spec.vision, spec.decoder
     print(f"{out}: tower {tower.layers} x {tower.width}, decoder {decoder.layers} x {decoder.hidden}, S = {tower.image_size}")
+
+
+@app.command(
+    epilog="Examples:\n\n    infmllm-export doctor\n\n    infmllm-export doctor --target tensorrt --html doctor.html"
+    "\n\n    infmllm-export doctor --json"
+)
+def doctor(
+    target: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx. Default: the CPU, and what this machine is set up for.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Looks at GPU, driver, CUDA, TensorRT, ONNX Runtime, JetPack, memory and power mode. What does not fit gets a cause and a fix.
+
+    Exit code 1 if something keeps the target from running.
+    """
+    from runtime.contract.console import check_output
+    from runtime.contract.errors import EngineError
+    from runtime.doctor.checks import choose_targets, diagnose
+    from runtime.doctor.facts import gather
+    from runtime.doctor.report import diagnosis_json, diagnosis_page, diagnosis_text, verdict
+
+    check_output(html)
+    facts = gather()
+    diagnosis = diagnose(facts, choose_targets(facts, target))
+    if html:
+        html.write_text(diagnosis_page(facts, diagnosis))
+    print(diagnosis_json(facts, diagnosis) if as_json else diagnosis_text(facts, diagnosis))
+    if diagnosis.problems:
+        raise EngineError(f"{verdict(diagnosis)}; apply the fixes, then ask again")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from export.passes import GraphPass
+from export.passes.companion_row import COMPANION_ROW
 from export.passes.cuda_operators import MULTI_HEAD_ATTENTION, ONE_PICTURE, SIMPLIFIED_NORMS
 from export.passes.explicit_kernels import EXPLICIT_KERNELS
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
@@ -15,6 +16,7 @@ from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NOR
 from export.passes.quantise import Kernels
 from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE
 from export.passes.token_outputs import TOKEN_OUTPUTS
+from export.schemes import Scheme
 from runtime.contract.errors import UsageError
 from runtime.contract.spec import IMAGE_EMBEDS, LOGITS, LOGITS_MASS, PIXELS, POOL
 
@@ -37,11 +39,22 @@ class GraphPlan:
 
 @dataclass(frozen=True)
 class Lowering:
-    """A target's graphs by name, in the order they are packed, its kernels of integer layers, and graph values that stay fp32 in a half graph."""
+    """A target's graphs by name, in the order they are packed, its kernels of integer layers, and graph values that stay fp32 in a half graph.
+
+    `byte_weights` are passes that decoders with 8-bit weights and float activations get first. `referenced` tells that a build is compared with
+    PyTorch through `export.reference`: the target's engine runs on other machines.
+    """
 
     graphs: Mapping[str, GraphPlan]
     kernels: Kernels
     full_values: frozenset[str] = frozenset()
+    byte_weights: tuple[GraphPass, ...] = ()
+    referenced: bool = False
+
+    def passes(self, graph: str, scheme: Scheme) -> tuple[GraphPass, ...]:
+        """What turns the canonical graph into this one, but for its precision."""
+        plan = self.graphs[graph]
+        return (*(self.byte_weights if plan.base == "decoder" and scheme.byte_weights else ()), *plan.passes)
 
 
 _FULL_VALUES = frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS})
@@ -65,6 +78,9 @@ LOWERING: dict[str, Lowering] = {
             "decoder-fused": GraphPlan("decoder", (FUSED_CACHE, PLAIN_NORMS, TOKEN_OUTPUTS), 24, fixed=True, weights_of="decoder"),
         },
         EXPLICIT_KERNELS,
+        frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS}),
+        (COMPANION_ROW,),
+        referenced=True,
         _FULL_VALUES,
     ),
 }

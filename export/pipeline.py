@@ -35,10 +35,11 @@ from export.passes.quantise import quantise_linears, store_half
 from export.passes.tensorrt_attention import fixed_capacity
 from export.pieces import replay_in_pieces
 from export.plan import LARGE_BYTES
+from export.reference import reference_session, replay_forms
 from export.sharing import refer_to
 from export.state import Build, BuildOptions, Detail, open_build
 from export.verify import MetricCheck, goldens_of, measure_answers
-from runtime.contract.bundle import EMBEDDINGS, GOLDENS, MANIFEST, TOKENIZER, UNVERIFIED, VERIFIED, graph_file, weights_file
+from runtime.contract.bundle import EMBEDDINGS, GOLDENS, MANIFEST, TOKENIZER, UNVERIFIED, VERIFIED, graph_file, read_bundle, weights_file
 from runtime.contract.console import peak_memory_mib
 from runtime.contract.errors import BuildError, ParityError
 from runtime.contract.files import staged_folder
@@ -91,14 +92,15 @@ def _simplify(build: Build) -> Build:
 
 
 def _lower(build: Build) -> Build:
-    plans = find_lowering(build.options.target).graphs
+    lowering = find_lowering(build.options.target)
+    plans, scheme = lowering.graphs, build.options.scheme
     build = replace(build, graphs={name: build.graphs[plan.base].clone() for name, plan in plans.items()})
-    capacity = build.checkpoint.spec.decoder.context
-    build = _passes(build, lambda name: [*plans[name].passes, *([fixed_capacity(capacity)] if plans[name].fixed else [])])
+    fixed = [fixed_capacity(build.checkpoint.spec.decoder.context)]
+    build = _passes(build, lambda name: [*lowering.passes(name, scheme), *(fixed if plans[name].fixed else [])])
     for name, plan in plans.items():
         if plan.opset:
             build.graphs[name].opset_imports[""] = plan.opset
-    steps = {step.name for plan in plans.values() for step in plan.passes}
+    steps = {step.name for name in plans for step in lowering.passes(name, scheme)}
     refused = [reason for _, step, result in build.counts for reason in result.refused if step in steps]
     if refused:
         raise BuildError(f"target {build.options.target} cannot run this graph: {refused[0]}; report it with --dump")
@@ -165,6 +167,10 @@ def _verify(build: Build) -> Build:
 def _compare(build: Build) -> tuple[list[StageError], MetricCheck]:
     """Parity and answers of the packed bundle; graphs too large to load beside PyTorch are replayed part by part, and asked nothing."""
     options, tolerance = build.options, dict(build.options.scheme.tolerance)
+    if find_lowering(options.target).referenced:
+        bundle = read_bundle(build.folder)
+        asked = measure_answers(reference_session(bundle), build.checkpoint, build.source, options.questions, options.scheme.drop)
+        return replay_forms(bundle, tolerance), asked
     weights = sum(file.stat().st_size for file in build.folder.glob("*.weights"))
     if weights > LARGE_BYTES:
         table = np.load(build.folder / EMBEDDINGS, mmap_mode="r")
@@ -193,6 +199,8 @@ def _location(build: Build, stage: str) -> str:
     tolerance = dict(build.options.scheme.tolerance)
     if sum(file.stat().st_size for file in build.folder.glob("*.weights")) > LARGE_BYTES:
         return "The graphs are too large to search for the place"
+    if find_lowering(build.options.target).referenced:
+        return "Build with --target cpu to learn the place if it drifts there too"
     try:
         session, goldens = load(build.folder, engine_cache=False), read_goldens(build.folder / GOLDENS)
         errors = [next(row.error for row in replay_goldens(session, [golden], tolerance) if row.stage == stage) for golden in goldens]

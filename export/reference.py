@@ -6,13 +6,17 @@ operator).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from runtime.contract.bundle import DECODER, DECODER_FUSED, VISION, VISION_FUSED, Bundle
+from runtime.contract.bundle import DECODER, DECODER_FUSED, VISION, VISION_FUSED, Bundle, read_bundle
+from runtime.contract.console import note
+from runtime.contract.errors import EngineError
 from runtime.contract.spec import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
@@ -27,8 +31,10 @@ from runtime.contract.spec import (
     value_cache,
 )
 from runtime.engines.ort_session import session_options
+from runtime.selftest import StageError, replay
+from runtime.session import Session, load
 
-__all__ = ["ReferenceEngine"]
+__all__ = ["ReferenceEngine", "open_session", "reference_session", "replay_forms"]
 
 
 class ReferenceEngine:
@@ -83,6 +89,29 @@ class ReferenceEngine:
     def batch(self, slots: int, rows: int) -> Any:
         """Not served: builds ask one question at a time."""
         raise NotImplementedError("the reference engine answers one question at a time")
+
+
+def reference_session(bundle: Bundle, fused: bool = False) -> Session:
+    """A session over one form of a GPU bundle's graphs."""
+    return Session(bundle, ReferenceEngine(bundle, fused))
+
+
+def replay_forms(bundle: Bundle, tolerance: Mapping[str, float]) -> list[StageError]:
+    """The golden cases through both forms; of each stage the worse result."""
+    forms = [replay(reference_session(bundle, fused), tolerance) for fused in (False, True)]
+    return [max(rows, key=lambda row: row.error) for rows in zip(*forms, strict=True)]
+
+
+def open_session(path: Path) -> Session:
+    """A session of any bundle: on its own engine where this machine has it, else on the CPU, said in a notice."""
+    try:
+        return load(path)
+    except EngineError as error:
+        bundle = read_bundle(path)
+        if DECODER_FUSED not in bundle.files:
+            raise
+        note(f"{error}; the graphs are run literally on the CPU instead")
+        return reference_session(bundle)
 
 
 def _opened(path: str, threads: int | None) -> ort.InferenceSession:

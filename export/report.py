@@ -18,8 +18,9 @@ from export.plan import make_plan
 from export.schemes import TARGET_SCHEMES, choose_scheme
 from export.state import Build, BuildOptions
 from runtime.contract.console import note, peak_memory_mib, step_bar
-from runtime.contract.errors import UsageError
+from runtime.contract.errors import EngineError, UsageError
 from runtime.selftest import StageError
+from runtime.session import load
 from trainer.checkpoint import DEMO, read_spec
 from trainer.config import find_preset
 
@@ -46,9 +47,17 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
         result = build(options, bar.step, bar.detail)
     seconds, peak = time.monotonic() - started, peak_memory_mib()
     size = sum(file.stat().st_size for file in options.out.iterdir())
+    engines = _engines(options)
     if as_json:
         data: dict[str, Any] = {"bundle": str(options.out), "verdict": result.verdict, "stages": [asdict(stage) for stage in result.stages]}
-        data |= {"metrics": result.metrics.to_json(), "bytes": size, "seconds": round(seconds, 1), "peak_mib": round(peak), "reused": result.reused}
+        data |= {
+            "metrics": result.metrics.to_json(),
+            "bytes": size,
+            "seconds": round(seconds, 1),
+            "peak_mib": round(peak),
+            "reused": result.reused,
+            "engines": engines,
+        }
         print(json.dumps(data))
         return result
     for graph, step, outcome in result.counts:
@@ -61,6 +70,19 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
     already = ", the same build was already there" if result.reused else f", {seconds:.0f} s, at most {peak:.0f} MiB of memory"
     print(f"{result.verdict}: {options.out} ({size / 1e6:.1f} MB{already})")
     return result
+
+
+def _engines(options: BuildOptions) -> str:
+    """What became of engines that are built where they run: nothing is left to do, or what is, in words."""
+    if not find_lowering(options.target).referenced:
+        return ""
+    try:
+        load(options.out)
+        text = "engines for this machine are built and compared with PyTorch"
+    except EngineError as error:
+        text = f"engines are built by the first infmllm-run on the device ({error})"
+    note(text)
+    return text
 
 
 def print_stages(stages: Iterable[StageError]) -> None:

@@ -86,6 +86,11 @@ class Scheme:
         return TOGETHER if together else ALONE
 
     @property
+    def byte_weights(self) -> bool:
+        """True if the decoder has 8-bit weights and float activations."""
+        return any(linear.weight == "int8" and linear.activation == "float" for linear in (self.linear(f"{DECODER}layers.0"), self.linear(DECODER)))
+
+    @property
     def calibrates(self) -> bool:
         """True if it needs data."""
         tables = (*self.parts.values(), *(self.prefill or {}).values())
@@ -148,7 +153,7 @@ TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
             _halves("fp16", {"": HALF}, _FLOAT16, "half precision; norms, softmax and logits in fp32"),
             _halves("int8", {"": W8A8}, _STATIC, "W8A8 with calibrated ranges (SmoothQuant)"),
             _halves("int8-weights", {"": CHANNELS8}, _INTEGER, "8-bit weights, one scale per channel"),
-            _halves("int4", {"": W8A8, DECODER: FAST4, "decoder.lm_head": CHANNELS8}, _FOUR, "4-bit decoder (GPTQ), W8A8 tower"),
+            _halves("int4", {"": W8A8, DECODER: FAST4, "decoder.lm_head": W8A8}, _FOUR, "4-bit decoder (GPTQ), W8A8 tower and head"),
         )
     },
 }

@@ -46,3 +46,15 @@ def test_shell_examples(workplace: Path) -> None:
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert (workplace / "found.png").exists() and len((workplace / "answers.jsonl").read_text().splitlines()) == 2
+
+
+def test_quoted_plans_are_what_the_command_prints() -> None:
+    from typer.testing import CliRunner
+
+    from export.cli import app
+
+    quoted = re.split(r"^\$ infmllm-export ", blocks("jetson.md", "text")[0], flags=re.MULTILINE)[1:]
+    assert len(quoted) == 4
+    for command, _, output in (part.partition("\n") for part in quoted):
+        printed = CliRunner().invoke(app, command.split()).stdout
+        assert [line.rstrip() for line in printed.rstrip().splitlines()] == output.rstrip().splitlines(), command

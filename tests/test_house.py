@@ -56,6 +56,7 @@ class Block:
             raise ImportError('blocked ' + name)
 sys.meta_path.insert(0, Block())
 import runtime, runtime.session, runtime.cli, runtime.bench.cli, runtime.bench.measure, runtime.evaluate, runtime.selftest, runtime.engines.ort
+import runtime.doctor.checks, runtime.doctor.report
 from runtime import load
 assert not set({HEAVY!r}) & set(sys.modules)
 from runtime.contract.evaluation import open_examples

@@ -1,4 +1,4 @@
-"""Turns a graph's arithmetic from fp32 to fp16, with fp32 kept where sums are long or ranges wide: norms, rotary angles, softmax, and what is asked for.
+"""Turns a graph's arithmetic from fp32 to fp16; fp32 stays where sums are long or ranges wide: norms, rotary angles, softmax, what is asked for.
 
 Weights become fp16 when the graph is written; Casts stand where the two meet, one per value. Engines that take types literally (TensorRT's strongly
 typed networks) compute exactly this.
@@ -87,11 +87,12 @@ class _Halves:
         """Outputs in the type the contract names; weights that are fp16 only now go."""
         graph = self.model.graph
         for index, value in enumerate(graph.outputs):
-            if value.dtype == _FP16 and value.name in self._full_values:
-                cast, name = ir.node("Cast", [value], {"to": _FP32}), value.name
+            wanted = _FP32 if value.name in self._full_values else _FP16
+            if value.dtype in (_FP32, _FP16) and value.dtype != wanted:
+                cast, name = ir.node("Cast", [value], {"to": wanted}), value.name
                 graph.append(cast)
-                cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(_FP32)
-                value.name, cast.outputs[0].name = f"{name}.fp16", name
+                cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(wanted)
+                value.name, cast.outputs[0].name = f"{name}.before", name
                 graph.outputs[index] = cast.outputs[0]
         for value in self._weights:
             if not value.uses() and value.name:

@@ -66,12 +66,12 @@ def attended(model: ir.Model, node: ir.Node, scores: ir.Value, mask: ir.Value | 
 
 
 def _attention(model: ir.Model) -> PassResult:
-    """softmax(q k^T / sqrt D) v for Attention(q, k, v), all [N,heads,L,D]. Half the scale goes to q and half to k, so that fp16 keeps the products."""
+    """softmax(q k^T / sqrt D) v for Attention(q, k, v), all [N,heads,L,D]. The scale's root goes to q and to k, so that fp16 holds the products."""
     modified, refused = 0, []
     for node in list(model.graph):
         if node.op_type != "Attention":
             continue
-        if len([value for value in node.inputs if value is not None]) != 3 or node.attributes.get_int("is_causal", 0):
+        if len([value for value in node.inputs if value is not None]) != 3 or node.attributes.get_int("is_causal", 0) == 1:
             refused.append(f"plain_attention: {node.name} has a mask")
             continue
         q, k, v = node.inputs[:3]

@@ -113,7 +113,7 @@ class Layer:
         assert value is not None, "MatMul has two inputs"
         return value
 
-    def insert(self, op_type: str, inputs: Sequence[ir.Value | None], *dtypes: ir.DataType, domain: str = "", **attributes: int) -> list[ir.Value]:
+    def insert(self, op_type: str, inputs: Sequence[ir.Value | None], *dtypes: ir.DataType, domain: str = "", **attributes: Any) -> list[ir.Value]:
         """Puts one operator before the MatMul and returns its outputs, typed."""
         return insert(self.model, self.node, op_type, inputs, *dtypes, domain=domain, **attributes)
 

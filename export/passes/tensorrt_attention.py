@@ -111,12 +111,12 @@ def _plain(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
     key = _rotated(model, match, _heads(model, node, match.key, kv, dim), shared)
     value = _heads(model, node, match.value, kv, dim)
     (grouped,) = insert(model, node, "Reshape", [query, _ints(model, 0, kv, -1, dim)], _FP32)
+    (turned,) = insert(model, node, "Transpose", [grouped], _FP32, perm=[0, 1, 3, 2])
     mask = _plain_mask(model, match, shared)
 
     def scores(keys: ir.Value) -> ir.Value:
-        (turned,) = insert(model, node, "Transpose", [keys], _FP32, perm=[0, 1, 3, 2])
-        (found,) = insert(model, node, "MatMul", [grouped, turned], _FP32)
-        return found
+        (product,) = insert(model, node, "MatMul", [keys, turned], _FP32)
+        return insert(model, node, "Transpose", [product], _FP32, perm=[0, 1, 3, 2])[0]
 
     def product(start: ir.Value, end: ir.Value, values: ir.Value) -> ir.Value:
         (part,) = insert(model, node, "Slice", [weights, start, end, _ints(model, 3)], _FP32)

@@ -16,6 +16,7 @@ from calibration.linear import LinearScheme, fake_activation, round_in_pairs
 from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
+from export.passes.integer_kernels import INTEGER_KERNELS
 from export.passes.logits_to_keep import KEEP_LOGITS
 from export.passes.pack_projections import pack_projections
 from export.passes.quantise import quantise_linears, store_half
@@ -176,7 +177,7 @@ def test_projections_are_packed_with_equal_numbers(fresh: Callable[[], tuple[ir.
     model = InfMLLM(TINY, torch.Generator().manual_seed(11))
     calibrated = Calibrated(lambda name: model.get_parameter(name).detach())
     for graph in (quantised, decoder):
-        assert quantise_linears(lambda name: linear, calibrated)(graph).modified == (2 * 7 + 1 if graph is quantised else 2 * 4 + 1)
+        assert quantise_linears(lambda name: linear, calibrated, INTEGER_KERNELS)(graph).modified == (2 * 7 + 1 if graph is quantised else 2 * 4 + 1)
     for found, wanted in zip(run_decoder(decoder), run_decoder(quantised), strict=True):
         assert np.allclose(found, wanted, atol=1e-5)
 
@@ -205,7 +206,7 @@ def test_schemes_change_every_linear_once_and_little(scheme: str, bound: float, 
         for name, value in m.graph.initializers.items()
         if value.const_value is not None and len(value.const_value.shape) == 2
     }
-    steps = [store_half(SCHEMES[scheme].half), quantise_linears(scheme_of, Calibrated(weights.__getitem__))]
+    steps = [store_half(SCHEMES[scheme].half), quantise_linears(scheme_of, Calibrated(weights.__getitem__), INTEGER_KERNELS)]
     counts = [sum(result.modified for _, result in run_passes(model, steps)) for model in (vision, decoder)]
     assert counts[1] == (17 if scheme == "fp16" else 15)  # fp16 also stores the two rotary tables
     assert counts[0] >= 10
@@ -244,7 +245,7 @@ def test_kernels_compute_what_the_reference_arithmetic_says(shape: tuple[int, in
     node = ir.node("MatMul", [value, stored])
     node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = "y", ir.Shape(["B", n]), ir.TensorType(ir.DataType.FLOAT)
     model = ir.Model(ir.Graph([value], node.outputs, nodes=[node], initializers=[stored], opset_imports={"": 23}), ir_version=10)
-    quantise_linears(lambda name: scheme, calibrated)(model)
+    quantise_linears(lambda name: scheme, calibrated, INTEGER_KERNELS)(model)
     (found,) = opened(model).run(["y"], {"x": x})
     static = (float(x.min()), float(x.max())) if scheme.activation == "int8-static" else None
     wanted = fake_activation(torch.from_numpy(x), scheme.activation, static) @ calibrated.quantised("w.weight", scheme).dequantised().T

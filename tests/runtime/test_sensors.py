@@ -20,8 +20,11 @@ from runtime.bench.record import Thermal
 from runtime.bench.tegrastats import Tegrastats, parse_line
 from runtime.bench.thermal import ThermalWatch
 
-# Lines as tegrastats prints them: Orin NX (JetPack 6), AGX Orin (JetPack 5), TX2 (JetPack 4: no units), AGX Xavier (JetPack 5).
+# Lines as tegrastats prints them: Orin Nano and Orin NX (JetPack 6), AGX Orin (JetPack 5), TX2 (JetPack 4: no units), AGX Xavier (JetPack 5).
 TEGRASTATS = {
+    "02-11-2025 09:14:02 RAM 3417/7620MB (lfb 12x4MB) SWAP 0/8192MB (cached 0MB) CPU [18%@1510,22%@1510,9%@1510,31%@1510,off,off] EMC_FREQ 41%@2133 "
+    "GR3D_FREQ 87%@[611] NVDEC off NVJPG off VIC off OFA off APE 200 cpu@51.843C soc2@50.375C soc0@50.906C gpu@53.281C tj@53.281C soc1@51.093C "
+    "VDD_IN 9216mW/7742mW VDD_CPU_GPU_CV 3560mW/2411mW VDD_SOC 2456mW/2198mW": ({"VDD_IN": 9.216, "VDD_CPU_GPU_CV": 3.56, "VDD_SOC": 2.456}, 9.216),
     "05-15-2025 18:30:28 RAM 6982/7620MB (lfb 5x1MB) SWAP 2640/16384MB (cached 202MB) CPU [97%@1984,88%@1984,93%@247] EMC_FREQ 18%@3199 "
     "GR3D_FREQ 84%@[713] NVENC 1%@115 APE 174 cpu@65.562C tj@65.562C VDD_IN 17946mW/15710mW VDD_CPU_GPU_CV 8896mW/7585mW VDD_SOC 3923mW/3515mW": (
         {"VDD_IN": 17.946, "VDD_CPU_GPU_CV": 8.896, "VDD_SOC": 3.923},

@@ -1,0 +1,88 @@
+"""A diagnosis for people (text, or an HTML page) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from dataclasses import asdict
+from html import escape
+
+from runtime.contract.page import html_page
+from runtime.doctor.checks import Diagnosis, Result
+from runtime.doctor.facts import Facts
+from runtime.doctor.finding import LEVELS
+
+__all__ = ["diagnosis_json", "diagnosis_page", "diagnosis_text", "verdict"]
+
+_STYLE = """
+table { width: 100%; } td { text-align: left; vertical-align: top; overflow-wrap: anywhere; } th { text-align: left; }
+td:nth-child(-n+2) { white-space: nowrap; } .wide { overflow-x: auto; } code { background: var(--soft); border-radius: 4px; padding: .05rem .3rem; }
+.problem td:first-child { color: var(--bad); font-weight: 600; } .warning td:first-child { font-weight: 600; } .aside { color: var(--dim); }
+"""
+
+
+def verdict(diagnosis: Diagnosis) -> str:
+    """One line: what is well or how much is not."""
+    targets = ", ".join(diagnosis.targets)
+    if not diagnosis.problems:
+        return f"nothing keeps {targets} from running here"
+    return f"{len(diagnosis.problems)} problem{'s' if len(diagnosis.problems) > 1 else ''} for {targets}: " + ", ".join(
+        result.check for result in diagnosis.problems
+    )
+
+
+def _ordered(diagnosis: Diagnosis) -> list[Result]:
+    """What matters here before what matters to other targets, each as the table has it."""
+    return sorted(diagnosis.results, key=lambda result: result.aside)
+
+
+def _machine(facts: Facts) -> str:
+    python = f"Python {facts.python.version}" + (" in a virtual environment" if facts.python.virtual else "")
+    place = "a container" if facts.access.container else "WSL" if facts.access.wsl else ""
+    return ", ".join(part for part in (facts.machine.board or facts.machine.cpu, facts.machine.os, python, place) if part)
+
+
+def diagnosis_text(facts: Facts, diagnosis: Diagnosis, width: int = 110) -> str:
+    """A line for each finding, with cause and fix under it; what matters to other targets only is kept to that line."""
+    lines, aside = [_machine(facts)], False
+    for result in _ordered(diagnosis):
+        if result.aside and not aside:
+            lines.append("for other targets:")
+            aside = True
+        lines += _lines(result, width)
+    return "\n".join(lines if diagnosis.problems else [*lines, verdict(diagnosis)])  # problems end in an error of one line
+
+
+def _lines(result: Result, width: int) -> list[str]:
+    head = f"{result.finding.level:8} {result.check:23} "
+    found = textwrap.wrap(result.finding.found, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
+    if result.finding.cause and not result.aside:
+        start = f"{'':9}{'cause':23} "
+        found += textwrap.wrap(result.finding.cause, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+        found.append(f"{'':9}{'fix':23} {result.finding.fix}")  # on one line: it is made to be copied
+    return found
+
+
+def diagnosis_json(facts: Facts, diagnosis: Diagnosis) -> str:
+    """Everything: facts, and findings with the targets they matter to."""
+    findings = [{"check": r.check, "targets": r.targets, "aside": r.aside, **asdict(r.finding)} for r in diagnosis.results]
+    counts = {level: sum(r.finding.level == level for r in diagnosis.results) for level in LEVELS}
+    return json.dumps({"targets": diagnosis.targets, "ok": not diagnosis.problems, "counts": counts, "findings": findings, "facts": asdict(facts)})
+
+
+def diagnosis_page(facts: Facts, diagnosis: Diagnosis) -> str:
+    """The page's text."""
+    body = f"<h1>Doctor</h1><p>{escape(_machine(facts))}</p><p><b>{escape(verdict(diagnosis))}</b></p>{_table(_ordered(diagnosis))}"
+    packages = ", ".join(f"{name} {version}" for name, version in facts.packages.items()) or "none of those looked for"
+    return html_page("infmllm doctor", f"{body}<h2>Packages</h2><p>{escape(packages)}</p>", _STYLE)
+
+
+def _table(results: list[Result]) -> str:
+    rows = "".join(
+        f'<tr class="{result.finding.level}{" aside" if result.aside else ""}"><td>{result.finding.level}</td><td>{escape(result.check)}</td>'
+        f"<td>{escape(result.finding.found)}</td><td>{escape(result.finding.cause)}</td>"
+        f"<td>{f'<code>{escape(result.finding.fix)}</code>' if result.finding.fix else ''}</td><td>{', '.join(result.targets)}</td></tr>"
+        for result in results
+    )
+    head = "".join(f"<th>{name}</th>" for name in ("level", "check", "found", "cause", "fix", "matters to"))
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
