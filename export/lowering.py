@@ -68,6 +68,7 @@ LOWERING: dict[str, Lowering] = {
         },
         BLOCK_KERNELS,
         _FULL_VALUES,
+        referenced=True,
     ),
     # What TensorRT 10.3 parses, at the first opset with blocks of 4-bit weights; and with what 10.15 brought, at the first opset that has it.
     "tensorrt": Lowering(
@@ -78,10 +79,9 @@ LOWERING: dict[str, Lowering] = {
             "decoder-fused": GraphPlan("decoder", (FUSED_CACHE, PLAIN_NORMS, TOKEN_OUTPUTS), 24, fixed=True, weights_of="decoder"),
         },
         EXPLICIT_KERNELS,
-        frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS}),
+        _FULL_VALUES,
         (COMPANION_ROW,),
         referenced=True,
-        _FULL_VALUES,
     ),
 }
 

@@ -7,6 +7,8 @@ host changes from step to step: that is what lets one captured graph serve them 
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +133,7 @@ class OrtCudaEngine:
             LOGITS_ROWS: np.arange(shape.length - shape.count, shape.length, dtype=np.int64),
             TOTAL_LENGTH: np.array(int(next(iter(caches.values())).shape()[2]), np.int32),
         }
-        outputs = {
+        outputs: dict[str, NDArray[Any]] = {
             LOGITS: np.zeros((logits, spec.vocab_size), np.float32),
             NEXT_TOKEN: np.zeros(logits, np.int64),
             LOGITS_MASS: np.zeros(logits, np.float32),
@@ -144,9 +146,6 @@ def _check_available(device: Device) -> None:
     """Raises `EngineError` if this onnxruntime has no such provider; loads the CUDA libraries that pip installed, where there are any."""
     if device.provider not in ort.get_available_providers():
         raise EngineError(f"the installed onnxruntime {ort.__version__} has no {device.provider}; {_REMEDY}")
-    import contextlib
-    import io
-
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says it in one line
         ort.preload_dlls()
 
@@ -155,7 +154,9 @@ def _opened(bundle: Bundle, file: str, options: EngineOptions, device: Device, c
     """A session whose every node is the device's. Raises `EngineError` where ONNX Runtime would go on without it, on the CPU."""
     settings, path = session_options(options.threads), bundle.file(file)
     chosen: list[Any] = [device.provider]
-    if device.captures:
+    if not device.captures:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # literally: rounded behind each operator, as a GPU does
+    else:
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         chosen = [(device.provider, {**_SETTINGS, "enable_cuda_graph": "1" if captures else "0"})]
     try:
