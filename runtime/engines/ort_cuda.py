@@ -41,9 +41,7 @@ from runtime.sampling import check_finite
 __all__ = ["CUDA", "OrtCudaEngine"]
 
 CUDA = Device("CUDAExecutionProvider", "cuda", captures=True)
-_REMEDY = (
-    "install its libraries: pip uninstall -y onnxruntime; pip install --force-reinstall --no-deps onnxruntime-gpu; pip install 'infmllm-edge[gpu]'"
-)
+_TARGET = "cuda"
 _KEPT_CALLS = 8  # calls up to this many rows keep their buffers: single tokens and drafts
 _SETTINGS = {
     "device_id": "0",
@@ -142,10 +140,16 @@ class OrtCudaEngine:
         return Bound(self._decoder, self.device, inputs, outputs, updated, frozenset({TOTAL_LENGTH}), 0 if captured else None)
 
 
+def _remedy() -> str:
+    from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU
+
+    return f"run: {PIP_ONNXRUNTIME_GPU} (infmllm-export doctor --target {_TARGET} tells what is missing)"
+
+
 def _check_available(device: Device) -> None:
     """Raises `EngineError` if this onnxruntime has no such provider; loads the CUDA libraries that pip installed, where there are any."""
     if device.provider not in ort.get_available_providers():
-        raise EngineError(f"the installed onnxruntime {ort.__version__} has no {device.provider}; {_REMEDY}")
+        raise EngineError(f"the installed onnxruntime {ort.__version__} has no {device.provider}; {_remedy()}")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says it in one line
         ort.preload_dlls()
 
@@ -166,9 +170,9 @@ def _opened(bundle: Bundle, file: str, options: EngineOptions, device: Device, c
         reason = f"{str(error).splitlines()[0]:.300}"
         if "fallback to CPU EP has been explicitly disabled" in reason:
             reason = f"{device.provider} could not be started, or has no kernel for part of this graph"
-        raise EngineError(f"{path} cannot run on the GPU: {reason}; check the driver with nvidia-smi, or {_REMEDY}") from None
+        raise EngineError(f"{path} cannot run on the GPU: {reason}; {_remedy()}") from None
     if session.get_providers()[0] != device.provider:
-        raise EngineError(f"{path} would run on {session.get_providers()[0]}, not {device.provider}; check the driver with nvidia-smi, or {_REMEDY}")
+        raise EngineError(f"{path} would run on {session.get_providers()[0]}, not {device.provider}; {_remedy()}")
     return session
 
 

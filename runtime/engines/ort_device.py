@@ -38,7 +38,7 @@ class Device:
         """A buffer of the device with the array's contents. Raises `ContextError` if there is no memory for it."""
         vendor = {} if self.vendor < 0 else {"vendor_id": self.vendor}
         try:
-            return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.memory, 0, **vendor)
+            return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self.memory, 0, **vendor)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             size = f"{array.nbytes / 1e6:.1f} MB"
             reason = f"{str(error).splitlines()[0]:.200}"
@@ -57,7 +57,7 @@ def read(value: ort.OrtValue) -> NDArray[Any]:
 
 def write(value: ort.OrtValue, array: NDArray[Any]) -> None:
     """Replaces a buffer's contents; shape and dtype must be those it has."""
-    value.update_inplace(np.ascontiguousarray(array))
+    value.update_inplace(np.asarray(array, order="C"))
 
 
 class Bound:
