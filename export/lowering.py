@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from calibration.calibrate import Calibrated
 from export.passes import GraphPass
 from export.passes.companion_row import COMPANION_ROW
 from export.passes.cuda_operators import MULTI_HEAD_ATTENTION, ONE_PICTURE, SIMPLIFIED_NORMS
 from export.passes.explicit_kernels import EXPLICIT_KERNELS
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
+from export.passes.half import to_half
+from export.passes.int8_cache import int8_cache
 from export.passes.integer_kernels import BLOCK_KERNELS, INTEGER_KERNELS
 from export.passes.logits_to_keep import KEEP_LOGITS
+from export.passes.pack_projections import pack_projections
 from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
-from export.passes.quantise import Kernels
-from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE
+from export.passes.quantise import Kernels, quantise_linears, store_half
+from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE, fixed_capacity
 from export.passes.token_outputs import TOKEN_OUTPUTS
 from export.schemes import Scheme
 from runtime.contract.errors import UsageError
@@ -51,10 +56,22 @@ class Lowering:
     byte_weights: tuple[GraphPass, ...] = ()
     referenced: bool = False
 
-    def passes(self, graph: str, scheme: Scheme) -> tuple[GraphPass, ...]:
-        """What turns the canonical graph into this one, but for its precision."""
+    def form(self, graph: str, scheme: Scheme, capacity: int) -> list[GraphPass]:
+        """What turns the canonical graph into this one, but for its precision; `capacity` is the length of fixed caches."""
         plan = self.graphs[graph]
-        return (*(self.byte_weights if plan.base == "decoder" and scheme.byte_weights else ()), *plan.passes)
+        first = self.byte_weights if plan.base == "decoder" and scheme.byte_weights else ()
+        return [*first, *plan.passes, *([fixed_capacity(capacity)] if plan.fixed else [])]
+
+    def precision(self, graph: str, scheme: Scheme, calibrated: Calibrated) -> list[GraphPass]:
+        """What gives the graph called so (also "prefill", a second decoder) its precision."""
+        linear = partial(scheme.linear, prefill=graph == "prefill")
+        decoder = not graph.startswith("vision")
+        pack = [pack_projections(linear)] if decoder else []
+        halves = scheme.compute == "fp16"
+        store = [] if halves else [store_half(scheme.half)]
+        last = [to_half(self.full_values)] if halves else []
+        cache = [int8_cache(calibrated)] if decoder and scheme.cache == "int8" else []
+        return [*pack, *store, quantise_linears(linear, calibrated, self.kernels), *last, *cache]
 
 
 _FULL_VALUES = frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS})
@@ -84,6 +101,8 @@ LOWERING: dict[str, Lowering] = {
         referenced=True,
     ),
 }
+
+LOWERING["rtx"] = LOWERING["tensorrt"]  # the same compiler, as a plugin of ONNX Runtime
 
 
 def find_lowering(target: str) -> Lowering:

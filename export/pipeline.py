@@ -28,11 +28,6 @@ from export.capture import capture
 from export.drift import find_drift
 from export.lowering import find_lowering
 from export.passes import SIMPLIFY, GraphPass, run_passes
-from export.passes.half import to_half
-from export.passes.int8_cache import int8_cache
-from export.passes.pack_projections import pack_projections
-from export.passes.quantise import quantise_linears, store_half
-from export.passes.tensorrt_attention import fixed_capacity
 from export.pieces import replay_in_pieces
 from export.plan import LARGE_BYTES
 from export.reference import reference_session, replay_forms
@@ -95,12 +90,12 @@ def _lower(build: Build) -> Build:
     lowering = find_lowering(build.options.target)
     plans, scheme = lowering.graphs, build.options.scheme
     build = replace(build, graphs={name: build.graphs[plan.base].clone() for name, plan in plans.items()})
-    fixed = [fixed_capacity(build.checkpoint.spec.decoder.context)]
-    build = _passes(build, lambda name: [*lowering.passes(name, scheme), *(fixed if plans[name].fixed else [])])
+    capacity = build.checkpoint.spec.decoder.context
+    build = _passes(build, lambda name: lowering.form(name, scheme, capacity))
     for name, plan in plans.items():
         if plan.opset:
             build.graphs[name].opset_imports[""] = plan.opset
-    steps = {step.name for name in plans for step in lowering.passes(name, scheme)}
+    steps = {step.name for name in plans for step in lowering.form(name, scheme, capacity)}
     refused = [reason for _, step, result in build.counts for reason in result.refused if step in steps]
     if refused:
         raise BuildError(f"target {build.options.target} cannot run this graph: {refused[0]}; report it with --dump")
@@ -112,16 +107,7 @@ def _apply_scheme(build: Build) -> Build:
     assert calibrated, "calibrated before"
     if scheme.prefill is not None:
         build = replace(build, graphs={**build.graphs, "prefill": build.graphs["decoder"].clone()})
-
-    def steps(name: str) -> list[GraphPass]:
-        scheme_of = partial(scheme.linear, prefill=name == "prefill")
-        cache = [int8_cache(calibrated)] if scheme.cache == "int8" and name != "vision" else []
-        pack = [] if name.startswith("vision") else [pack_projections(scheme_of)]
-        half = [to_half(lowering.full_values)] if scheme.compute == "fp16" else []
-        store = [] if half else [store_half(scheme.half)]
-        return [*pack, *store, quantise_linears(scheme_of, calibrated, lowering.kernels), *half, *cache]
-
-    return _passes(build, steps)
+    return _passes(build, lambda name: lowering.precision(name, scheme, calibrated))
 
 
 def _pack(build: Build) -> Build:

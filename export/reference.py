@@ -31,7 +31,7 @@ from runtime.contract.spec import (
     present,
     value_cache,
 )
-from runtime.engines import Engine, EngineOptions
+from runtime.engines import Engine, EngineOptions, Trial
 from runtime.engines.ort_cuda import OrtCudaEngine
 from runtime.engines.ort_device import HOST
 from runtime.engines.ort_session import session_options
@@ -45,6 +45,7 @@ class ReferenceEngine:
     """An `Engine` for tensorrt bundles, of the plain graphs or the fused ones. Slow: for builds and tests."""
 
     verifies = False
+    trial: Trial | None = None
 
     def __init__(self, bundle: Bundle, fused: bool = False, threads: int | None = None) -> None:
         spec = bundle.spec.decoder

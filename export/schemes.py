@@ -157,6 +157,7 @@ TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
         )
     },
 }
+TARGET_SCHEMES["rtx"] = TARGET_SCHEMES["tensorrt"]
 """Per target, its schemes by name: the same name asks for the nearest thing its engine has kernels for."""
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.engines import Engine
 from runtime.lookup import Lookup
+from runtime.sampling import greedy
 
 __all__ = ["Generation", "Limits", "generate"]
 
@@ -79,16 +80,17 @@ def generate(
 ) -> Iterator[int]:
     """Yields token ids; `progress` is updated before each yield and holds the outcome at the end.
 
-    `logits` [V] are the prompt's, `table` the token embeddings [V, H], `lookup` the most tokens drafted from `context`. The caller has checked that
-    everything fits (`CacheBudget`).
+    Where `choose` is `runtime.sampling.greedy` itself, the engine chooses where its logits are. `logits` [V] are the prompt's, `table` the token
+    embeddings [V, H], `lookup` the most tokens drafted from `context`. The caller has checked that everything fits (`CacheBudget`).
     """
     pays, seen = _Pays(), context or Lookup()
-    rows, waiting, elapsed = limits.rows, [logits], 0.0
-    drafts: list[int] = []
+    rows, elapsed, drafts = limits.rows, 0.0, list[int]()
+    step: Callable[[NDArray[np.float32], int], NDArray[np.float32] | int] = engine.greedy if choose is greedy else engine.forward
+    waiting: list[NDArray[np.float32] | int] = [logits]
     while True:
         chosen = 0
         for chosen, row in enumerate(waiting, 1):
-            token = choose(row)
+            token = row if isinstance(row, int) else choose(row)
             if token == limits.eos_id:
                 progress.finish_reason = "stop"
                 return
@@ -110,7 +112,7 @@ def generate(
         drafts = seen.draft(room) if room > 0 and pays else []
         started = time.perf_counter()
         last = table[None, token : token + 1]
-        waiting = list(engine.verify(table[None, [token, *drafts]], rows)) if drafts else [engine.forward(last, rows)]
+        waiting = list(engine.verify(table[None, [token, *drafts]], rows)) if drafts else [step(last, rows)]
         elapsed = time.perf_counter() - started
         rows, progress.drafted = rows + 1, progress.drafted + len(drafts)
         if not progress.drafted:

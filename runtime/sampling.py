@@ -91,11 +91,12 @@ class Chooser:
         self._state = constraint.start() if constraint else None
         self._random = np.random.default_rng(decoding.seed) if decoding.temperature > 0 else None
         self._generated: list[int] = []
-        self._simple = decoding.plain and constraint is None
+        self.simple = decoding.plain and constraint is None
+        """True if it does what `greedy` does."""
 
     def __call__(self, logits_V: Row) -> int:
         """The next token. Raises `NonFiniteError`."""
-        if self._simple:
+        if self.simple:
             return greedy(logits_V)
         check_finite(logits_V)
         values = logits_V

@@ -6,8 +6,9 @@ An engine owns both graphs and the key/value cache buffers. Heavy imports live i
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle
+from runtime.contract.console import note
 from runtime.contract.errors import EngineError
 
-__all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "available_cores", "load_engine"]
+__all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "Trial", "available_cores", "load_engine"]
 
 
 def available_cores() -> int:
@@ -29,12 +31,14 @@ def available_cores() -> int:
 class EngineOptions:
     """Settings of an engine: CPU threads (None: all cores this process may use) and cache rows (None: the model's context).
 
-    `engine_cache` lets it keep large weights on disk in the form its kernels want.
+    `engine_cache` lets it keep large weights on disk in the form its kernels want. `workspace_mb` is what a GPU compiler may use while building
+    (None: $INFMLLM_WORKSPACE_MB, else half of the memory that is free).
     """
 
     threads: int | None = None
     context: int | None = None
     engine_cache: bool = True
+    workspace_mb: int | None = None
 
 
 class Batch(Protocol):
@@ -53,6 +57,17 @@ class Batch(Protocol):
         ...
 
 
+class Trial(Protocol):
+    """What an engine made on this machine must pass before it answers: the bundle's goldens, replayed through it."""
+
+    def judge(self, failed: Mapping[str, str]) -> None:
+        """Takes the outcome: the stages (vision, prefill, decode) out of tolerance, and by how much.
+
+        What failed is replaced by another form of the same graph, if the bundle has one, and is on trial again. Raises `EngineError` if it has none.
+        """
+        ...
+
+
 class Engine(Protocol):
     """Runs the two graphs of a bundle. Not safe for use by several threads at once."""
 
@@ -62,12 +77,21 @@ class Engine(Protocol):
     verifies: bool
     """True where `verify` works: the graph gives logits of more than one position."""
 
+    @property
+    def trial(self) -> Trial | None:
+        """Set while the engine must not answer yet (see `Trial`); engines that run the bundle's own graphs need none."""
+        ...
+
     def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
         """pixels [N,3,S,S] and pool [T,s*s] to image embeddings [N,T,H]."""
         ...
 
     def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
         """Writes cache rows start to start+L from inputs [1,L,H] and returns the last position's logits [V], valid until the next call."""
+        ...
+
+    def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
+        """`forward` of one position [1,1,H] and its likeliest token, chosen where the logits are. Raises `NonFiniteError`."""
         ...
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
@@ -81,12 +105,17 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A place bundles run: the engine class as "module:class" and the extra that installs it."""
+    """A place bundles run: the engine class as "module:class" and the extra that installs it.
+
+    Where `module` is installed it also runs bundles of the targets `spares`, if their own engine is not.
+    """
 
     name: str
     engine: str
     extra: str
     help: str
+    spares: tuple[str, ...] = ()
+    module: str = ""
 
 
 TARGETS: dict[str, Target] = {
@@ -94,6 +123,11 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("cpu", "runtime.engines.ort:OrtEngine", "", "ONNX Runtime on the CPU"),
         Target("cuda", "runtime.engines.ort_cuda:OrtCudaEngine", "gpu", "ONNX Runtime on an NVIDIA GPU"),
+        Target("tensorrt", "runtime.engines.tensorrt.engine:TensorRtEngine", "tensorrt", "TensorRT on an NVIDIA GPU or Jetson"),
+        Target(
+            *("rtx", "runtime.engines.ort_rtx:OrtRtxEngine", "rtx", "ONNX Runtime's TensorRT-RTX plugin on a desktop RTX GPU"),
+            *(("tensorrt",), "onnxruntime_ep_nv_tensorrt_rtx"),
+        ),
     )
 }
 
@@ -103,11 +137,19 @@ def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
     target = TARGETS.get(bundle.target)
     if target is None:
         raise EngineError(f"bundle target is {bundle.target!r:.40}, this runtime has: {', '.join(TARGETS)}; rebuild with --target")
-    module, _, name = target.engine.partition(":")
     try:
-        engine_class = getattr(importlib.import_module(module), name)
+        return _made(target, bundle, options)
     except ImportError as error:
+        for spare in TARGETS.values():
+            if bundle.target in spare.spares and importlib.util.find_spec(spare.module):
+                note(f"the engine of target {target.name} is not installed; {spare.help} runs this bundle")
+                return _made(spare, bundle, options)
         extra = f"[{target.extra}]" if target.extra else ""
-        raise EngineError(f"target {target.name} needs {error.name}, which is not installed; run: pip install 'infmllm-edge{extra}'") from None
-    engine: Engine = engine_class(bundle, options)
+        fault = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({' '.join(str(error).split()):.160})"
+        raise EngineError(f"target {target.name} needs {error.name or 'a library'}, which {fault}; run: pip install 'infmllm-edge{extra}'") from None
+
+
+def _made(target: Target, bundle: Bundle, options: EngineOptions) -> Engine:
+    module, _, name = target.engine.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(bundle, options)
     return engine

@@ -26,9 +26,10 @@ from runtime.contract.spec import (
     TOTAL_LENGTH,
     present,
 )
-from runtime.engines import EngineOptions
+from runtime.engines import EngineOptions, Trial
 from runtime.engines.ort_contract import Shape, cache_names, check_values, check_vision
 from runtime.engines.ort_session import engine_errors, open_graph
+from runtime.sampling import greedy
 
 __all__ = ["OrtEngine"]
 
@@ -113,6 +114,8 @@ class _Call:
 class OrtEngine:
     """The graphs of a `cpu` bundle in ONNX Runtime. Calls of more than one token go to the prefill graph where the bundle has one."""
 
+    trial: Trial | None = None
+
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         spec = bundle.spec.decoder
         self._bundle, self.version = bundle, f"onnxruntime {ort.__version__}"
@@ -139,6 +142,10 @@ class OrtEngine:
         call = self._step if length == 1 else self._own.call(self._prefill, 1, length, 1)
         logits: NDArray[np.float32] = self._fed(call, inputs_embeds, start)[0]
         return logits
+
+    def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
+        """See `Engine.greedy`."""
+        return greedy(self.forward(inputs_embeds, start))
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
         """See `Engine.verify`."""

@@ -7,7 +7,6 @@ opened once and must give the bits of the session that saved it: ONNX Runtime 1.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -23,31 +22,20 @@ from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle, cache_folder
 from runtime.contract.console import note
-from runtime.contract.errors import BusyError, EngineError, UsageError
+from runtime.contract.errors import BusyError, EngineError
 from runtime.contract.files import locked
 from runtime.contract.spec import LOGITS_TO_KEEP, SEQLENS_K, TOTAL_LENGTH
+from runtime.engines.shelf import MARK, engine_cache_bytes, identity, make_room, read_mark, staging_of
 
-__all__ = ["engine_cache_bytes", "open_stored", "stored"]
+__all__ = ["open_stored", "stored"]
 
 WORTH = 64 << 20
 """Bytes of weights from which a graph is kept."""
 
-_DEFAULT_GB, _MOST_GB = 16.0, 1e6
 _RECIPE = 1  # part of the fingerprint: raise it when what is saved changes
-_MODEL, _WEIGHTS, _MARK, _USABLE = "model.onnx", "model.bin", "engine.json", "usable"
+_MODEL, _WEIGHTS, _USABLE = "model.onnx", "model.bin", "usable"
 _SPACE = 2.3  # disk taken, against a graph's weights
-_MAX_MARK = 1 << 16
 _MAX_INPUT = 1 << 28  # numbers in a made-up input
-_STAGING = ".making"
-
-
-def engine_cache_bytes() -> int:
-    """How large the cache may grow: $INFMLLM_ENGINE_CACHE_GB (0: none), by default 16 GB."""
-    text = os.environ.get("INFMLLM_ENGINE_CACHE_GB", "")
-    try:
-        return max(0, int(min(float(text or _DEFAULT_GB), _MOST_GB) * 1e9))
-    except ValueError:
-        raise UsageError(f"INFMLLM_ENGINE_CACHE_GB is {text!r:.40}, expected a number of gigabytes, 0 for no engine cache") from None
 
 
 def _cpu() -> str:
@@ -72,9 +60,9 @@ def stored(bundle: Bundle, file: str, settings: Callable[[], ort.SessionOptions]
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             with locked(ready):
                 if (usable := _intact(ready)) is None:  # another process may just have made it
-                    _make_room(root, limit, int(_SPACE * weights[0]))
-                    usable = _make(bundle.file(file), ready, root / f".{name}{_STAGING}", settings)
-        os.utime(ready / _MARK)
+                    make_room(root, limit, int(_SPACE * weights[0]))
+                    usable = _make(bundle.file(file), ready, settings)
+        os.utime(ready / MARK)
     except BusyError:
         return None
     except Exception as error:  # ONNX Runtime's exceptions share no public base class; whatever went wrong, the plain graph is still there
@@ -83,9 +71,10 @@ def stored(bundle: Bundle, file: str, settings: Callable[[], ort.SessionOptions]
     return ready / _MODEL if usable else None
 
 
-def _make(source: Path, ready: Path, staging: Path, settings: Callable[[], ort.SessionOptions]) -> bool:
+def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions]) -> bool:
     """Opens the graph once, which writes it and its packed weights, tries what was written, puts the folder in place; False if it is no good."""
     note(f"packing the weights of {source.name} for this CPU (once)")
+    staging = staging_of(ready)
     for folder in (ready, staging):
         shutil.rmtree(folder, ignore_errors=True)
     staging.mkdir(mode=0o700)
@@ -102,8 +91,8 @@ def _make(source: Path, ready: Path, staging: Path, settings: Callable[[], ort.S
             note(f"what ONNX Runtime saved of {source.name} computes something else; its weights are packed at every load instead")
             for file in (staging / _MODEL, staging / _WEIGHTS):
                 file.write_bytes(b"")
-        mark = {path.name: _identity(path) for path in (staging / _MODEL, staging / _WEIGHTS)}
-        (staging / _MARK).write_text(json.dumps(mark | {_USABLE: usable}))
+        mark = {path.name: identity(path) for path in (staging / _MODEL, staging / _WEIGHTS)}
+        (staging / MARK).write_text(json.dumps(mark | {_USABLE: usable}))
         os.rename(staging, ready)
         return usable
     finally:
@@ -137,41 +126,10 @@ def _tried(session: ort.InferenceSession) -> list[NDArray[np.generic]]:
     return found
 
 
-def _identity(path: Path) -> list[int]:
-    """Inode, size and time of a file: they change with whatever is done to it."""
-    info = path.stat()
-    return [info.st_ino, info.st_size, info.st_mtime_ns]
-
-
 def _intact(folder: Path) -> bool | None:
     """Whether the folder's files may be used; None if they are not the very ones its maker wrote."""
-    mark = folder / _MARK
+    mark = read_mark(folder)
     try:
-        if mark.stat().st_size > _MAX_MARK:
-            return None
-        written = json.loads(mark.read_text())
-        same = isinstance(written, dict) and all(written.get(name) == _identity(folder / name) for name in (_MODEL, _WEIGHTS))
-        return bool(written[_USABLE]) if same else None
-    except (OSError, ValueError, KeyError, RecursionError):
+        return bool(mark[_USABLE]) if all(mark[name] == identity(folder / name) for name in (_MODEL, _WEIGHTS)) else None
+    except (OSError, KeyError):
         return None
-
-
-def _make_room(root: Path, limit: int, wanted: int) -> None:
-    """Removes engines used longest ago until `wanted` bytes fit; raises `OSError` if the disk has no room even so."""
-    engines = []
-    for left in root.glob(f".*{_STAGING}"):  # of a process that was killed
-        with contextlib.suppress(BusyError), locked(root / left.name[1:].removesuffix(_STAGING)):
-            shutil.rmtree(left, ignore_errors=True)
-    for folder in root.iterdir():
-        with contextlib.suppress(OSError):
-            if folder.is_dir() and not folder.name.startswith("."):
-                size = sum(file.stat().st_size for file in folder.iterdir())
-                engines.append(((folder / _MARK).stat().st_mtime_ns, size, folder))
-    total = sum(size for _, size, _ in engines)
-    for _, size, folder in sorted(engines):
-        if total + wanted <= limit:
-            break
-        shutil.rmtree(folder, ignore_errors=True)  # a process that has it mapped keeps it until it ends
-        total -= size
-    if shutil.disk_usage(root).free < wanted:
-        raise OSError(f"{wanted >> 20} MiB of disk are needed at {root}")

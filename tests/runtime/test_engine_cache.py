@@ -145,6 +145,6 @@ def test_odd_bounds_are_bounds(built: Callable[[str], Path], monkeypatch: pytest
 def test_a_full_disk_costs_time_only(built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     bundle = read_bundle(built("fp32"))
     expected = logits(bundle, cached=False)
-    monkeypatch.setattr(ort_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 0})())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0})())
     assert all(np.array_equal(a, b) for a, b in zip(expected, logits(bundle), strict=True))
     assert "are not kept packed" in capfd.readouterr().err and not folders()

@@ -1,0 +1,163 @@
+"""A `tensorrt` bundle on an NVIDIA GPU: two engines, caches that never leave the device, and a decoding step of which only a token id comes back.
+
+Plain greedy decoding needs no logits on the host; sampling, beams and constraints copy one row of them a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.contract.bundle import Bundle
+from runtime.contract.spec import key_cache
+from runtime.engines import EngineOptions, Trial
+from runtime.engines.tensorrt.caches import Caches, Rows
+from runtime.engines.tensorrt.calls import Activations, Prefill, Step, Vision
+from runtime.engines.tensorrt.library import Machine
+from runtime.engines.tensorrt.maker import Maker, Part, decoder_forms, vision_forms
+from runtime.engines.tensorrt.ports import MOST_ROWS
+from runtime.sampling import check_finite
+
+__all__ = ["TensorRtEngine"]
+
+
+class _Loaded:
+    """Both engines with everything they compute in. Raises `ContextError` naming what there is no memory for."""
+
+    def __init__(self, machine: Machine, bundle: Bundle, vision: Part, decoder: Part) -> None:
+        spec, device = bundle.spec, machine.device
+        baked = int(decoder.engine.get_tensor_shape(key_cache(0))[2])
+        rows = decoder.form.rows if decoder.form.rows is not None else baked
+        self.caches = Caches(device, spec.decoder, rows)
+        fresh = None if decoder.form.fused else Rows(device, spec.decoder, rows, "new keys and values")
+        activations = Activations(machine, {part.form.file: part.engine for part in (vision, decoder)})
+        self.vision = Vision(machine, vision.engine, activations, spec)
+        self.prefill = Prefill(machine, decoder.engine, activations, spec, self.caches, fresh)
+        self.step = Step(machine, decoder.engine, activations, spec, self.caches, fresh)
+        device.wait()
+
+
+class TensorRtEngine:
+    """The graphs of a `tensorrt` bundle. After an error of the GPU every call raises `EngineError` at once."""
+
+    verifies = True
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        self._bundle, self._machine = bundle, Machine()
+        self._maker = Maker(bundle, self._machine, options)
+        self._vision = Part(("vision",), vision_forms(bundle, self._machine))
+        self._decoder = Part(("prefill", "decode"), decoder_forms(bundle, self._machine, options.context))
+        for part in (self._vision, self._decoder):
+            self._maker.fill(part)
+        self._load()
+
+    def _load(self) -> None:
+        self._loaded: _Loaded | None = _Loaded(self._machine, self._bundle, self._vision, self._decoder)
+        self.capacity = self._loaded.caches.most
+        files = f"{self._vision.form.file}, {self._decoder.form.file}"
+        self.version = f"TensorRT {self._machine.release} ({files}; {self._machine.device.name}, driver {self._machine.device.versions[0]})"
+
+    @property
+    def _ready(self) -> _Loaded:
+        self._machine.device.check()
+        assert self._loaded is not None, "nothing runs while another form of a graph is being loaded"
+        return self._loaded
+
+    @property
+    def trial(self) -> Trial | None:
+        """See `Engine.trial`."""
+        return None if self._vision.proved and self._decoder.proved else self
+
+    def judge(self, failed: Mapping[str, str]) -> None:
+        """See `Trial.judge`."""
+        if failed:
+            self._loaded = None  # its memory is needed for what comes instead
+        self._maker.judge((self._vision, self._decoder), failed)
+        if failed:
+            self._load()
+
+    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `Engine.embed_image`."""
+        return np.concatenate([self._ready.vision(pixels[index : index + 1], pool) for index in range(len(pixels))])
+
+    def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        """See `Engine.forward`."""
+        self._check_room(inputs_embeds, start)
+        ready = self._ready
+        if inputs_embeds.shape[1] > 1:
+            found: NDArray[np.float32] = ready.prefill.run(inputs_embeds, start, 1)[0]
+            return found
+        ready.step.run(inputs_embeds, start, ready.caches)
+        logits: NDArray[np.float32] = ready.step.logits(1)[0]
+        return logits
+
+    def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
+        """See `Engine.greedy`."""
+        self._check_room(inputs_embeds, start)
+        ready = self._ready
+        ready.step.run(inputs_embeds, start, ready.caches)
+        token, mass = ready.step.token()
+        check_finite(mass)
+        return token
+
+    def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        """See `Engine.verify`; several calls where more positions are wanted than one call gives logits of."""
+        self._check_room(inputs_embeds, start)
+        length, found = inputs_embeds.shape[1], []
+        for at in range(0, length, MOST_ROWS):
+            part = inputs_embeds[:, at : at + MOST_ROWS]
+            found.append(self._ready.prefill.run(part, start + at, part.shape[1]).copy())
+        return np.concatenate(found)
+
+    def _check_room(self, inputs_embeds: NDArray[np.float32], start: int) -> None:
+        end = start + inputs_embeds.shape[1]
+        assert end <= self.capacity, f"rows {start} to {end} do not fit the cache of {self.capacity}; the session checks this before prefill"
+
+    def batch(self, slots: int, rows: int) -> TensorRtBatch:
+        """See `Engine.batch`. Each slot has room for all rows of the engine, since that is what the decoder was built for."""
+        ready = self._ready
+        what = f"the key/value caches of {slots} beams or questions, each"
+        spare = [Caches(self._machine.device, self._bundle.spec.decoder, ready.caches.most, what) for _ in range(slots + (slots > 1))]
+        return TensorRtBatch(self._machine, ready.step, ready.caches, spare)
+
+
+class TensorRtBatch:
+    """See `runtime.engines.Batch`: sequences with caches of their own, decoded one after the other. The last of `caches` is for exchanging rows."""
+
+    def __init__(self, machine: Machine, step: Step, own: Caches, caches: Sequence[Caches]) -> None:
+        self._machine, self._step, self._own, self._caches = machine, step, own, caches
+
+    def fill(self, slot: int, rows: int) -> None:
+        """See `Batch.fill`."""
+        self._caches[slot].take(self._own, 0, 0, rows)
+
+    def step(self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]) -> NDArray[np.float32]:
+        """See `Batch.step`."""
+        assert starts.max() < self._own.most, f"row {starts.max()} does not fit {self._own.most}; the caller asks for enough rows"
+        found = []
+        for slot, start in enumerate(starts.tolist()):
+            self._step.run(inputs_embeds[slot : slot + 1], start, self._caches[slot])
+            found.append(self._step.logits(1).copy())
+        return np.concatenate(found)
+
+    def copy(self, sources: Sequence[int], start: int, end: int) -> None:
+        """See `Batch.copy`."""
+        self._machine.device.check()
+        for target, source in _moves(list(sources), len(self._caches) - 1) if start < end else ():
+            self._caches[target].take(self._caches[source], start, start, end - start)
+
+
+def _moves(sources: list[int], spare: int) -> list[tuple[int, int]]:
+    """(target, source) copies in an order in which slot i ends with what slot sources[i] held before; rings of slots go through the spare one."""
+    pending = {target: source for target, source in enumerate(sources) if target != source}
+    moves = []
+    while pending:
+        target = next((target for target in pending if target not in pending.values()), None)
+        if target is None:
+            target = next(iter(pending))
+            moves.append((spare, target))
+            pending = {to: spare if source == target else source for to, source in pending.items()}
+        moves.append((target, pending.pop(target)))
+    return moves

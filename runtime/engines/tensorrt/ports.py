@@ -1,0 +1,143 @@
+"""What a `tensorrt` bundle's graphs take and give: names, types, shapes, and the ranges of sizes engines are built for.
+
+Each graph comes in one or two forms. The plain one gives the caches' new rows, for every TensorRT from 10.3; the fused one updates the caches itself
+and has attention as one operator, for TensorRT from 10.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.contract.bundle import DECODER, DECODER_FUSED, VISION, VISION_FUSED
+from runtime.contract.errors import BundleError
+from runtime.contract.spec import (
+    IMAGE_EMBEDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    LOGITS_MASS,
+    LOGITS_ROWS,
+    NEXT_TOKEN,
+    PIXELS,
+    POOL,
+    POSITION_IDS,
+    DecoderSpec,
+    ModelSpec,
+    key_cache,
+    present,
+    value_cache,
+)
+
+__all__ = ["DECODE", "MOST_ROWS", "PREFILL", "Form", "Port", "Ranges", "caches", "check_ports", "decoder_form", "vision_form"]
+
+MOST_ROWS = 8
+"""Positions of one call that can have logits."""
+
+DECODE, PREFILL = 0, 1
+"""The decoder's optimization profiles: one token, and several."""
+
+_PROMPT = 64  # text tokens of a usual prompt: the prefill profile is tuned for these and the default visual tokens
+_FUSED_OPERATORS = ("Attention", "TensorScatter")
+
+Shape = tuple[int, ...]
+Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Smallest, usual and largest shape of each input."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: its type, and its shape with None for what varies."""
+
+    dtype: type
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a graph. `rows` are the cache rows to build for, None where the graph itself says.
+
+    `profiles` gives the ranges for a number of rows; `operators` are those a TensorRT may lack.
+    """
+
+    file: str
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]
+    rows: int | None
+    profiles: Callable[[int], tuple[Ranges, ...]]
+    operators: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> bool:
+        """True if attention is one operator, and the caches are updated in place."""
+        return bool(self.operators)
+
+
+def caches(spec: DecoderSpec) -> list[str]:
+    """Names of the cache inputs in their order in memory: keys and values of each layer."""
+    return [name for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))]
+
+
+def vision_form(spec: ModelSpec, fused: bool) -> Form:
+    """The vision graph, for one picture and every pool size."""
+    size, grid, hidden = spec.vision.image_size, spec.vision.grid, spec.decoder.hidden
+    most, usual = max(spec.pool_sizes) ** 2, spec.pool_sizes[0] ** 2
+    pixels = (1, 3, size, size)
+    ranges: Ranges = {PIXELS: (pixels, pixels, pixels), POOL: ((1, grid**2), (usual, grid**2), (most, grid**2))}
+    return Form(
+        VISION_FUSED if fused else VISION,
+        {PIXELS: Port(np.float32, (None, 3, size, size)), POOL: Port(np.float32, (None, grid**2))},
+        {IMAGE_EMBEDS: Port(np.float32, (None, None, hidden))},
+        None,
+        lambda rows: (ranges,),
+        _FUSED_OPERATORS[:1] if fused else (),
+    )
+
+
+def decoder_form(spec: ModelSpec, fused: bool, rows: int) -> Form:
+    """The decoder graph; the plain form for caches of `rows` rows."""
+    decoder = spec.decoder
+    cache = Port(np.float16, (None, decoder.kv_heads, None, decoder.head_dim))
+    held = dict.fromkeys(caches(decoder), cache)
+    inputs = {
+        INPUTS_EMBEDS: Port(np.float16, (None, None, decoder.hidden)),
+        POSITION_IDS: Port(np.int64, (None, None)),
+        LOGITS_ROWS: Port(np.int64, (None,)),
+    }
+    outputs = {LOGITS: Port(np.float32, (None, decoder.vocab_size)), NEXT_TOKEN: Port(np.int64, (None,)), LOGITS_MASS: Port(np.float32, (None,))}
+    return Form(
+        DECODER_FUSED if fused else DECODER,
+        inputs | held,
+        outputs | {present(name): cache for name in held},
+        None if fused else rows,
+        lambda rows: _decoder_profiles(spec, rows),
+        _FUSED_OPERATORS if fused else (),
+    )
+
+
+def _decoder_profiles(spec: ModelSpec, rows: int) -> tuple[Ranges, Ranges]:
+    usual, decoder = min(rows, spec.pool_sizes[0] ** 2 + _PROMPT), spec.decoder
+    cache = (1, decoder.kv_heads, rows, decoder.head_dim)
+
+    def ranges(lengths: Shape, wanted: Shape) -> Ranges:
+        embeds = tuple((1, length, decoder.hidden) for length in lengths)
+        positions = tuple((1, length) for length in lengths)
+        kept = tuple((count,) for count in wanted)
+        return {INPUTS_EMBEDS: embeds, POSITION_IDS: positions, LOGITS_ROWS: kept} | dict.fromkeys(caches(decoder), (cache,) * 3)  # type: ignore[return-value]
+
+    return ranges((1, 1, 1), (1, 1, 1)), ranges((1, usual, rows), (1, 1, MOST_ROWS))
+
+
+def check_ports(found: Mapping[str, tuple[Any, Shape]], expected: Mapping[str, Port], where: Path) -> None:
+    """Raises `BundleError` unless a network has these inputs or outputs; `found` are their types and shapes, -1 for what varies."""
+    for name in sorted(set(found) ^ set(expected)):
+        raise BundleError(f"{where}: {name} is {'unexpected' if name in found else 'missing'}; graph and manifest do not belong together")
+    for name, port in expected.items():
+        dtype, shape = found[name]
+        fits = len(shape) == len(port.shape) and all(w is None or d in (-1, w) for d, w in zip(shape, port.shape, strict=True))
+        if not fits or np.dtype(dtype) != port.dtype:
+            wanted = f"{np.dtype(port.dtype)} {['any' if d is None else d for d in port.shape]}"
+            raise BundleError(f"{where}: {name} is {np.dtype(dtype)} {list(shape)}, the manifest's spec makes it {wanted}; re-export the bundle")
