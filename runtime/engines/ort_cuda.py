@@ -39,6 +39,7 @@ __all__ = ["CUDA", "OrtCudaEngine"]
 
 CUDA = Device("CUDAExecutionProvider", "cuda", captures=True)
 _TARGET = "cuda"
+_FATAL = 4  # ONNX Runtime log level
 _SETTINGS = {
     "device_id": "0",
     "arena_extend_strategy": "kSameAsRequested",  # the default doubles what it takes
@@ -88,6 +89,7 @@ def _check_available(device: Device) -> None:
     """Raises `EngineError` if this onnxruntime has no such provider; loads the CUDA libraries that pip installed, where there are any."""
     if device.provider not in ort.get_available_providers():
         raise EngineError(f"the installed onnxruntime {ort.__version__} has no {device.provider}; {_remedy()}")
+    ort.set_default_logger_severity(_FATAL)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says it in one line
         ort.preload_dlls()
 
@@ -99,6 +101,7 @@ def _opened(bundle: Bundle, file: str, options: EngineOptions, device: Device, c
     if not device.captures:
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # literally: rounded behind each operator, as a GPU does
     else:
+        settings.log_severity_level = _FATAL  # what it logs in several lines the error says in one, and the doctor in full
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         chosen = [(device.provider, {**_SETTINGS, "enable_cuda_graph": "1" if captures else "0"})]
     try:

@@ -77,7 +77,7 @@ class Bound:
         host: Collection[str] = (),
         graph: int | None = None,
     ) -> None:
-        self._session, self._binding = session, session.io_binding()
+        self._session, self._binding, self._device = session, session.io_binding(), device
         self._options = ort.RunOptions()
         if device.captures:
             self._options.add_run_config_entry(_CAPTURE, _NOT_CAPTURED if graph is None else str(graph))
@@ -101,7 +101,12 @@ class Bound:
 
     def run(self) -> None:
         """Computes. Raises `EngineError`."""
+        apart = self._device.memory != HOST.memory  # copies and kernels may be on different streams, and a run waits for neither by contract
         try:
+            if apart:
+                self._binding.synchronize_inputs()
             self._session.run_with_iobinding(self._binding, self._options)
+            if apart:
+                self._binding.synchronize_outputs()
         except Exception as error:  # see `Device.hold`
             engine_errors(error)
