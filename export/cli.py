@@ -26,7 +26,7 @@ app = command_app("Compile InfMLLM checkpoints into verified bundles.")
 def build(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder. Default: the demo checkpoint.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-static, int8-weights, int4, int4-hybrid, int4-all, or auto.")] = "int8",
-    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu or tensorrt.")] = "cpu",
+    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu, cuda, tensorrt or rtx.")] = "cpu",
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")] = Path("infmllm-bundle"),
     calib: Annotated[str, typer.Option(help="Data to calibrate and compare with, as infmllm-eval takes them. Default: the training mix.")] = "",
     samples: Annotated[int, typer.Option(min=4, help="Pictures to calibrate with.")] = 32,
@@ -102,7 +102,7 @@ def plan(
     checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder (only its config.json is read). Default: the demo checkpoint.")] = None,
     preset: Annotated[str | None, typer.Option(help="A shape instead of a checkpoint: nano, edge or 7b.")] = None,
     precision: Annotated[str, typer.Option(help="A scheme of build (not auto); all of them if left out.")] = "",
-    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu or tensorrt.")] = "cpu",
+    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu, cuda, tensorrt or rtx.")] = "cpu",
     device: Annotated[str | None, typer.Option(help="orin-nano-8gb, orin-agx-64gb, rtx4090 or a JSON file. Default: this machine.")] = None,
     block: Annotated[int | None, typer.Option(help="Block size of 4-bit weights.")] = None,
     kv: Annotated[str | None, typer.Option(help="Keys and values: fp32 or int8. Default: what the precision keeps them in.")] = None,

@@ -9,11 +9,12 @@ from functools import partial
 from calibration.calibrate import Calibrated
 from export.passes import GraphPass
 from export.passes.companion_row import COMPANION_ROW
+from export.passes.cuda_operators import MULTI_HEAD_ATTENTION, ONE_PICTURE, SIMPLIFIED_NORMS
 from export.passes.explicit_kernels import EXPLICIT_KERNELS
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.half import to_half
 from export.passes.int8_cache import int8_cache
-from export.passes.integer_kernels import INTEGER_KERNELS
+from export.passes.integer_kernels import BLOCK_KERNELS, INTEGER_KERNELS
 from export.passes.logits_to_keep import KEEP_LOGITS
 from export.passes.pack_projections import pack_projections
 from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
@@ -75,8 +76,19 @@ class Lowering:
         return [*pack, *store, quantise_linears(linear, calibrated, self.kernels), *last, *cache]
 
 
+_FULL_VALUES = frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS})
 LOWERING: dict[str, Lowering] = {
     "cpu": Lowering({"vision": GraphPlan("vision"), "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, KEEP_LOGITS))}, INTEGER_KERNELS),
+    # Operators and opset for which ONNX Runtime's CUDA provider has kernels (export/cuda_kernels.py): what has none would run on the CPU, unseen.
+    "cuda": Lowering(
+        {
+            "vision": GraphPlan("vision", (ONE_PICTURE, MULTI_HEAD_ATTENTION), 20),
+            "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, SIMPLIFIED_NORMS, TOKEN_OUTPUTS), 20),
+        },
+        BLOCK_KERNELS,
+        _FULL_VALUES,
+        referenced=True,
+    ),
     # What TensorRT 10.3 parses, at the first opset with blocks of 4-bit weights; and with what 10.15 brought, at the first opset that has it.
     "tensorrt": Lowering(
         {
@@ -86,12 +98,14 @@ LOWERING: dict[str, Lowering] = {
             "decoder-fused": GraphPlan("decoder", (FUSED_CACHE, PLAIN_NORMS, TOKEN_OUTPUTS), 24, fixed=True, weights_of="decoder"),
         },
         EXPLICIT_KERNELS,
-        frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS}),
+        _FULL_VALUES,
         (COMPANION_ROW,),
         packs=False,  # the compiler merges projections itself; packed 8-bit ones it takes apart again, at every step
         referenced=True,
     ),
 }
+
+LOWERING["rtx"] = LOWERING["tensorrt"]  # the same compiler, as a plugin of ONNX Runtime
 
 
 def find_lowering(target: str) -> Lowering:

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from export.lowering import LOWERING
 from runtime.contract.bundle import DECODER, DECODER_FUSED, VISION, VISION_FUSED, Bundle, read_bundle
 from runtime.contract.console import note
 from runtime.contract.errors import EngineError
@@ -30,7 +31,9 @@ from runtime.contract.spec import (
     present,
     value_cache,
 )
-from runtime.engines import Trial
+from runtime.engines import Engine, EngineOptions, Trial
+from runtime.engines.ort_cuda import OrtCudaEngine
+from runtime.engines.ort_device import HOST
 from runtime.engines.ort_session import session_options
 from runtime.selftest import StageError, replay
 from runtime.session import Session, load
@@ -94,13 +97,14 @@ class ReferenceEngine:
 
 
 def reference_session(bundle: Bundle, fused: bool = False) -> Session:
-    """A session over one form of a GPU bundle's graphs."""
-    return Session(bundle, ReferenceEngine(bundle, fused))
+    """A session over one form of a GPU bundle's graphs. Those of ONNX Runtime run in their own engine, on the CPU's memory."""
+    engine: Engine = ReferenceEngine(bundle, fused) if DECODER_FUSED in bundle.files else OrtCudaEngine(bundle, EngineOptions(), HOST)
+    return Session(bundle, engine)
 
 
 def replay_forms(bundle: Bundle, tolerance: Mapping[str, float]) -> list[StageError]:
-    """The golden cases through both forms; of each stage the worse result."""
-    forms = [replay(reference_session(bundle, fused), tolerance) for fused in (False, True)]
+    """The golden cases through every form; of each stage the worse result."""
+    forms = [replay(reference_session(bundle, fused), tolerance) for fused in ((False, True) if DECODER_FUSED in bundle.files else (False,))]
     return [max(rows, key=lambda row: row.error) for rows in zip(*forms, strict=True)]
 
 
@@ -110,7 +114,7 @@ def open_session(path: Path) -> Session:
         return load(path)
     except EngineError as error:
         bundle = read_bundle(path)
-        if DECODER_FUSED not in bundle.files:
+        if bundle.target not in LOWERING or not LOWERING[bundle.target].referenced:
             raise
         note(f"{error}; the graphs are run literally on the CPU instead")
         return reference_session(bundle)

@@ -31,6 +31,7 @@ STATIC = LinearScheme("int8", "int8-static", smooth=True)
 WEIGHTS8 = LinearScheme("int8", block=64)
 FAST4 = LinearScheme("int4", block=128, rounding="gptq", smooth=True, symmetric=True)
 WEIGHTS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True)
+BLOCKS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True, symmetric=True)
 # TensorRT multiplies signed bytes with one calibrated scale per tensor of activations and one per output channel of weights.
 W8A8 = LinearScheme("int8", SIGNED, smooth=True)
 CHANNELS8 = LinearScheme("int8")
@@ -135,6 +136,17 @@ def _halves(name: str, parts: Mapping[str, LinearScheme], tolerance: Mapping[str
 
 TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
     "cpu": SCHEMES,
+    # Its kernels multiply floats by weights in blocks; the tower has enough rows in a call for weights to cost it little.
+    "cuda": {
+        scheme.name: scheme
+        for scheme in (
+            _halves("fp16", {"": HALF}, _FLOAT16, "half precision; sums and logits in fp32"),
+            _halves("int8", {"": HALF, DECODER: WEIGHTS8}, _INTEGER, "8-bit weights in the decoder, fp16 tower"),
+            _halves("int8-weights", {"": WEIGHTS8}, _INTEGER, "8-bit weights everywhere"),
+            _halves("int4", {"": HALF, DECODER: BLOCKS4, "decoder.lm_head": WEIGHTS8}, _FOUR, "4-bit decoder (GPTQ), 8-bit head, fp16 tower"),
+            _halves("int4-all", {"": BLOCKS4}, _FOUR, "4-bit weights everywhere (GPTQ)"),
+        )
+    },
     "tensorrt": {
         scheme.name: scheme
         for scheme in (
@@ -145,6 +157,7 @@ TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
         )
     },
 }
+TARGET_SCHEMES["rtx"] = TARGET_SCHEMES["tensorrt"]
 """Per target, its schemes by name: the same name asks for the nearest thing its engine has kernels for."""
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from export.pipeline import BuildOptions, build
-from export.schemes import SCHEMES
+from export.schemes import TARGET_SCHEMES
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 from trainer.checkpoint import save_checkpoint
 from trainer.datasets.scene_text import corpus
@@ -50,18 +50,24 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: st
 
 
 @pytest.fixture(scope="session")
-def built(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`built(scheme)` is the tiny checkpoint's bundle in that precision, built once. Do not change it; copy it with `copied`."""
-    done: dict[str, Path] = {}
+def built_for(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`built_for(target, scheme)` is the tiny checkpoint's bundle for it, built once. Do not change it."""
+    done: dict[tuple[str, str], Path] = {}
 
-    def get(scheme: str) -> Path:
-        if scheme not in done:
+    def get(target: str, scheme: str) -> Path:
+        if (target, scheme) not in done:
             out = tmp_path_factory.mktemp("bundle") / scheme
-            build(BuildOptions(tiny_checkpoint, SCHEMES[scheme], "cpu", out))
-            done[scheme] = out
-        return done[scheme]
+            build(BuildOptions(tiny_checkpoint, TARGET_SCHEMES[target][scheme], target, out))
+            done[target, scheme] = out
+        return done[target, scheme]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def built(built_for: Callable[[str, str], Path]) -> Callable[[str], Path]:
+    """`built(scheme)` is the one for the CPU; copy it with `copied` to change it."""
+    return lambda scheme: built_for("cpu", scheme)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from export.passes.contract import GraphPass, PassResult
+from export.passes.cuda_operators import MULTI_HEAD_ATTENTION, ONE_PICTURE, SIMPLIFIED_NORMS
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.logits_to_keep import KEEP_LOGITS
 from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
@@ -21,6 +22,7 @@ SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWR
 
 LOWERINGS: tuple[GraphPass, ...] = (
     *(GROUP_QUERY_ATTENTION, KEEP_LOGITS),
+    *(SIMPLIFIED_NORMS, MULTI_HEAD_ATTENTION, ONE_PICTURE),
     *(PLAIN_NORMS, PLAIN_GELU, PLAIN_ATTENTION, PLAIN_CACHE, FUSED_CACHE, TOKEN_OUTPUTS),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch import Tensor
 from calibration.linear import Quantised, activation_grid, fits
 from export.passes.quantise import Kernels, Layer
 
-__all__ = ["INTEGER_KERNELS"]
+__all__ = ["BLOCK_KERNELS", "INTEGER_KERNELS"]
 
 _LEVELS = 127.0
+_BYTES, _UNROUNDED = 4, 0  # accuracy levels of MatMulNBits
 _FP32, _U8, _I8 = ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8
 
 
@@ -100,8 +102,11 @@ def _static(layer: Layer) -> None:
     layer.finish(layer.insert("MatMul", [x, restored], _FP32)[0])
 
 
-def _weight_only(layer: Layer) -> None:
-    """Weights in blocks, unpacked inside the kernel; activations stay float to the graph (the kernel rounds them to 8 bit per block of a row)."""
+def _weight_only(layer: Layer, accuracy: int = _BYTES) -> None:
+    """Weights in blocks, unpacked inside the kernel; activations stay float to the graph.
+
+    `accuracy` `_BYTES` lets the kernel round them to 8 bit per block of a row.
+    """
     bits, block = layer.scheme.bits, layer.scheme.kernel_block(layer.k)
     count = -(-layer.k // block)
     pairs = -(-count // 2) if bits == 4 else count
@@ -112,7 +117,7 @@ def _weight_only(layer: Layer) -> None:
     if bits == 4 and not layer.scheme.symmetric:  # the kernel's own zero is the middle of the range, and faster
         zero = layer.stored("zero", lambda q: _packed(_per_block(q.grid.zero, count), count, 4)[:, 0], _U8, (layer.n, pairs))
     layer.model.opset_imports["com.microsoft"] = 1
-    attributes = {"K": layer.k, "N": layer.n, "bits": bits, "block_size": block, "accuracy_level": 4}
+    attributes = {"K": layer.k, "N": layer.n, "bits": bits, "block_size": block, "accuracy_level": accuracy}
     inputs = [layer.x, levels, scale, *([zero] if zero is not None else [])]
     layer.finish(layer.insert("MatMulNBits", inputs, _FP32, domain="com.microsoft", **attributes)[0])
 
@@ -133,3 +138,5 @@ def _packed(levels: NDArray[np.integer], block: int, bits: int) -> NDArray[np.ui
 
 
 INTEGER_KERNELS: Kernels = {"int8-row": _per_row, "int8-tensor": _per_tensor, "int8-static": _static, "float": _weight_only}
+BLOCK_KERNELS: Kernels = {"float": partial(_weight_only, accuracy=_UNROUNDED)}
+"""Of GPUs: weights alone are quantised. Their kernels never round activations, and neither may the CPU when it stands in for them."""

@@ -42,10 +42,10 @@ INPUTS_EMBEDS = "inputs_embeds"  # [B, L, H] float32
 POSITION_IDS = "position_ids"  # [B, L] int64, also the cache rows that are written
 SEQLENS_K = "seqlens_k"  # [B] int32, cpu and cuda targets: cache rows filled after the call, minus one
 TOTAL_LENGTH = "total_sequence_length"  # int32 scalar, likewise: cache rows filled after the call
-LOGITS_TO_KEEP = "logits_to_keep"  # [1] int64, cpu and cuda targets: how many of the last positions get logits
-LOGITS_ROWS = "logits_rows"  # [n] int64, tensorrt target: positions along L that get logits
-NEXT_TOKEN = "next_token"  # [n] int64, tensorrt target: the likeliest token of each such position
-LOGITS_MASS = "logits_mass"  # [n] float32, tensorrt target: the sum of |logits| and of |the hidden row|, finite exactly if both are
+LOGITS_TO_KEEP = "logits_to_keep"  # [1] int64, cpu target: how many of the last positions get logits
+LOGITS_ROWS = "logits_rows"  # [n] int64, targets on GPUs: positions along L that get logits
+NEXT_TOKEN = "next_token"  # [n] int64, targets on GPUs: the likeliest token of each such position
+LOGITS_MASS = "logits_mass"  # [n] float32, targets on GPUs: the sum of |logits| and of |the hidden row|, finite exactly if both are
 LOGITS = "logits"  # [B, V] float32, of the last position; [B*n, V] where the last n are asked for
 
 

@@ -6,6 +6,7 @@ An engine owns both graphs and the key/value cache buffers. Heavy imports live i
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle
+from runtime.contract.console import note
 from runtime.contract.errors import EngineError
 
 __all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "Trial", "available_cores", "load_engine"]
@@ -103,19 +105,29 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A place bundles run: the engine class as "module:class" and the extra that installs it."""
+    """A place bundles run: the engine class as "module:class" and the extra that installs it.
+
+    Where `module` is installed it also runs bundles of the targets `spares`, if their own engine is not.
+    """
 
     name: str
     engine: str
     extra: str
     help: str
+    spares: tuple[str, ...] = ()
+    module: str = ""
 
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("cpu", "runtime.engines.ort:OrtEngine", "", "ONNX Runtime on the CPU"),
+        Target("cuda", "runtime.engines.ort_cuda:OrtCudaEngine", "gpu", "ONNX Runtime on an NVIDIA GPU"),
         Target("tensorrt", "runtime.engines.tensorrt.engine:TensorRtEngine", "tensorrt", "TensorRT on an NVIDIA GPU or Jetson"),
+        Target(
+            *("rtx", "runtime.engines.ort_rtx:OrtRtxEngine", "rtx", "ONNX Runtime's TensorRT-RTX plugin on a desktop RTX GPU"),
+            *(("tensorrt",), "onnxruntime_ep_nv_tensorrt_rtx"),
+        ),
     )
 }
 
@@ -125,11 +137,19 @@ def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
     target = TARGETS.get(bundle.target)
     if target is None:
         raise EngineError(f"bundle target is {bundle.target!r:.40}, this runtime has: {', '.join(TARGETS)}; rebuild with --target")
-    module, _, name = target.engine.partition(":")
     try:
-        engine: Engine = getattr(importlib.import_module(module), name)(bundle, options)
+        return _made(target, bundle, options)
     except ImportError as error:
+        for spare in TARGETS.values():
+            if bundle.target in spare.spares and importlib.util.find_spec(spare.module):
+                note(f"the engine of target {target.name} is not installed; {spare.help} runs this bundle")
+                return _made(spare, bundle, options)
         extra = f"[{target.extra}]" if target.extra else ""
         fault = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({' '.join(str(error).split()):.160})"
         raise EngineError(f"target {target.name} needs {error.name or 'a library'}, which {fault}; run: pip install 'infmllm-edge{extra}'") from None
+
+
+def _made(target: Target, bundle: Bundle, options: EngineOptions) -> Engine:
+    module, _, name = target.engine.partition(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(bundle, options)
     return engine

@@ -14,7 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract.bundle import DECODER, PREFILL, VISION, Bundle
-from runtime.contract.errors import BundleError, ContextError
+from runtime.contract.errors import ContextError
 from runtime.contract.spec import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
@@ -24,11 +24,10 @@ from runtime.contract.spec import (
     POOL,
     SEQLENS_K,
     TOTAL_LENGTH,
-    key_cache,
     present,
-    value_cache,
 )
 from runtime.engines import EngineOptions, Trial
+from runtime.engines.ort_contract import Shape, cache_names, check_values, check_vision
 from runtime.engines.ort_session import engine_errors, open_graph
 from runtime.sampling import greedy
 
@@ -39,30 +38,15 @@ _KEPT_BINDINGS = 32  # inputs up to this many rows keep their binding; longer on
 
 def _check_contract(bundle: Bundle, vision: ort.InferenceSession, decoders: Mapping[str, ort.InferenceSession]) -> None:
     """Raises `BundleError` unless all graphs have the inputs and outputs the spec calls for, with its static dimensions."""
-    tower, spec = bundle.spec.vision, bundle.spec.decoder
-    cache = (None, spec.kv_heads, None, spec.head_dim)
-    caches = {name: cache for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))}
-    pixels = (None, 3, tower.image_size, tower.image_size)
-    lengths: dict[str, tuple[int | None, ...]] = {SEQLENS_K: (None,), TOTAL_LENGTH: ()}
-    wanted: list[tuple[str, Any, dict[str, tuple[int | None, ...]]]] = [
-        (VISION, vision.get_inputs(), {PIXELS: pixels, POOL: (None, tower.grid**2)}),
-        (VISION, vision.get_outputs(), {IMAGE_EMBEDS: (None, None, spec.hidden)}),
-    ]
+    spec = bundle.spec.decoder
+    caches: dict[str, Shape] = dict.fromkeys(cache_names(bundle), (None, spec.kv_heads, None, spec.head_dim))
+    check_vision(bundle, VISION, vision)
     for file, decoder in decoders.items():
         # Bundles of version 0.1 give logits of the last position only.
-        keep: dict[str, tuple[int | None, ...]] = {LOGITS_TO_KEEP: (1,)} if _keeps(decoder) else {}
-        wanted.append((file, decoder.get_inputs(), {INPUTS_EMBEDS: (None, None, spec.hidden), **lengths, **keep, **caches}))
-        wanted.append((file, decoder.get_outputs(), {LOGITS: (None, spec.vocab_size), **{present(name): cache for name in caches}}))
-    for file, values, expected in wanted:
-        found = {value.name: value for value in values}
-        for name in sorted(set(found) ^ set(expected)):
-            raise BundleError(
-                f"{bundle.path / file}: {name} is {'unexpected' if name in found else 'missing'}; graph and manifest do not belong together"
-            )
-        for name, shape in expected.items():
-            dims = found[name].shape
-            if len(dims) != len(shape) or any(isinstance(d, int) and w is not None and d != w for d, w in zip(dims, shape, strict=True)):
-                raise BundleError(f"{bundle.path / file}: {name} is {dims}, the manifest's spec makes it {list(shape)}; re-export the bundle")
+        keep: dict[str, Shape] = {LOGITS_TO_KEEP: (1,)} if _keeps(decoder) else {}
+        inputs: dict[str, Shape] = {INPUTS_EMBEDS: (None, None, spec.hidden), SEQLENS_K: (None,), TOTAL_LENGTH: (), **keep, **caches}
+        check_values(bundle, file, decoder.get_inputs(), inputs)
+        check_values(bundle, file, decoder.get_outputs(), {LOGITS: (None, spec.vocab_size), **{present(name): caches[name] for name in caches}})
 
 
 def _keeps(session: ort.InferenceSession) -> bool:
@@ -76,7 +60,7 @@ class _Buffers:
         spec = bundle.spec.decoder
         kinds = {value.name: value.type for value in decoder.get_inputs()}
         shape = (slots, spec.kv_heads, rows, spec.head_dim)
-        names = [name for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))]
+        names = cache_names(bundle)
         try:
             self.caches = {name: np.zeros(shape, np.int8 if kinds[name] == "tensor(int8)" else np.float32) for name in names}
         except MemoryError:

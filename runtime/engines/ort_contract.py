@@ -1,0 +1,43 @@
+"""Checks that a session's inputs and outputs are those the manifest's spec calls for, before anything is bound to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import onnxruntime as ort
+
+from runtime.contract.bundle import Bundle
+from runtime.contract.errors import BundleError
+from runtime.contract.spec import IMAGE_EMBEDS, PIXELS, POOL, key_cache, value_cache
+
+__all__ = ["Shape", "cache_names", "check_values", "check_vision"]
+
+Shape = tuple[int | None, ...]
+"""Static dimensions, None where they are free."""
+
+
+def cache_names(bundle: Bundle) -> list[str]:
+    """Inputs that hold keys and values, layer by layer."""
+    return [name for layer in range(bundle.spec.decoder.layers) for name in (key_cache(layer), value_cache(layer))]
+
+
+def check_values(bundle: Bundle, file: str, found_values: Iterable[Any], expected: Mapping[str, Shape]) -> None:
+    """Raises `BundleError` unless a graph's inputs (or outputs) are exactly the expected ones, with their static dimensions."""
+    found = {value.name: value for value in found_values}
+    for name in sorted(set(found) ^ set(expected)):
+        raise BundleError(
+            f"{bundle.path / file}: {name} is {'unexpected' if name in found else 'missing'}; graph and manifest do not belong together"
+        )
+    for name, shape in expected.items():
+        dims = found[name].shape
+        if len(dims) != len(shape) or any(isinstance(d, int) and w is not None and d != w for d, w in zip(dims, shape, strict=True)):
+            raise BundleError(f"{bundle.path / file}: {name} is {dims}, the manifest's spec makes it {list(shape)}; re-export the bundle")
+
+
+def check_vision(bundle: Bundle, file: str, session: ort.InferenceSession) -> None:
+    """`check_values` of a vision graph."""
+    tower = bundle.spec.vision
+    pixels = (None, 3, tower.image_size, tower.image_size)
+    check_values(bundle, file, session.get_inputs(), {PIXELS: pixels, POOL: (None, tower.grid**2)})
+    check_values(bundle, file, session.get_outputs(), {IMAGE_EMBEDS: (None, None, bundle.spec.decoder.hidden)})
