@@ -20,6 +20,7 @@ __all__ = ["to_half"]
 
 _FP32, _FP16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _FULL_OPS = {"LayerNormalization", "RMSNormalization", "RotaryEmbedding", "Softmax"}
+_BORDER = "fp32 | fp16"  # mark of the Casts made here
 _OTHER_TYPES = {"Shape": ir.DataType.INT64, "LessOrEqual": ir.DataType.BOOL, "Less": ir.DataType.BOOL, "Size": ir.DataType.INT64}
 
 
@@ -69,6 +70,8 @@ class _Halves:
 
     def convert(self, node: ir.Node) -> None:
         """Gives a node inputs of the type it computes in, and its outputs that type."""
+        if node.meta.get(_BORDER):
+            return
         full = is_full(node) or node.op_type in _FULL_OPS
         halved = not full and (node.op_type != "Cast" or node.attributes["to"].as_int() == _FP32)
         for index, value in enumerate(node.inputs):
@@ -90,6 +93,7 @@ class _Halves:
             wanted = _FP32 if value.name in self._full_values else _FP16
             if value.dtype in (_FP32, _FP16) and value.dtype != wanted:
                 cast, name = ir.node("Cast", [value], {"to": wanted}), value.name
+                cast.meta[_BORDER] = True
                 graph.append(cast)
                 cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(wanted)
                 value.name, cast.outputs[0].name = f"{name}.before", name
@@ -114,6 +118,7 @@ class _Halves:
 
     def _cast(self, value: ir.Value, node: ir.Node, dtype: ir.DataType) -> ir.Value:
         cast = ir.node("Cast", [value], {"to": dtype})
+        cast.meta[_BORDER] = True
         cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(dtype)
         self.model.graph.insert_before(node, cast)
         return cast.outputs[0]
