@@ -85,6 +85,8 @@ def _dequantised(product: ir.Node, weight: ir.Node) -> str:
 def _block(name: str) -> str:
     """The block a parameter belongs to: "decoder.layers.3", "vision_tower.blocks.0", else its module."""
     parts = name.split(".")
+    if parts[0] not in ("vision_tower", "pool_adapter", "decoder"):
+        return "constants"
     numbered = next((i for i, part in enumerate(parts) if part.isdigit() and i > 1), None)
     return ".".join(parts[: numbered + 1]) if numbered else ".".join(parts[:2]) if len(parts) > 2 else "constants"
 

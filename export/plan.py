@@ -52,7 +52,7 @@ def linear_bytes(outputs: int, inputs: int, scheme: LinearScheme, scale: int = 4
         return outputs * inputs * scheme.bits // 8
     if scheme.activation != "float" or (scheme.bits == 8 and not scheme.block):
         return outputs * inputs + scale * outputs
-    block = scheme.kernel_block(inputs)
+    block = scheme.grid_block(inputs) if scheme.whole else scheme.kernel_block(inputs)
     count = math.ceil(inputs / block)
     zeros = math.ceil(count / 2) if scheme.bits == 4 and not scheme.symmetric else 0
     return outputs * (count * block * scheme.bits // 8 + scale * count + zeros)
@@ -181,7 +181,9 @@ def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], sample
     states = 4 * cases * max((spec.vision.grid**2 + 1) * spec.vision.width + 3 * spec.vision.image_size**2, 400 * spec.decoder.hidden)
     rounding = int(4 * _ROUNDING * largest) if any(scheme.linear(name).quantised for name in names) else 8 * largest
     total = sum(weights.values())
-    if total > LARGE_BYTES:
+    if scheme.compute == "fp16":
+        replayed = int(1.1 * total) + 4 * table  # whole, through the reference
+    elif total > LARGE_BYTES:
         replayed = int(2 * max(PIECE_BYTES + 4 * table, weights["vision"]))
     else:
         whole = 4 * spec.parameters if questions and spec.parameters <= 500_000_000 else 0  # answers are compared with the model in memory

@@ -38,12 +38,14 @@ def _outputs(model: ir.Model, first: bool) -> PassResult:
     logits = graph.outputs[0]
     assert logits.name == LOGITS and logits.shape is not None, "captured graphs give logits first"
     logits.shape = ir.Shape(["n", logits.shape[1]])
-    graph.outputs[:] = [logits, *_summaries(model, logits, matrix, first), *graph.outputs[1:]]
+    graph.outputs[:] = [logits, *_summaries(model, logits, hidden, first), *graph.outputs[1:]]
     return PassResult(1)
 
 
 def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool) -> tuple[ir.Value, ir.Value]:
-    """`next_token` [n] int64 and `logits_mass` [n]. The mass takes in the hidden row: an 8-bit head turns what is not finite into numbers.
+    """`next_token` [n] int64 and `logits_mass` [n].
+
+    The mass takes in the hidden rows [B,L,H] of the whole call: 8-bit layers turn what is not finite into numbers, but the residual stream keeps it.
 
     With `first`, of equal logits the lowest id wins, as on the CPU, whatever order the engine has for ArgMax: the ids of all that equal the largest
     are compared (as floats, which hold them exactly, since reductions of integers are young).
@@ -67,7 +69,8 @@ def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool)
         token = add("Cast", [lowest], _INT64, to=_INT64)
     else:
         token = add("ArgMax", [logits], _INT64, axis=-1, keepdims=0, select_last_index=0)
-    mass = add("Add", [add("ReduceSum", [add("Abs", [value]), axis], keepdims=0) for value in (logits, hidden)])
+    everything = add("ReduceSum", [add("Abs", [hidden]), constant(model, "all_axes", np.array([0, 1, 2], np.int64))], keepdims=0)
+    mass = add("Add", [add("ReduceSum", [add("Abs", [logits]), axis], keepdims=0), everything])
     token.name, mass.name = NEXT_TOKEN, LOGITS_MASS
     token.shape = mass.shape = ir.Shape(["n"])
     return token, mass
