@@ -27,6 +27,7 @@ __all__ = ["RTX", "OrtRtxEngine"]
 
 _PLUGIN, _NVIDIA = "onnxruntime_ep_nv_tensorrt_rtx", 0x10DE
 RTX = Device("NvTensorRTRTXExecutionProvider", "gpu", _NVIDIA)
+_MOST_ROWS = 64  # positions of one call that can have logits
 _REMEDY = "infmllm-export doctor --target rtx tells what is missing"
 
 
@@ -36,7 +37,7 @@ class OrtRtxEngine(DeviceEngine):
     def __init__(self, bundle: Bundle, options: EngineOptions, device: Device = RTX) -> None:
         spec = bundle.spec.decoder
         plugin = None if device.memory == "cpu" else _registered(device)
-        longest = {INPUTS_EMBEDS: (1, spec.context, spec.hidden), POSITION_IDS: (1, spec.context), LOGITS_ROWS: (spec.context,)}
+        longest = {INPUTS_EMBEDS: (1, bundle.capacity, spec.hidden), POSITION_IDS: (1, bundle.capacity), LOGITS_ROWS: (_MOST_ROWS,)}
         pictures = {
             PIXELS: (1, 3, bundle.spec.vision.image_size, bundle.spec.vision.image_size),
             POOL: (max(bundle.spec.pool_sizes) ** 2, bundle.spec.vision.grid**2),
@@ -45,7 +46,7 @@ class OrtRtxEngine(DeviceEngine):
         decoder = _opened(bundle, DECODER_FUSED, options, device, plugin, longest)
         check_vision(bundle, VISION_FUSED, vision)
         _check_decoder(bundle, decoder)
-        super().__init__(bundle, device, vision, decoder, min(options.context or spec.context, spec.context), spec.context)
+        super().__init__(bundle, device, vision, decoder, min(options.context or bundle.capacity, bundle.capacity), bundle.capacity)
 
     def batch(self, slots: int, rows: int) -> RtxBatch:
         """See `Engine.batch`. Each slot has all rows of the model, since that is the length the graph was made for."""
@@ -144,7 +145,7 @@ def _opened(
 def _provider_options(bundle: Bundle, largest: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """One profile for all calls, best for single tokens; caches have a fixed shape and need none."""
     spec = bundle.spec.decoder
-    caches = dict.fromkeys(cache_names(bundle), (1, spec.kv_heads, spec.context, spec.head_dim)) if INPUTS_EMBEDS in largest else {}
+    caches = dict.fromkeys(cache_names(bundle), (1, spec.kv_heads, bundle.capacity, spec.head_dim)) if INPUTS_EMBEDS in largest else {}
     fixed = {INPUTS_EMBEDS: (0, 2), PIXELS: (0, 1, 2, 3), POOL: (1,), POSITION_IDS: (0,)}
     least = {name: tuple(size if axis in fixed.get(name, ()) else 1 for axis, size in enumerate(shape)) for name, shape in largest.items()}
     folder = cache_folder() / "engines-rtx"
@@ -163,7 +164,7 @@ def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
 
 def _check_decoder(bundle: Bundle, session: ort.InferenceSession) -> None:
     spec = bundle.spec.decoder
-    caches: dict[str, Shape] = dict.fromkeys(cache_names(bundle), (None, spec.kv_heads, spec.context, spec.head_dim))
+    caches: dict[str, Shape] = dict.fromkeys(cache_names(bundle), (None, spec.kv_heads, bundle.capacity, spec.head_dim))
     inputs: dict[str, Shape] = {INPUTS_EMBEDS: (None, None, spec.hidden), POSITION_IDS: (None, None), LOGITS_ROWS: (None,), **caches}
     outputs: dict[str, Shape] = {LOGITS: (None, spec.vocab_size), NEXT_TOKEN: (None,), LOGITS_MASS: (None,)}
     check_values(bundle, DECODER_FUSED, session.get_inputs(), inputs)
