@@ -29,14 +29,15 @@ _STAGES = ("vision", "prefill", "decode", "choice")
 _LATENCY = ("ttft", "vision", "prefill", "inter_token_p50", "inter_token_p90", "tokens_per_s", "load", "peak_rss_mb", "gpu_memory_mb")
 
 _PARITY_NOTE = (
-    "Relative RMS errors against PyTorch fp32 on the CPU, and what is allowed; choice is how often the token taken on the device is not the likeliest "
-    "of its logits. PyTorch's own rows say what a precision costs on this GPU. Answers are equal if they are PyTorch fp32's on the same GPU token for "
-    "token; they are not judged, since near ties turn them."
+    "Relative RMS errors against PyTorch fp32 on the CPU, and what is allowed; choice is how often the token taken on the device is not the "
+    "likeliest of its logits. PyTorch's own rows say what a precision costs on this GPU. Answers are equal if they are PyTorch fp32's on the same "
+    "GPU token for token; they are not judged, since near ties turn them."
 )
 _ROUNDS_NOTE = (
-    "Medians over rounds in which all contenders take turns; ratios are medians of ratios within a round, above 1 where ours is faster. Of copy bound: "
-    "the time that copying within the GPU's memory (a byte read and a byte written count as two) takes for the decoder's weights and the prompt's cache "
-    f"rows, over the time of a step. {EAGER} and {COMPILED} run the trainer's model in fp16, its cache just long enough and written in place."
+    "Medians over rounds in which all contenders take turns; ratios are medians of ratios within a round, above 1 where ours is faster. Of copy "
+    "bound: the time that copying within the GPU's memory (a byte read and a byte written count as two) takes for the decoder's weights and the "
+    "prompt's cache rows, over the time of a step. "
+    f"{EAGER} and {COMPILED} run the trainer's model in fp16, its cache just long enough and written in place."
 )
 
 Cell = tuple[str, str]

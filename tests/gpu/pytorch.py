@@ -24,16 +24,18 @@ from trainer.model import InfMLLM
 
 __all__ = ["PyTorchEngine", "copy_gbs", "load_model"]
 
+_FULL = "vision_tower.norm."
 _COPY_BYTES, _COPIES = 1 << 30, 10
 Array = NDArray[np.float32]
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype, device: str) -> InfMLLM:
-    """A checkpoint's weights on the device, tensor by tensor; rotary tables stay fp32."""
+    """A checkpoint's weights on the device, tensor by tensor; rotary tables and the tower's last norm stay fp32, as the model computes with them."""
     stored = open_checkpoint(checkpoint)
     with torch.device("meta"):  # no time for numbers that are replaced
         model = InfMLLM(stored.spec)
-    model.load_state_dict({name: stored.read(name).to(device, dtype) for name in stored.places}, assign=True)
+    kept = {name: torch.float32 if name.startswith(_FULL) else dtype for name in stored.places}
+    model.load_state_dict({name: stored.read(name).to(device, kept[name]) for name in stored.places}, assign=True)
     model.decoder.rotary_cos, model.decoder.rotary_sin = (table.to(device) for table in rotary_tables(stored.spec.decoder))
     return model.eval().requires_grad_(False)
 
@@ -99,7 +101,7 @@ class PyTorchEngine:
         self._vision, self._step, self._next = calls
 
     def _up(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        tensor = torch.from_numpy(np.array(array)).to(self._device)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -113,7 +114,8 @@ class Process:
     def end(self) -> None:
         """See `Side.end`; one that does not end by itself is ended."""
         assert self._process.stdin, "a pipe"
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it died with a command unread
+            self._process.stdin.close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
