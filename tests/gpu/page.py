@@ -21,7 +21,7 @@ _STYLE = """
 .heads div { background: var(--soft); border-radius: 8px; padding: .6rem 1rem; }
 .heads b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .heads span, .note { color: var(--dim); font-size: .88rem; }
 .verdict { font-weight: 600; font-size: 1.15rem; overflow-wrap: anywhere; } .bad { color: var(--bad); font-weight: 600; } .dim { color: var(--dim); }
-.wide { overflow-x: auto; } td:nth-child(-n+3), th:nth-child(-n+3) { text-align: left; white-space: nowrap; }
+.wide { overflow-x: auto; } td, th { white-space: nowrap; } td:nth-child(-n+3), th:nth-child(-n+3), td.left { text-align: left; }
 td.words, th.words { text-align: left; white-space: normal; min-width: 16rem; }
 ul { padding-left: 1.2rem; } li { margin: .15rem 0; overflow-wrap: anywhere; }
 """
@@ -134,7 +134,7 @@ def _error(stage: Mapping[str, Any] | None, judged: bool) -> Cell:
 
 
 def _rounds(report: Report) -> str:
-    rows, lost = [], []
+    rows, lost = [], dict[str, list[str]]()
     for row in report.of("rounds"):
         times = row.values.get("contenders", {})
         for name, stages in times.items():
@@ -145,8 +145,9 @@ def _rounds(report: Report) -> str:
             cells = [figure(medians[stage]) for stage in ("vision", "prefill", "step")]
             compared = [figure(ratio) if ratio and name != OURS else "–" for ratio in ratios]
             shown = "–" if share is None else f"{share:.2f}"
-            rows.append([*where, *_plain(name, *cells, figure(1e3 / medians["step"]), shown, *compared)])
-        lost += [(f"{name_of(row)}: {name} absent: {reason}", "") for name, reason in row.values.get("absent", {}).items()]
+            rows.append([*where, (name, "left"), *_plain(*cells, figure(1e3 / medians["step"]), shown, *compared)])
+        for name, reason in row.values.get("absent", {}).items():
+            lost.setdefault(f"{name} absent: {reason}", []).append(name_of(row))
     head = (
         "model",
         "target",
@@ -161,7 +162,11 @@ def _rounds(report: Report) -> str:
         "× prefill",
         "× step",
     )
-    return _table(head, rows, "Nothing was timed.") + _list(lost) + (f'<p class="note">{escape(_ROUNDS_NOTE)}</p>' if rows else "")
+    return (
+        _table(head, rows, "Nothing was timed.")
+        + _list((reason, ", ".join(names)) for reason, names in lost.items())
+        + (f'<p class="note">{escape(_ROUNDS_NOTE)}</p>' if rows else "")
+    )
 
 
 def _latency(report: Report) -> str:

