@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE := trainer/demo/sample.png
 
-.PHONY: run test lint bench clean
+.PHONY: run test gpu-test lint bench clean
 
 # torch is installed first and pinned, so that a CPU build at hand is taken and no other one is fetched later.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -32,8 +32,12 @@ lint: $(VENV)/.dev
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -q
 
+# Without a GPU it says what is absent, and why; docs/gpu.md has its other commands.
+gpu-test: $(VENV)/.export
+	$(BIN)/python -m tests.gpu --out gpu-report --preset nano --quick
+
 bench: run
 	$(BIN)/python benchmarks/startup.py
 
 clean:
-	rm -rf $(VENV) infmllm-bundle
+	rm -rf $(VENV) infmllm-bundle gpu-report

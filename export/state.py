@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnxruntime as ort
 
 from calibration.calibrate import Calibrated
 from calibration.ranges import RANGES
@@ -31,7 +32,7 @@ from trainer.checkpoint import StoredCheckpoint, open_checkpoint
 
 __all__ = ["Build", "BuildOptions", "Detail", "open_build", "tools"]
 
-_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 _GOLDEN_SEED, _CALIBRATION_SEED = 20231, 20230
 LEAST_TEXT = 64  # tokens of a question and its answer
 Detail = Callable[[int, int, str], None]
@@ -130,5 +131,5 @@ def _check_context(options: BuildOptions, checkpoint: StoredCheckpoint) -> None:
 
 
 def tools() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    return {name: version(name) for name in _TOOLS} | {"python": platform.python_version()}
+    """Versions of what a result depends on. ONNX Runtime says its own: its package may be called onnxruntime-gpu."""
+    return {name: version(name) for name in _TOOLS} | {"onnxruntime": ort.__version__, "python": platform.python_version()}

@@ -10,13 +10,14 @@ import platform
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnxruntime as ort
 from PIL import Image
 
+from runtime import __version__
 from runtime.bench.limits import measure_limits
 from runtime.bench.machine import ROOT, read_machine, reset_peak_memory
 from runtime.bench.nvidia import Nvidia
@@ -40,6 +41,7 @@ __all__ = ["BenchOptions", "answer_once", "bundle_work", "measure", "sample_jpeg
 _SIZE = (640, 480)
 _PROMPT, _TASK = "describe", "caption"
 _MIB_IN_MB = (1 << 20) / 1e6
+_CACHE_BYTES = {"int8": 1, "fp16": 2}  # of a number; bundles before there was a choice have fp32
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ def measure(options: BenchOptions) -> Report:
         cores=available_cores(),
         threads=threads,
         python=platform.python_version(),
-        onnxruntime=version("onnxruntime"),
-        infmllm=version("infmllm-edge"),
+        onnxruntime=ort.__version__,  # its package may be called onnxruntime-gpu
+        infmllm=__version__,
         picture=f"{options.image.name if options.image else 'made JPEG'} {size[0]}x{size[1]}",
         prompt=_PROMPT,
         prompt_tokens=last.prompt_tokens,
@@ -136,7 +138,7 @@ def bundle_work(bundle: Bundle, prompt_tokens: int) -> Work:
     spec, decoder = bundle.spec, bundle.spec.decoder
     weights = Path(DECODER).with_suffix(".weights").name
     stored = bundle.files.get(weights, bundle.files[DECODER])[0]
-    row = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * (1 if bundle.schemes.get("cache") == "int8" else 4)
+    row = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _CACHE_BYTES.get(bundle.schemes.get("cache", ""), 4)
     table = decoder.vocab_size * decoder.hidden
     tower = 2.0 * (spec.vision.parameters - spec.vision.grid**2 * spec.vision.width) * (spec.vision.grid**2 + 1)
     return Work(stored, row, tower, 2.0 * ((decoder.parameters - 2 * table) * prompt_tokens + table))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -29,6 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
         package.bindings, bindings.runtime = bindings, cuda  # type: ignore[attr-defined]
         modules = {"cuda": package, "cuda.bindings": bindings, "cuda.bindings.runtime": cuda, "tensorrt": simulation.module}
         for name, module in modules.items():
+            module.__spec__ = ModuleSpec(name, None)  # PyTorch's tracer asks for it
             monkeypatch.setitem(sys.modules, name, module)
         return simulation
 

@@ -133,6 +133,7 @@ def test_work_is_counted_from_the_bundle(built: Callable[[str], Path]) -> None:
     assert work.decoder_weight_bytes == bundle.files["decoder.weights"][0]
     # Two layers, two heads of 16 for keys and for values, four bytes each.
     assert work.cache_row_bytes == 2 * 2 * 2 * 16 * 4
+    assert bundle_work(replace(bundle, schemes={**bundle.schemes, "cache": "fp16"}), 20).cache_row_bytes == 2 * 2 * 2 * 16 * 2
     linear = decoder.layers * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)
     norms = 64 + decoder.layers * 2 * 64
     assert work.prefill_flop == 2 * ((linear + norms) * 20 + 960 * 64)

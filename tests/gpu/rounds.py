@@ -1,0 +1,33 @@
+"""Contenders timed in turn, round after round, so that ratios within a round mean something whatever the clocks do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tests.gpu.sides import Absent, Broken
+
+__all__ = ["interleaved"]
+
+Once = Callable[[], Mapping[str, float]]
+
+
+def interleaved(contenders: Mapping[str, Once], rounds: int) -> dict[str, Any]:
+    """Times by contender and stage, a number a round, after one round to warm up; every second round goes backwards.
+
+    Who fails is dropped with all its times, so that every list has one number for each round; `absent` says why.
+    """
+    left, absent = dict(contenders), dict[str, str]()
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in left}
+    for number in range(rounds + 1):
+        for name in reversed(list(left)) if number % 2 else list(left):
+            try:
+                found = left[name]()
+            except (Absent, Broken) as error:
+                absent[name] = str(error)
+                del left[name], times[name]
+                continue
+            if number:
+                for stage, milliseconds in found.items():
+                    times[name].setdefault(stage, []).append(milliseconds)
+    return {"contenders": times, "absent": absent}
