@@ -11,12 +11,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from calibration.calibrate import Calibrated
+from calibration.linear import LinearScheme
 from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
 from export.passes.companion_row import COMPANION_ROW
-from export.passes.contract import GraphPass
+from export.passes.contract import GraphPass, is_weight
+from export.passes.explicit_kernels import EXPLICIT_KERNELS
 from export.passes.half import to_half
 from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
+from export.passes.quantise import quantise_linears
 from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE, fixed_capacity
 from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
 from export.pipeline import _quiet
@@ -56,6 +60,12 @@ def run(model: ir.Model, feed: dict[str, np.ndarray], outputs: list[str]) -> lis
     kinds = {value.name: np.float16 if "float16" in value.type else np.float32 for value in session.get_inputs() if "float" in value.type}
     given = {value.name for value in session.get_inputs()}
     return session.run(outputs, {name: array.astype(kinds.get(name, array.dtype)) for name, array in feed.items() if name in given})
+
+
+def linear_weights(model: ir.Model) -> dict[str, torch.Tensor]:
+    """Weights [N,K] by parameter name."""
+    found = {name: value.const_value for name, value in model.graph.initializers.items() if is_weight(value)}
+    return {name: torch.from_numpy(tensor.numpy().T.copy()) for name, tensor in found.items() if tensor is not None}
 
 
 def see(model: ir.Model) -> np.ndarray:
@@ -171,8 +181,10 @@ def test_the_mass_is_finite_only_if_everything_is(broken: float, simplified: Gra
     feed = {INPUTS_EMBEDS: EMBEDS[:, :3].copy(), POSITION_IDS: np.arange(3)[None], LOGITS_ROWS: np.array([2])}
     feed |= {name: np.zeros((1, 2, ROWS, 16), np.float32) for name in CACHES}
     assert np.isfinite(run(decoder, feed, [LOGITS_MASS])[0]).all()
-    feed[INPUTS_EMBEDS][0, 2, 0] = broken
-    assert not np.isfinite(run(decoder, feed, [LOGITS_MASS])[0]).any()
+    for row in (2, 0):  # also of a row that gets no logits
+        spoilt = feed | {INPUTS_EMBEDS: feed[INPUTS_EMBEDS].copy()}
+        spoilt[INPUTS_EMBEDS][0, row, 0] = broken
+        assert not np.isfinite(run(decoder, spoilt, [LOGITS_MASS])[0]).any()
 
 
 @pytest.mark.parametrize("form", [PLAIN_CACHE, FUSED_CACHE], ids=lambda form: form.name)
@@ -247,3 +259,38 @@ def test_a_second_graph_stores_no_weight_again(simplified: Graphs, tmp_path: Pat
     other.graph.initializers["decoder.lm_head.weight"].name = "decoder.other.weight"
     with pytest.raises(AssertionError, match="is in no weight file"):
         refer_to(other, tmp_path / "first.onnx")
+
+
+def test_blocks_are_those_an_engine_infers(simplified: Graphs) -> None:
+    """TensorRT takes inputs over scales for a block's size and does not look at block_size."""
+    _, decoder = simplified()
+    weights = {
+        f"{name}": torch.from_numpy(value.const_value.numpy().T.copy()) for name, value in decoder.graph.initializers.items() if is_weight(value)
+    }
+    scheme = LinearScheme("int4", block=128, symmetric=True, whole=True)
+    quantise_linears(lambda name: scheme, Calibrated(weights.__getitem__), EXPLICIT_KERNELS)(decoder)
+    found = [node for node in decoder.graph if node.op_type == "DequantizeLinear"]
+    sizes = {node.attributes["block_size"].as_int() for node in found}
+    assert len(found) == 15 and sizes == {32, 64}  # 96 and 64 inputs
+    for node in found:
+        levels, scales = (value.shape.numpy() for value in node.inputs[:2])  # type: ignore[union-attr]
+        assert levels[0] // scales[0] == node.attributes["block_size"].as_int() and levels[0] % scales[0] == 0
+
+
+@pytest.mark.parametrize("peak", [1e-5, 1e-4, 1e-2])
+def test_scales_too_small_for_half_precision_are_refused(peak: float, simplified: Graphs) -> None:
+    _, decoder = simplified()
+    weights = {
+        f"{name}": torch.from_numpy(value.const_value.numpy().T.copy()) for name, value in decoder.graph.initializers.items() if is_weight(value)
+    }
+    name = "decoder.layers.0.mlp.up_proj.weight"
+    weights[name] *= peak / weights[name].abs().max()
+    quantise_linears(lambda name: LinearScheme("int8"), Calibrated(weights.__getitem__), EXPLICIT_KERNELS)(decoder)
+    to_half({LOGITS})(decoder)
+    stored = decoder.graph.initializers[f"{name}.scale.fp16"].const_value
+    assert stored is not None
+    if peak < 1e-3:
+        with pytest.raises(BuildError, match=r"up_proj.weight.scale has scales smaller than fp16 holds well; keep that block"):
+            stored.numpy()
+    else:
+        assert (stored.numpy() > 0).all()
