@@ -228,7 +228,7 @@ class Calibrated:
             weight = self.read(name)
             return round_in_pairs(weight, scheme) if scheme.pairs else round_to(weight, grid_for(weight, scheme))
         low, high = (0, 2**scheme.bits - 1) if levels.dtype == np.uint8 else (-127, 127)
-        block = min(scheme.block, levels.shape[1]) or levels.shape[1]
+        block = scheme.grid_block(levels.shape[1])
         return Quantised(torch.from_numpy(levels.astype(np.int16)), Grid(torch.from_numpy(scale), torch.from_numpy(zero), low, high, block))
 
     def strengths(self) -> Mapping[str, float]:

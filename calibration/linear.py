@@ -47,7 +47,8 @@ class LinearScheme:
 
     `weight`: fp32, fp16, int8, int4. `activation`: "float"; "int8-row" (a symmetric scale per token, found as it occurs), "int8-tensor" (one range
     for all tokens of a call, likewise), "int8-static" (one range, calibrated), "int8-signed" (one calibrated range around 0). `block` is the number
-    of inputs that share a scale (0: all, per output channel). `symmetric` 4-bit weights have no zero points, without which kernels are faster.
+    of inputs that share a scale (0: all, per output channel). `symmetric` 4-bit weights have no zero points, without which kernels are faster;
+    `whole` blocks divide a layer's inputs, smaller ones taken where they must (TensorRT infers a block's size from the number of scales).
     `rounding`: "nearest", "mse" (ranges shrunk where that lowers the squared error) or "gptq" (data-aware, arXiv 2210.17323). `smooth` moves scales
     between activations and weights first (SmoothQuant, arXiv 2211.10438; for float activations AWQ's variant, arXiv 2306.00978).
     """
@@ -58,6 +59,7 @@ class LinearScheme:
     rounding: str = "nearest"
     smooth: bool = False
     symmetric: bool = False
+    whole: bool = False
 
     @property
     def bits(self) -> int:
@@ -84,6 +86,13 @@ class LinearScheme:
         """True where kernels multiply 8-bit weights by unsigned 8-bit activations, and so for `fit_pairs`."""
         return self.weight == "int8" and self.activation not in ("float", SIGNED)
 
+    def grid_block(self, inputs: int) -> int:
+        """How many inputs share a scale; all of them without blocks."""
+        block = min(self.block, inputs) or inputs
+        if self.whole and inputs % block:
+            return max((size for size in KERNEL_BLOCKS if size <= block and inputs % size == 0), default=inputs)
+        return block
+
     def kernel_block(self, inputs: int) -> int:
         """How many inputs share a scale where weights alone are quantised: kernels know powers of two, and no block longer than it must be."""
         block = self.block or _FULL_BLOCK
@@ -94,7 +103,9 @@ class LinearScheme:
         parts = [f"{self.weight}/{self.block}" if self.block else self.weight]
         parts += [self.activation] if self.activation != "float" else []
         parts += [self.rounding] if self.rounding != "nearest" else []
-        return " ".join([*parts, *(["smooth"] if self.smooth else []), *(["symmetric"] if self.symmetric else [])])
+        return " ".join(
+            [*parts, *(["smooth"] if self.smooth else []), *(["symmetric"] if self.symmetric else []), *(["whole"] if self.whole else [])]
+        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,7 @@ def _rows_at_once(weight_NK: Tensor) -> int:
 
 def _grid_of_rows(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
     k = weight_NK.shape[1]
-    block = min(scheme.block, k) or k
+    block = scheme.grid_block(k)
     padded = torch.nn.functional.pad(weight_NK, (0, -k % block)).unflatten(1, (-1, block))  # zeros are on every grid
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
     grid = _fitted(low, high, scheme, block)

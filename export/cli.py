@@ -31,9 +31,12 @@ def build(
     calib: Annotated[str, typer.Option(help="Data to calibrate and compare with, as infmllm-eval takes them. Default: the training mix.")] = "",
     samples: Annotated[int, typer.Option(min=4, help="Pictures to calibrate with.")] = 32,
     ranges: Annotated[str, typer.Option(help="How static ranges are found: min-max, percentile, mse or entropy.")] = "mse",
-    block: Annotated[int | None, typer.Option(help="Inputs that share a scale in 4-bit weights: 16, 32, 64, 128 or 256. Default: 32.")] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(help="Inputs that share a scale in 4-bit weights: 16 to 256. Default: the precision's (cpu: 32)."),
+    ] = None,
     rounding: Annotated[str | None, typer.Option(help="How 4-bit weights are rounded: nearest, mse or gptq. Default: gptq.")] = None,
-    kv: Annotated[str | None, typer.Option(help="Keys and values: fp32 or int8. Default: what the precision keeps them in.")] = None,
+    kv: Annotated[str | None, typer.Option(help="Keys and values (cpu): fp32 or int8. Default: fp32; fp16 on GPUs.")] = None,
     keep: Annotated[
         list[str] | None, typer.Option(help="BLOCK=SCHEME: another scheme for a block, such as decoder.layers.0=fp16. Repeatable.")
     ] = None,
@@ -105,7 +108,7 @@ def plan(
     target: Annotated[str, typer.Option(help="Where the bundle runs: cpu, cuda, tensorrt or rtx.")] = "cpu",
     device: Annotated[str | None, typer.Option(help="orin-nano-8gb, orin-agx-64gb, rtx4090 or a JSON file. Default: this machine.")] = None,
     block: Annotated[int | None, typer.Option(help="Block size of 4-bit weights.")] = None,
-    kv: Annotated[str | None, typer.Option(help="Keys and values: fp32 or int8. Default: what the precision keeps them in.")] = None,
+    kv: Annotated[str | None, typer.Option(help="Keys and values (cpu): fp32 or int8. Default: fp32; fp16 on GPUs.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Rows of the key/value cache. Default: the model's context.")] = None,
     samples: Annotated[int, typer.Option(min=4, help="Pictures the build would calibrate with.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,

@@ -68,14 +68,25 @@ def _layer(node: ir.Node) -> tuple[str, str] | None:
         return name, f"int{node.attributes['bits'].as_int()}/{node.attributes['block_size'].as_int()}"
     if node.op_type == "MatMulInteger":
         return name, "int8 x int8"
-    if producer is None:
-        return name, "fp32"
-    return name, "fp16" if producer.op_type == "Cast" else "int8 x int8 static"
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        return name, _dequantised(node, producer)
+    return name, "fp32" if weight.dtype == ir.DataType.FLOAT else "fp16"
+
+
+def _dequantised(product: ir.Node, weight: ir.Node) -> str:
+    """How a product of a dequantised weight is computed: "int8 x int8 static", "int8", "int4/128"."""
+    bits, block = (weight.inputs[0].dtype or ir.DataType.INT8).name.lower(), weight.attributes.get_int("block_size", 0)  # type: ignore[union-attr]
+    x = product.inputs[0].producer() if product.inputs[0] is not None else None
+    if x is not None and x.op_type == "DequantizeLinear":
+        return f"{bits} x {bits} static"
+    return f"{bits}/{block}" if block else bits
 
 
 def _block(name: str) -> str:
     """The block a parameter belongs to: "decoder.layers.3", "vision_tower.blocks.0", else its module."""
     parts = name.split(".")
+    if parts[0] not in ("vision_tower", "pool_adapter", "decoder"):
+        return "constants"
     numbered = next((i for i, part in enumerate(parts) if part.isdigit() and i > 1), None)
     return ".".join(parts[: numbered + 1]) if numbered else ".".join(parts[:2]) if len(parts) > 2 else "constants"
 

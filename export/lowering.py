@@ -20,7 +20,7 @@ from export.passes.pack_projections import pack_projections
 from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
 from export.passes.quantise import Kernels, quantise_linears, store_half
 from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE, fixed_capacity
-from export.passes.token_outputs import TOKEN_OUTPUTS
+from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
 from export.schemes import Scheme
 from runtime.contract.errors import UsageError
 from runtime.contract.spec import IMAGE_EMBEDS, LOGITS, LOGITS_MASS, PIXELS, POOL
@@ -94,8 +94,8 @@ LOWERING: dict[str, Lowering] = {
         {
             "vision": GraphPlan("vision", (PLAIN_GELU, PLAIN_ATTENTION), 21),
             "vision-fused": GraphPlan("vision", (PLAIN_GELU,), 24, weights_of="vision"),
-            "decoder": GraphPlan("decoder", (PLAIN_CACHE, PLAIN_NORMS, TOKEN_OUTPUTS), 21),
-            "decoder-fused": GraphPlan("decoder", (FUSED_CACHE, PLAIN_NORMS, TOKEN_OUTPUTS), 24, fixed=True, weights_of="decoder"),
+            "decoder": GraphPlan("decoder", (PLAIN_CACHE, PLAIN_NORMS, FIRST_TOKEN_OUTPUTS), 21),
+            "decoder-fused": GraphPlan("decoder", (FUSED_CACHE, PLAIN_NORMS, FIRST_TOKEN_OUTPUTS), 24, fixed=True, weights_of="decoder"),
         },
         EXPLICIT_KERNELS,
         _FULL_VALUES,

@@ -55,9 +55,11 @@ def write(build: Build) -> None:
         "embeddings": scheme.embeddings,
         "cache": scheme.cache,
         ROWS: scheme.rows,
-        PRODUCTS: FIT_16_BITS,
     }
-    if any(plan.fixed for plan in find_lowering(build.options.target).graphs.values()):
+    lowering = find_lowering(build.options.target)
+    if not lowering.referenced:  # x86's integer kernels are the cpu target's
+        schemes[PRODUCTS] = FIT_16_BITS
+    if any(plan.fixed for plan in lowering.graphs.values()):
         schemes[CAPACITY] = str(build.options.context or build.checkpoint.spec.decoder.context)
     provenance |= {"tools": tools(), "passes": passes, "steps": build.costs, **build.options.notes}
     provenance["plan"] = _predicted(build)

@@ -28,6 +28,7 @@ _EXPORTER = 450 * MIB  # torch, onnx and onnxruntime imported, and a traced grap
 _GRAPH_NODE = 350  # bytes of an ONNX node and its tensors' descriptions
 _RUNTIME = 78 * MIB  # Python, numpy, Pillow, tokenizers and onnxruntime
 _PACKED = {"fp32": 1.3, "fp16": 2.6, "int8": 1.3, "int4": 1.3}  # resident bytes per stored byte: the kernels' own copy, and what is still mapped
+_SHARED, _TWICE = 1.05, 2.0  # as TensorRT-RTX compiles them; see docs/tensorrt.md
 _ROUNDING = 4.0  # float copies of a weight while it is rounded
 _BLOCK_COPIES = 4.7  # of the largest block's float weights while it is read, checked and run
 _ACTIVATIONS = 2.5  # what the engine reserves for them, against what they take
@@ -45,21 +46,22 @@ def linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     return {name: (int(shape[0]), int(shape[1])) for name, shape in shapes.items()}
 
 
-def linear_bytes(outputs: int, inputs: int, scheme: LinearScheme) -> int:
-    """Stored bytes of a weight under a scheme, scales and zero points included."""
+def linear_bytes(outputs: int, inputs: int, scheme: LinearScheme, scale: int = 4) -> int:
+    """Stored bytes of a weight under a scheme, scales (of `scale` bytes) and zero points included."""
     if not scheme.quantised:
         return outputs * inputs * scheme.bits // 8
-    if scheme.activation != "float":
-        return outputs * inputs + 4 * outputs
-    block = scheme.kernel_block(inputs)
+    if scheme.activation != "float" or (scheme.bits == 8 and not scheme.block):
+        return outputs * inputs + scale * outputs
+    block = scheme.grid_block(inputs) if scheme.whole else scheme.kernel_block(inputs)
     count = math.ceil(inputs / block)
     zeros = math.ceil(count / 2) if scheme.bits == 4 and not scheme.symmetric else 0
-    return outputs * (count * block * scheme.bits // 8 + 4 * count + zeros)
+    return outputs * (count * block * scheme.bits // 8 + scale * count + zeros)
 
 
 def part_bytes(spec: ModelSpec, scheme: Scheme) -> dict[str, int]:
     """Bytes of weights in each graph."""
     half = 2 if scheme.embeddings == "fp16" else 4
+    scale = 2 if scheme.compute == "fp16" else 4
     shapes = linears(spec)
     in_tower = [name for name in shapes if not name.startswith(DECODER)]
     tower, decoder = spec.vision, spec.decoder
@@ -68,9 +70,15 @@ def part_bytes(spec: ModelSpec, scheme: Scheme) -> dict[str, int]:
     decoder_norms = (2 * decoder.layers + 1) * decoder.hidden
     rotary = decoder.context * decoder.head_dim * (2 if scheme.linear(DECODER).weight == "fp16" else 4)
     wide = 3 * tower.patch_size**2 * tower.width + (tower.grid**2 + 2) * tower.width  # more than two dimensions
-    found = {"vision": sum(linear_bytes(*shapes[name], scheme.linear(name)) for name in in_tower) + 4 * (others - decoder_norms - wide) + half * wide}
+    found = {
+        "vision": sum(linear_bytes(*shapes[name], scheme.linear(name), scale) for name in in_tower)
+        + 4 * (others - decoder_norms - wide)
+        + half * wide
+    }
     for graph in ("decoder", *(["prefill"] if scheme.prefill is not None else [])):
-        linear = sum(linear_bytes(*shape, scheme.linear(name, graph == "prefill")) for name, shape in shapes.items() if name.startswith(DECODER))
+        linear = sum(
+            linear_bytes(*shape, scheme.linear(name, graph == "prefill"), scale) for name, shape in shapes.items() if name.startswith(DECODER)
+        )
         found[graph] = linear + 4 * decoder_norms + rotary
     return found
 
@@ -146,12 +154,18 @@ def _run_memory(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], contex
     cache = context * _cache_row(spec, scheme)
     resident = 0.0
     for graph, size in weights.items():
-        kind = scheme.linear("" if graph == "vision" else DECODER, graph == "prefill").weight
-        resident += _PACKED[kind] * size
+        linear = scheme.linear("" if graph == "vision" else DECODER, graph == "prefill")
+        on_gpu = _SHARED if graph == "vision" else _packed_on_gpu(linear)
+        resident += (on_gpu if scheme.compute == "fp16" else _PACKED[linear.weight]) * size
     patches, length = tower.grid**2 + 1, spec.pool_sizes[0] ** 2 + _TEXT_TOKENS
     seen = 4 * (patches * (6 * tower.width + 2 * tower.mlp_width) + tower.heads * patches**2)
     read = 4 * length * (4 * decoder.hidden + 3 * decoder.mlp_width) + 4 * decoder.heads * length**2
     return {"runtime": _RUNTIME, "weights": int(resident), "cache": cache, "activations": int(_ACTIVATIONS * (seen + read))}
+
+
+def _packed_on_gpu(linear: LinearScheme) -> float:
+    """Bytes of a decoder's engine per stored byte: two profiles share weights that are unpacked as they are read, and no others."""
+    return _SHARED if linear.quantised and linear.activation == "float" else _TWICE
 
 
 def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], samples: int, questions: bool) -> int:
@@ -167,7 +181,9 @@ def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], sample
     states = 4 * cases * max((spec.vision.grid**2 + 1) * spec.vision.width + 3 * spec.vision.image_size**2, 400 * spec.decoder.hidden)
     rounding = int(4 * _ROUNDING * largest) if any(scheme.linear(name).quantised for name in names) else 8 * largest
     total = sum(weights.values())
-    if total > LARGE_BYTES:
+    if scheme.compute == "fp16":
+        replayed = int(1.1 * total) + 4 * table  # whole, through the reference
+    elif total > LARGE_BYTES:
         replayed = int(2 * max(PIECE_BYTES + 4 * table, weights["vision"]))
     else:
         whole = 4 * spec.parameters if questions and spec.parameters <= 500_000_000 else 0  # answers are compared with the model in memory

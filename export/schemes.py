@@ -35,6 +35,7 @@ BLOCKS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True, symmetric
 # TensorRT multiplies signed bytes with one calibrated scale per tensor of activations and one per output channel of weights.
 W8A8 = LinearScheme("int8", SIGNED, smooth=True)
 CHANNELS8 = LinearScheme("int8")
+WHOLE4 = replace(FAST4, whole=True)
 DECODER, VISION = "decoder.", "vision_tower."
 
 
@@ -87,8 +88,9 @@ class Scheme:
 
     @property
     def byte_weights(self) -> bool:
-        """True if the decoder has 8-bit weights and float activations."""
-        return any(linear.weight == "int8" and linear.activation == "float" for linear in (self.linear(f"{DECODER}layers.0"), self.linear(DECODER)))
+        """True if a layer of the decoder may have 8-bit weights and float activations."""
+        decoder = (linear for prefix, linear in self.parts.items() if not prefix.startswith((VISION, "vision_tower", "pool_adapter")))
+        return any(linear.weight == "int8" and linear.activation == "float" for linear in decoder)
 
     @property
     def calibrates(self) -> bool:
@@ -150,10 +152,10 @@ TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
     "tensorrt": {
         scheme.name: scheme
         for scheme in (
-            _halves("fp16", {"": HALF}, _FLOAT16, "half precision; norms, softmax and logits in fp32"),
+            _halves("fp16", {"": HALF}, _FLOAT16, "half precision; norms and softmax in fp32"),
             _halves("int8", {"": W8A8}, _STATIC, "W8A8 with calibrated ranges (SmoothQuant)"),
             _halves("int8-weights", {"": CHANNELS8}, _INTEGER, "8-bit weights, one scale per channel"),
-            _halves("int4", {"": W8A8, DECODER: FAST4, "decoder.lm_head": W8A8}, _FOUR, "4-bit decoder (GPTQ), W8A8 tower and head"),
+            _halves("int4", {"": W8A8, DECODER: WHOLE4, "decoder.lm_head": W8A8}, _FOUR, "4-bit decoder (GPTQ), W8A8 tower and head"),
         )
     },
 }

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from runtime.contract.errors import ContextError
 from runtime.engines import Engine
+from runtime.sampling import check_finite
 
 __all__ = ["CacheBudget", "Prefix", "Segment"]
 
@@ -83,6 +84,7 @@ class Prefix:
             width = 1 if segment.stepwise else segment.rows
             for at in range(0, segment.rows, width):
                 logits = self.engine.forward(embeds[:, at : at + width], start + at)
+                check_finite(logits)  # of every segment: what follows one that is not finite may look as if it were
             start += segment.rows
             self._held.append((segment.key, segment.rows))
         assert logits is not None, "the last segment is always computed"

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeVar
 
-import numpy as np
 from PIL import Image
 
 from runtime.constraints import Constraint
@@ -22,6 +21,7 @@ from runtime.decoding import Decoding
 from runtime.engines import Engine
 from runtime.features import FeatureCache, Features
 from runtime.kv_cache import CacheBudget, Segment
+from runtime.sampling import check_finite
 
 __all__ = ["IMAGE_STAGES", "Job", "Picture", "PictureSource"]
 
@@ -64,9 +64,9 @@ class Picture:
             pixels = self._timed("preprocess", lambda: to_pixels(picture, self._spec))
             pool = pool_matrix(self._spec.vision.grid, self.p)
             embeds = self._timed("vision", lambda: self._engine.embed_image(pixels, pool)[0])
+            check_finite(embeds, "the vision graph", "embeddings")
             found = Features(embeds, picture.size)
-            if np.isfinite(embeds).all():  # else the decoder's logits will say so
-                self._cache.put(self.digest, self.p, found)
+            self._cache.put(self.digest, self.p, found)
         return found
 
     def _timed(self, stage: str, call: Callable[[], T]) -> T:

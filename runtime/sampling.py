@@ -26,15 +26,15 @@ def greedy(logits_V: Row) -> int:
     return token
 
 
-def check_finite(logits: Row) -> None:
-    """Raises `NonFiniteError` if any logit is NaN or infinite."""
-    if not np.isfinite(logits).all():
-        _refuse()
+def check_finite(values: Row, maker: str = "the decoder", what: str = "logits") -> None:
+    """Raises `NonFiniteError` if any logit (or whatever `maker` made) is NaN or infinite."""
+    if not np.isfinite(values).all():
+        _refuse(maker, what)
 
 
-def _refuse() -> None:
+def _refuse(maker: str = "the decoder", what: str = "logits") -> None:
     raise NonFiniteError(
-        "the decoder produced NaN or infinite logits; no token was taken. Run infmllm-run --self-test, or rebuild with --precision fp32"
+        f"{maker} produced NaN or infinite {what}; no token was taken. Run infmllm-run --self-test, or rebuild with --precision fp32"
     )
 
 

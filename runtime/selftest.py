@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract.bundle import GOLDENS
-from runtime.contract.errors import BundleError
+from runtime.contract.bundle import GOLDENS, VERIFIED
+from runtime.contract.console import note
+from runtime.contract.errors import BundleError, ContextError
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import ModelSpec
 from runtime.kv_cache import CacheBudget
 from runtime.session import Session
 
-__all__ = ["Golden", "StageError", "read_goldens", "replay", "replay_goldens", "stage_errors", "write_goldens"]
+__all__ = ["Golden", "StageError", "read_goldens", "replay", "replay_goldens", "stage_errors", "try_engine", "write_goldens"]
 
 Array = NDArray[np.float32]
 
@@ -116,6 +117,24 @@ def replay(session: Session, tolerance: Mapping[str, float]) -> list[StageError]
     for golden in goldens:
         _check(golden, session.spec, path)
     return replay_goldens(session, goldens, tolerance)
+
+
+def try_engine(session: Session) -> None:
+    """Replays the goldens through an engine that is on trial, until it has passed. Raises `EngineError` if no form of it does.
+
+    A bundle that drifted from PyTorch when it was built, and a cache too short for the goldens, leave nothing to try: a notice says so.
+    """
+    bundle, engine = session.bundle, session.engine
+    while (trial := engine.trial) is not None:
+        if bundle.verdict != VERIFIED:
+            note(f"{bundle.path} is {bundle.verdict}: its engines answer untried")
+            return
+        try:
+            stages = replay(session, bundle.tolerance)
+        except ContextError as error:
+            note(f"the engines of {bundle.path} answer untried: {error}")
+            return
+        trial.judge({s.stage: f"{s.stage} error {s.error:.3g}, allowed {s.tolerance:.3g}" for s in stages if not s.passed})
 
 
 def replay_goldens(session: Session, goldens: Sequence[Golden], tolerance: Mapping[str, float]) -> list[StageError]:

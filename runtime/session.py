@@ -281,14 +281,8 @@ def load(
     bundle = read_bundle(Path(path))
     bundle.verify_once()
     engine = load_engine(bundle, EngineOptions(threads, context, engine_cache))
-    _try(bundle, engine)
+    if engine.trial is not None:
+        from runtime.selftest import try_engine
+
+        try_engine(Session(bundle, engine))
     return Session(bundle, engine, image_cache)
-
-
-def _try(bundle: Bundle, engine: Engine) -> None:
-    """Replays the goldens through an engine that is on trial, until it has passed. Raises `EngineError` if no form of it does."""
-    while engine.trial is not None:
-        from runtime.selftest import replay
-
-        stages = replay(Session(bundle, engine), bundle.tolerance)
-        engine.trial.judge({s.stage: f"{s.stage} error {s.error:.3g}, allowed {s.tolerance:.3g}" for s in stages if not s.passed})

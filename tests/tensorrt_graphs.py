@@ -58,7 +58,7 @@ class _MadeUp(Calibrated):
     def quantised(self, name: str, scheme: LinearScheme) -> Quantised:
         weight = self.read(name)
         rows, columns = weight.shape
-        block = min(scheme.block, columns) or columns
+        block = scheme.grid_block(columns)
         low, high, zero = (0, 15, 8.0) if scheme.bits == 4 else (-127, 127, 0.0)
         scale = torch.full((rows, -(-columns // block)), 0.1 / (high - low))
         levels = (weight * ((high - low) / 0.1) + zero).clamp_(low, high).to(torch.int16)

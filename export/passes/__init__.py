@@ -13,7 +13,7 @@ from export.passes.logits_to_keep import KEEP_LOGITS
 from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NORMS
 from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, REWRITE
 from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE
-from export.passes.token_outputs import TOKEN_OUTPUTS
+from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
 
 __all__ = ["PASSES", "SIMPLIFY", "GraphPass", "PassResult", "run_passes"]
 
@@ -23,7 +23,7 @@ SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWR
 LOWERINGS: tuple[GraphPass, ...] = (
     *(GROUP_QUERY_ATTENTION, KEEP_LOGITS),
     *(SIMPLIFIED_NORMS, MULTI_HEAD_ATTENTION, ONE_PICTURE),
-    *(PLAIN_NORMS, PLAIN_GELU, PLAIN_ATTENTION, PLAIN_CACHE, FUSED_CACHE, TOKEN_OUTPUTS),
+    *(PLAIN_NORMS, PLAIN_GELU, PLAIN_ATTENTION, PLAIN_CACHE, FUSED_CACHE, FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS),
 )
 
 PASSES: dict[str, GraphPass] = {step.name: step for step in (*SIMPLIFY, *LOWERINGS)}

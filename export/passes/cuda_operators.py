@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from export.passes.cached_attention import remove_unused
 from export.passes.contract import GraphPass, PassResult, replace_node
+from export.passes.plain_operators import is_bare
 
 __all__ = ["MULTI_HEAD_ATTENTION", "ONE_PICTURE", "SIMPLIFIED_NORMS"]
 
@@ -54,11 +55,7 @@ def _attention(model: ir.Model) -> PassResult:
     for node in list(model.graph):
         if node.op_type != "Attention":
             continue
-        if (
-            len([value for value in node.inputs if value is not None]) != 3
-            or node.attributes.get_int("is_causal", False)
-            or "scale" in node.attributes
-        ):
+        if not is_bare(node):
             refused.append(f"multi_head_attention: {node.name} has a mask or a scale of its own")
             continue
         try:

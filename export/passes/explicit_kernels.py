@@ -38,19 +38,16 @@ def _weights(layer: Layer) -> None:
 
 def _restored(layer: Layer) -> ir.Value:
     """The weight [K,N] in float, from levels and scales."""
-    if layer.scheme.bits == 8 and layer.scheme.block:
-        block = min(layer.scheme.block, layer.k)
-        levels = layer.stored("int8", lambda q: np.ascontiguousarray(q.levels.numpy().T.astype(np.int8)), _I8, (layer.k, layer.n))
-        scale = layer.stored("scale", lambda q: np.ascontiguousarray(q.grid.scale.numpy().T), _FP32, (-(-layer.k // block), layer.n))
-        return layer.insert("DequantizeLinear", [levels, scale], _FP32, axis=0, block_size=block)[0]
     if layer.scheme.bits == 8:
+        assert layer.scheme.block == 0, "8-bit weights have a scale per channel here"
         levels = layer.stored("int8", lambda q: np.ascontiguousarray(q.levels.numpy().T.astype(np.int8)), _I8, (layer.k, layer.n))
         scale = layer.stored("scale", lambda q: q.grid.scale.numpy()[:, 0], _FP32, (layer.n,))
         return layer.insert("DequantizeLinear", [levels, scale], _FP32, axis=1)[0]
     assert layer.scheme.symmetric, "4-bit weights are symmetric here"
-    block = min(layer.scheme.block, layer.k)
+    block = layer.scheme.grid_block(layer.k)
+    assert layer.k % block == 0, f"{layer.name}: TensorRT takes a block for inputs over scales, whatever block_size says"
     levels = layer.stored("int4", _four, _I4, (layer.k, layer.n))
-    scale = layer.stored("scale", lambda q: np.ascontiguousarray(q.grid.scale.numpy().T), _FP32, (-(-layer.k // block), layer.n))
+    scale = layer.stored("scale", lambda q: np.ascontiguousarray(q.grid.scale.numpy().T), _FP32, (layer.k // block, layer.n))
     return layer.insert("DequantizeLinear", [levels, scale], _FP32, axis=0, block_size=block)[0]
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from export.passes.contract import GraphPass, PassResult, constant, insert, replace_node
 
-__all__ = ["PLAIN_ATTENTION", "PLAIN_GELU", "PLAIN_NORMS", "attended"]
+__all__ = ["PLAIN_ATTENTION", "PLAIN_GELU", "PLAIN_NORMS", "attended", "is_bare"]
 
 _FP32 = ir.DataType.FLOAT
 _LAST = np.array([-1], np.int64)
@@ -65,14 +65,20 @@ def attended(model: ir.Model, node: ir.Node, scores: ir.Value, mask: ir.Value | 
     return found
 
 
+def is_bare(attention: ir.Node) -> bool:
+    """True for Attention(q, k, v) without a mask, at the usual scale: a tower's."""
+    given = [value for value in attention.inputs if value is not None]
+    return len(given) == 3 and not attention.attributes.get_int("is_causal", False) and "scale" not in attention.attributes
+
+
 def _attention(model: ir.Model) -> PassResult:
     """softmax(q k^T / sqrt D) v for Attention(q, k, v), all [N,heads,L,D]. The scale's root goes to q and to k, so that fp16 holds the products."""
     modified, refused = 0, []
     for node in list(model.graph):
         if node.op_type != "Attention":
             continue
-        if len([value for value in node.inputs if value is not None]) != 3 or node.attributes.get_int("is_causal", 0) == 1:
-            refused.append(f"plain_attention: {node.name} has a mask")
+        if not is_bare(node):
+            refused.append(f"plain_attention: {node.name} has a mask or a scale of its own")
             continue
         q, k, v = node.inputs[:3]
         assert q is not None and q.shape is not None, "captured graphs carry shapes"

@@ -105,59 +105,57 @@ def _fused_mask(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.V
 
 
 def _plain(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
-    """Groups of query heads that share keys are rows of one product: keys and values are never repeated."""
-    node, heads, kv, dim = match.attention, match.heads, match.kv_heads, match.head_dim
-    query = _rotated(model, match, _heads(model, node, match.query, heads, dim), shared, dim**-0.5)
+    """Groups of query heads that share keys are columns of one product: keys and values are never repeated, and read as they lie in the cache."""
+    node, kv, dim = match.attention, match.kv_heads, match.head_dim
+    _plain_shapes(model, match, shared)
+    query = _rotated(model, match, _heads(model, node, match.query, match.heads, dim), shared, dim**-0.5)
     key = _rotated(model, match, _heads(model, node, match.key, kv, dim), shared)
     value = _heads(model, node, match.value, kv, dim)
     (grouped,) = insert(model, node, "Reshape", [query, _ints(model, 0, kv, -1, dim)], _FP32)
-    (turned,) = insert(model, node, "Transpose", [grouped], _FP32, perm=[0, 1, 3, 2])
-    mask = _plain_mask(model, match, shared)
+    (columns,) = insert(model, node, "Transpose", [grouped], _FP32, perm=[0, 1, 3, 2])
 
     def scores(keys: ir.Value) -> ir.Value:
-        (product,) = insert(model, node, "MatMul", [keys, turned], _FP32)
+        (product,) = insert(model, node, "MatMul", [keys, columns], _FP32)
         return insert(model, node, "Transpose", [product], _FP32, perm=[0, 1, 3, 2])[0]
+
+    (both,) = insert(model, node, "Concat", [scores(match.key_cache), scores(key)], _FP32, axis=-1)
+    (by_head,) = insert(model, node, "Reshape", [both, shared["heads, rows, keys"]], _FP32)
+    weights = attended(model, node, by_head, _plain_mask(model, match, shared))
+    (weights,) = insert(model, node, "Reshape", [weights, shared["groups, keys"]], _FP32)
 
     def product(start: ir.Value, end: ir.Value, values: ir.Value) -> ir.Value:
         (part,) = insert(model, node, "Slice", [weights, start, end, _ints(model, 3)], _FP32)
-        (found,) = insert(model, node, "MatMul", [part, values], _FP32)
-        return found
+        return insert(model, node, "MatMul", [part, values], _FP32)[0]
 
-    (both,) = insert(model, node, "Concat", [scores(match.key_cache), scores(key)], _FP32, axis=-1)
-    if "tail" not in shared:
-        (shape,) = insert(model, node, "Shape", [match.key_cache], _INT64, start=2, end=3)
-        (length,) = insert(model, node, "Shape", [_input(model, INPUTS_EMBEDS)], _INT64, start=1, end=2)
-        (shared["tail"],) = insert(model, node, "Concat", [_ints(model, 0, heads), length, _ints(model, -1)], _INT64, axis=0)
-        shared["capacity"] = shape
-    (by_head,) = insert(model, node, "Reshape", [both, shared["tail"]], _FP32)
-    weights = attended(model, node, by_head, mask)
-    (weights,) = (
-        insert(model, node, "Reshape", [weights, shared["groups"]], _FP32) if "groups" in shared else [_grouped(model, match, weights, shared)]
-    )
     seen = product(_ints(model, 0), shared["capacity"], match.value_cache)
     own = product(shared["capacity"], _ints(model, np.iinfo(np.int64).max), value)
     (total,) = insert(model, node, "Add", [seen, own], _FP32)
-    _finish(model, match, total, shared, key, value)
-
-
-def _grouped(model: ir.Model, match: CachedAttention, weights: ir.Value, shared: Shared) -> ir.Value:
-    """[B,heads,L,C+L] to [B,KV,heads/KV*L,C+L]."""
-    (last,) = insert(model, match.attention, "Shape", [weights], _INT64, start=3, end=4)
-    (shared["groups"],) = insert(model, match.attention, "Concat", [_ints(model, 0, match.kv_heads, -1), last], _INT64, axis=0)
-    return insert(model, match.attention, "Reshape", [weights, shared["groups"]], _FP32)[0]
-
-
-def _finish(model: ir.Model, match: CachedAttention, grouped: ir.Value, shared: Shared, key: ir.Value, value: ir.Value) -> None:
-    """[B,KV,heads/KV*L,D] to [B,L,heads*D], in the old output's place; new rows become the graph's outputs."""
-    node = match.attention
-    if "heads" not in shared:
-        (length,) = insert(model, node, "Shape", [_input(model, INPUTS_EMBEDS)], _INT64, start=1, end=2)
-        (shared["heads"],) = insert(model, node, "Concat", [_ints(model, 0, match.heads), length, _ints(model, match.head_dim)], _INT64, axis=0)
-    (split,) = insert(model, node, "Reshape", [grouped, shared["heads"]], _FP32)
+    (split,) = insert(model, node, "Reshape", [total, shared["heads, rows, width"]], _FP32)
     _merge(model, match, split, key, value)
 
 
+def _plain_shapes(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
+    """What tensors are reshaped to, once for all layers: C and L are known only when the graph runs."""
+    if "capacity" in shared:
+        return
+    node, heads = match.attention, match.heads
+    (capacity,) = insert(model, node, "Shape", [match.key_cache], _INT64, start=2, end=3)
+    (length,) = insert(model, node, "Shape", [_input(model, POSITION_IDS)], _INT64, start=1, end=2)
+    (keys,) = insert(model, node, "Add", [capacity, length], _INT64)
+
+    def shape(*parts: ir.Value) -> ir.Value:
+        return insert(model, node, "Concat", parts, _INT64, axis=0)[0]
+
+    shared |= {
+        "capacity": capacity,
+        "heads, rows, keys": shape(_ints(model, 0, heads), length, keys),
+        "groups, keys": shape(_ints(model, 0, match.kv_heads, -1), keys),
+        "heads, rows, width": shape(_ints(model, 0, heads), length, _ints(model, match.head_dim)),
+    }
+
+
 def _merge(model: ir.Model, match: CachedAttention, attended_BHLD: ir.Value, key: ir.Value, value: ir.Value) -> None:
+    """[B,heads,L,D] to [B,L,heads*D], in the old output's place; `key` and `value` become the graph's outputs."""
     (turned,) = insert(model, match.attention, "Transpose", [attended_BHLD], _FP32, perm=[0, 2, 1, 3])
     (merged,) = insert(model, match.attention, "Reshape", [turned, _ints(model, 0, 0, match.heads * match.head_dim)], _FP32)
     take_over(match, merged, key, value)
@@ -192,9 +190,11 @@ def _lower(model: ir.Model, name: str, replace: Callable[[ir.Model, CachedAttent
 
 def _lower_plain(model: ir.Model) -> PassResult:
     result = _lower(model, "plain_cache", _plain)
+    if not result.modified:
+        return result
     length = _input(model, INPUTS_EMBEDS).shape[1]  # type: ignore[index]
     for value in model.graph.outputs:
-        if result.modified and value.shape is not None and len(value.shape) == 4:
+        if value.shape is not None and len(value.shape) == 4:
             value.shape = ir.Shape([value.shape[0], value.shape[1], length, value.shape[3]])
     return result
 

@@ -5,6 +5,8 @@ With them a decoding step brings a token id and one number across to the host in
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
@@ -12,12 +14,12 @@ from export.passes.contract import GraphPass, PassResult, constant, insert
 from export.passes.logits_to_keep import last_position
 from runtime.contract.spec import LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN
 
-__all__ = ["TOKEN_OUTPUTS"]
+__all__ = ["FIRST_TOKEN_OUTPUTS", "TOKEN_OUTPUTS"]
 
 _FP32, _INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
-def _outputs(model: ir.Model) -> PassResult:
+def _outputs(model: ir.Model, first: bool) -> PassResult:
     graph = model.graph
     if any(value.name == LOGITS_ROWS for value in graph.inputs):
         return PassResult(0)
@@ -36,21 +38,20 @@ def _outputs(model: ir.Model) -> PassResult:
     logits = graph.outputs[0]
     assert logits.name == LOGITS and logits.shape is not None, "captured graphs give logits first"
     logits.shape = ir.Shape(["n", logits.shape[1]])
-    graph.outputs[:] = [logits, *_summaries(model, logits, matrix), *graph.outputs[1:]]
+    graph.outputs[:] = [logits, *_summaries(model, logits, hidden, first), *graph.outputs[1:]]
     return PassResult(1)
 
 
-def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool) -> tuple[ir.Value, ir.Value]:
     """`next_token` [n] int64 and `logits_mass` [n].
 
-    Of equal logits the lowest id wins, as on the CPU; engines promise no order for ArgMax, so the ids of all that equal the largest are compared
-    (as floats, which hold them exactly, since reductions of integers are young). The mass takes in the hidden row: an 8-bit head turns what is not
-    finite into numbers.
+    The mass takes in the hidden rows [B,L,H] of the whole call: 8-bit layers turn what is not finite into numbers, but the residual stream keeps it.
+
+    With `first`, of equal logits the lowest id wins, as on the CPU, whatever order the engine has for ArgMax: the ids of all that equal the largest
+    are compared (as floats, which hold them exactly, since reductions of integers are young).
     """
     assert logits.shape is not None, "captured graphs carry shapes"
-    axis, count = constant(model, "last_axis", np.array([-1], np.int64)), int(logits.shape[1])  # type: ignore[arg-type]
-    ids = constant(model, "token_ids", np.arange(count, dtype=np.float32))
-    beyond = constant(model, "token_ids.beyond", np.array(count, np.float32))
+    axis = constant(model, "last_axis", np.array([-1], np.int64))
 
     def add(op_type: str, inputs: list[ir.Value], dtype: ir.DataType = _FP32, **attributes: int) -> ir.Value:
         node = ir.node(op_type, inputs, dict(attributes))
@@ -59,14 +60,22 @@ def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value) -> tuple[ir.
         model.graph.append(node)
         return node.outputs[0]
 
-    largest = add("ReduceMax", [logits, axis], keepdims=1)
-    best = add("Where", [add("Equal", [logits, largest], ir.DataType.BOOL), ids, beyond])
-    token = add("Cast", [add("ReduceMin", [best, axis], keepdims=0)], _INT64, to=_INT64)
-    masses = [add("ReduceSum", [add("Abs", [value]), axis], keepdims=0) for value in (logits, hidden)]
-    mass = add("Add", masses)
+    if first:
+        count = int(logits.shape[1])  # type: ignore[arg-type]
+        ids = constant(model, "token_ids", np.arange(count, dtype=np.float32))
+        beyond = constant(model, "token_ids.beyond", np.array(count, np.float32))
+        equal = add("Equal", [logits, add("ReduceMax", [logits, axis], keepdims=1)], ir.DataType.BOOL)
+        lowest = add("ReduceMin", [add("Where", [equal, ids, beyond]), axis], keepdims=0)
+        token = add("Cast", [lowest], _INT64, to=_INT64)
+    else:
+        token = add("ArgMax", [logits], _INT64, axis=-1, keepdims=0, select_last_index=0)
+    everything = add("ReduceSum", [add("Abs", [hidden]), constant(model, "all_axes", np.array([0, 1, 2], np.int64))], keepdims=0)
+    mass = add("Add", [add("ReduceSum", [add("Abs", [logits]), axis], keepdims=0), everything])
     token.name, mass.name = NEXT_TOKEN, LOGITS_MASS
     token.shape = mass.shape = ir.Shape(["n"])
     return token, mass
 
 
-TOKEN_OUTPUTS = GraphPass("token_outputs", _outputs, requires=frozenset({"::Gather"}), ensures=frozenset({"::ReduceMin"}))
+_REQUIRES = frozenset({"::Gather"})
+FIRST_TOKEN_OUTPUTS = GraphPass("first_token_outputs", partial(_outputs, first=True), _REQUIRES, frozenset({"::ReduceMin"}))
+TOKEN_OUTPUTS = GraphPass("token_outputs", partial(_outputs, first=False), _REQUIRES, frozenset({"::ArgMax"}))

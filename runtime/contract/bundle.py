@@ -103,8 +103,12 @@ class Bundle:
     @property
     def capacity(self) -> int:
         """Rows of the longest key/value caches its graphs can have."""
-        text = self.schemes.get(CAPACITY, "")
-        return min(int(text), self.spec.decoder.context) if text.isascii() and text.isdigit() and int(text[:9]) > 0 else self.spec.decoder.context
+        text, most = self.schemes.get(CAPACITY), self.spec.decoder.context
+        if text is None:
+            return most
+        if not (text.isascii() and text.isdigit() and len(text) <= 9 and 0 < int(text) <= most):
+            raise BundleError(f"{self.path / MANIFEST}: capacity is {text!r:.20}, expected 1 to {most}; re-export the bundle")
+        return int(text)
 
     @property
     def verdict(self) -> str:

@@ -45,7 +45,7 @@ TOTAL_LENGTH = "total_sequence_length"  # int32 scalar, likewise: cache rows fil
 LOGITS_TO_KEEP = "logits_to_keep"  # [1] int64, cpu target: how many of the last positions get logits
 LOGITS_ROWS = "logits_rows"  # [n] int64, targets on GPUs: positions along L that get logits
 NEXT_TOKEN = "next_token"  # [n] int64, targets on GPUs: the likeliest token of each such position
-LOGITS_MASS = "logits_mass"  # [n] float32, targets on GPUs: the sum of |logits| and of |the hidden row|, finite exactly if both are
+LOGITS_MASS = "logits_mass"  # [n] float32, targets on GPUs: the sum of |logits| and of |hidden rows| of the call, finite exactly if all are
 LOGITS = "logits"  # [B, V] float32, of the last position; [B*n, V] where the last n are asked for
 
 

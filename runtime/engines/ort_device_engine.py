@@ -15,7 +15,7 @@ from runtime.contract.errors import EngineError
 from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN, PIXELS, POOL, present
 from runtime.engines import Trial
 from runtime.engines.ort_contract import cache_names
-from runtime.engines.ort_device import Bound, Device
+from runtime.engines.ort_device import Bound, Device, write
 from runtime.engines.ort_session import engine_errors
 from runtime.sampling import check_finite
 
@@ -78,19 +78,46 @@ class DeviceEngine:
 
     def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
         """See `Engine.forward`."""
-        logits: NDArray[np.float32] = self._run(inputs_embeds, start, 1).read(LOGITS)[0]
+        call = self._run(inputs_embeds, start, 1)
+        logits: NDArray[np.float32] = self._sound(call)[0]
+        if not self._proved and np.isfinite(logits).all() and logits[self._token(call)] != logits.max():
+            self.judge({"decode": "the token chosen is not the likeliest"})
         return logits
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
-        """See `Engine.greedy`; ties go to the lowest id."""
+        """See `Engine.greedy`."""
         call = self._run(inputs_embeds, start, 1)
-        check_finite(call.read(LOGITS_MASS))
-        return int(call.read(NEXT_TOKEN)[0])
+        self._sound(call, tokens=True)
+        return self._token(call)
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
         """See `Engine.verify`."""
-        logits: NDArray[np.float32] = self._run(inputs_embeds, start, inputs_embeds.shape[1]).read(LOGITS)
+        return self._sound(self._run(inputs_embeds, start, inputs_embeds.shape[1]))
+
+    def _sound(self, call: Bound, tokens: bool = False) -> NDArray[np.float32]:
+        """A call's logits, NaN where its mass is not finite (8-bit layers make numbers of what is not); with `tokens` that raises `NonFiniteError`.
+
+        The cache is emptied then: rows that are masked now must be zeros, since nothing times NaN is NaN.
+        """
+        mass = call.read(LOGITS_MASS)
+        wrong = ~np.isfinite(mass)
+        if wrong.any():
+            for cache in self.caches.values():
+                write(cache, np.zeros(self.cache_shape, np.float16))
+        if tokens:
+            check_finite(mass)
+            return mass
+        logits: NDArray[np.float32] = call.read(LOGITS)
+        if wrong.any():
+            logits = np.where(wrong[:, None], np.float32(np.nan), logits)
         return logits
+
+    def _token(self, call: Bound) -> int:
+        """The token the GPU chose. Raises `EngineError` if it is none."""
+        token, count = int(call.read(NEXT_TOKEN)[0]), self.bundle.spec.decoder.vocab_size
+        if not 0 <= token < count:
+            raise EngineError(f"the GPU chose token {token}, expected 0 to {count - 1}; run infmllm-run --self-test, or re-export the bundle")
+        return token
 
     def _run(self, inputs_embeds: NDArray[np.float32], start: int, count: int) -> Bound:
         length = inputs_embeds.shape[1]

@@ -6,6 +6,7 @@ one buffer is bound as input and output. CUDA graphs stay off until someone has 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,7 +134,7 @@ def _opened(
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             return ort.InferenceSession(path, settings, providers=[device.provider])
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        settings.add_provider_for_devices([plugin], _provider_options(bundle, largest))
+        settings.add_provider_for_devices([plugin], _provider_options(bundle, options, largest))
         session = ort.InferenceSession(path, settings, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise EngineError(f"{path} cannot run in TensorRT-RTX: {str(error).splitlines()[0]:.300}; {_REMEDY}") from None
@@ -142,19 +143,22 @@ def _opened(
     return session
 
 
-def _provider_options(bundle: Bundle, largest: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def _provider_options(bundle: Bundle, options: EngineOptions, largest: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """One profile for all calls, best for single tokens; caches have a fixed shape and need none."""
     spec = bundle.spec.decoder
     caches = dict.fromkeys(cache_names(bundle), (1, spec.kv_heads, bundle.capacity, spec.head_dim)) if INPUTS_EMBEDS in largest else {}
     fixed = {INPUTS_EMBEDS: (0, 2), PIXELS: (0, 1, 2, 3), POOL: (1,), POSITION_IDS: (0,)}
     least = {name: tuple(size if axis in fixed.get(name, ()) else 1 for axis, size in enumerate(shape)) for name, shape in largest.items()}
-    folder = cache_folder() / "engines-rtx"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return {
+    kept = {}
+    if options.engine_cache:
+        folder = cache_folder() / "engines-rtx"
+        with contextlib.suppress(OSError):  # a read-only home costs compiling at every start
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            kept = {"nv_runtime_cache_path": str(folder)}
+    return kept | {
         "nv_profile_min_shapes": _shapes({**least, **caches}),
         "nv_profile_opt_shapes": _shapes({**(least if caches else largest), **caches}),
         "nv_profile_max_shapes": _shapes({**largest, **caches}),
-        "nv_runtime_cache_path": str(folder),
     }
 
 

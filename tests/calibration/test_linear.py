@@ -61,6 +61,14 @@ def test_gptq_without_statistics_rounds_to_the_nearest() -> None:
     assert torch.equal(gptq(weight, torch.zeros(64, 64), grid).levels, round_to(weight, grid).levels)
 
 
+@pytest.mark.parametrize(("inputs", "block"), [(192, 64), (96, 32), (2048, 128), (11008, 128), (64, 64), (100, 100)])
+def test_whole_blocks_divide_the_inputs(inputs: int, block: int) -> None:
+    """An engine that infers a block's size from the number of scales must find the one that was meant."""
+    scheme = LinearScheme("int4", block=128, symmetric=True, whole=True)
+    grid = grid_for(normal(4, inputs), scheme)
+    assert scheme.grid_block(inputs) == grid.block == block and grid.scale.shape == (4, inputs // block)
+
+
 @pytest.mark.parametrize("kind", ["int8-row", "int8-tensor", "int8-static"])
 def test_activations_are_rounded_within_half_a_step(kind: str) -> None:
     x = normal(7, 50)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["bindings", "compiler"]
+__all__ = ["bindings", "compiler", "cuda"]
 
 HERE = Path(__file__).parent
 COMPILER = ("tensorrt_cu13_bindings==11.4.0.106", "onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0")
@@ -41,6 +41,11 @@ def bindings(root: Path, version: str) -> dict[str, str]:
     return _environment(root, (f"tensorrt_cu12_bindings=={version}",), "")
 
 
+def cuda(root: Path, version: str) -> dict[str, str]:
+    """The environment in which `cuda.bindings.runtime` is that version's, without a driver."""
+    return _environment(root, (f"cuda-bindings=={version}", "cuda-pathfinder>=1.1"), "")
+
+
 def _environment(root: Path, wheels: tuple[str, ...], libraries: str) -> dict[str, str]:
     folder = root / wheels[0].replace("==", "-")
     if not (folder / "ready").is_file():
@@ -57,6 +62,9 @@ def _environment(root: Path, wheels: tuple[str, ...], libraries: str) -> dict[st
 def _install(folder: Path, wheels: tuple[str, ...], libraries: str) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder), *wheels]
     subprocess.run(pip, check=True, capture_output=True, text=True, timeout=900)
+    if "tensorrt" not in wheels[0]:
+        (folder / "ready").touch()
+        return
     module = folder / "tensorrt"
     module.mkdir(exist_ok=True)
     (module / "__init__.py").write_text(_TENSORRT)

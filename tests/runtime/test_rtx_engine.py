@@ -122,7 +122,7 @@ def test_a_tensorrt_bundle_runs_in_the_plugin_where_tensorrt_is_not_installed(
 
 def test_profiles_reach_from_one_token_to_the_whole_context(built_for: Callable[[str, str], Path]) -> None:
     bundle, spec = read_bundle(built_for("rtx", "fp16")), TINY.decoder
-    options = _provider_options(bundle, {INPUTS_EMBEDS: (1, spec.context, spec.hidden)})
+    options = _provider_options(bundle, EngineOptions(), {INPUTS_EMBEDS: (1, spec.context, spec.hidden)})
     cache = f"key_cache.0:1x{spec.kv_heads}x{spec.context}x{spec.head_dim}"
     assert options["nv_profile_min_shapes"].startswith(f"{INPUTS_EMBEDS}:1x1x{spec.hidden},{cache},")
     assert options["nv_profile_max_shapes"].startswith(f"{INPUTS_EMBEDS}:1x{spec.context}x{spec.hidden},{cache},")

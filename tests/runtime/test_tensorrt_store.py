@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from runtime import Session, load
-from runtime.contract.bundle import cache_folder
+from runtime.contract.bundle import MANIFEST, cache_folder
 from runtime.contract.errors import UsageError
 from runtime.contract.files import locked
 from runtime.engines import shelf
@@ -221,3 +222,17 @@ def test_the_compilers_memory_can_be_chosen(bundle: Path, gpu: Install, monkeypa
         monkeypatch.setenv("INFMLLM_WORKSPACE_MB", text)
         with pytest.raises(UsageError, match="whole number of megabytes"):
             load(bundle, engine_cache=False)
+
+
+def test_what_cannot_be_tried_is_said(bundle: Path, gpu: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bundle that is known to drift, and a cache too short for the goldens, are used with a notice; the next load tries again."""
+    gpu()
+    session = load(bundle, context=24)
+    assert session.engine.capacity == 24 and "answer untried" in capsys.readouterr().err
+    marked = tmp_path / "marked"
+    shutil.copytree(bundle, marked)
+    manifest = json.loads((marked / MANIFEST).read_text())
+    manifest["parity"]["verdict"] = "UNVERIFIED"
+    (marked / MANIFEST).write_text(json.dumps(manifest))
+    load(marked)
+    assert "is UNVERIFIED: its engines answer untried" in capsys.readouterr().err

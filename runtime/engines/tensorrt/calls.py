@@ -148,7 +148,7 @@ class _Decoder:
     def _fill(self, inputs_embeds: NDArray[np.float32], start: int) -> None:
         """Puts the embeddings [1,L,H] and their positions where the GPU fetches them."""
         length = inputs_embeds.shape[1]
-        with np.errstate(over="ignore"):  # what half precision cannot hold becomes infinite, and so do logits, which are looked at
+        with np.errstate(over="ignore"):  # what half precision cannot hold becomes infinite, which the mass of the call shows
             self._in.arrays[INPUTS_EMBEDS][:, :length] = inputs_embeds
         self._in.arrays[POSITION_IDS][0, :length] = np.arange(start, start + length)
 
@@ -183,8 +183,9 @@ class _Decoder:
     def logits(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
         """The logits [wanted,V] of the call before, which wrote rows `start` and on; valid until the next."""
         self._out.down(LOGITS_MASS, LOGITS, wanted * self._vocabulary)
-        self._arrived(wanted, caches, start)
-        return self._out.arrays[LOGITS][:wanted]
+        mass, found = self._arrived(wanted, caches, start), self._out.arrays[LOGITS][:wanted]
+        found[~np.isfinite(mass)] = np.nan  # 8-bit layers make numbers of what is not finite; nobody may take them for logits
+        return found
 
     def _arrived(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
         """Waits for a call; the sums [wanted] of its logits' magnitudes. If they are not finite, neither may be the rows it wrote."""

@@ -96,7 +96,7 @@ class Device:
         return (code if int(code) else 0), (values[0] if values else None)
 
     def _named(self, code: Any) -> str:
-        """`cudaErrorName: what it means`."""
+        """An error's name and what it means."""
         found = [self._attempt(name, code)[1] for name in ("cudaGetErrorName", "cudaGetErrorString")]
         return ": ".join(text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in found)
 

@@ -132,6 +132,7 @@ class Maker:
         with self._store.making(name):
             if engine := self._opened(name, form):  # another process may just have made it
                 return engine
+            self._store.drop(name)  # a verdict on an engine that is gone is none on the one made now
             workspace = workspace_bytes(self._machine, self._options.workspace_mb)
             self._tell_of_memory(form)
             content = build(self._machine, self._bundle.file(form.file), form, workspace, self._store.timings(self._machine))
