@@ -21,8 +21,9 @@ _STYLE = """
 .heads div { background: var(--soft); border-radius: 8px; padding: .6rem 1rem; }
 .heads b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .heads span, .note { color: var(--dim); font-size: .88rem; }
 .verdict { font-weight: 600; font-size: 1.15rem; overflow-wrap: anywhere; } .bad { color: var(--bad); font-weight: 600; } .dim { color: var(--dim); }
-.wide { overflow-x: auto; } td, th { white-space: nowrap; } td:nth-child(-n+3), th:nth-child(-n+3), td.left { text-align: left; }
-td.words, th.words { text-align: left; white-space: normal; min-width: 16rem; }
+.wide { overflow-x: auto; } td { white-space: nowrap; } th, td { padding: .25rem .55rem; }
+th.left, td:nth-child(-n+3), th:nth-child(-n+3), td.left { text-align: left; }
+td.words, th.words { text-align: left; white-space: normal; } td.words:not(:empty) { min-width: 16rem; }
 ul { padding-left: 1.2rem; } li { margin: .15rem 0; overflow-wrap: anywhere; }
 """
 _STAGES = ("vision", "prefill", "decode", "choice")
@@ -69,7 +70,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) -> s
     lines = ["<tr>" + "".join(f'<td class="{kind}">{escape(text)}</td>' for text, kind in row) + "</tr>" for row in rows]
     if not lines:
         return f'<p class="note">{escape(empty)}</p>'
-    names = "".join(f'<th class="{"words" if name in ("why", "reason") else ""}">{escape(name)}</th>' for name in head)
+    kinds = {"why": "words", "contender": "left"}
+    names = "".join(f'<th class="{kinds.get(name, "")}">{escape(name)}</th>' for name in head)
     return f'<div class="wide"><table><tr>{names}</tr>{"".join(lines)}</table></div>'
 
 

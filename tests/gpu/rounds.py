@@ -15,9 +15,9 @@ Once = Callable[[], Mapping[str, float]]
 def interleaved(contenders: Mapping[str, Once], rounds: int) -> dict[str, Any]:
     """Times by contender and stage, a number a round, after one round to warm up; every second round goes backwards.
 
-    Who fails is dropped with all its times, so that every list has one number for each round; `absent` says why.
+    Who fails is dropped with all its times, so that every list has one number for each round; `absent` says why, `broken` names who broke down.
     """
-    left, absent = dict(contenders), dict[str, str]()
+    left, absent, broken = dict(contenders), dict[str, str](), list[str]()
     times: dict[str, dict[str, list[float]]] = {name: {} for name in left}
     for number in range(rounds + 1):
         for name in reversed(list(left)) if number % 2 else list(left):
@@ -25,9 +25,10 @@ def interleaved(contenders: Mapping[str, Once], rounds: int) -> dict[str, Any]:
                 found = left[name]()
             except (Absent, Broken) as error:
                 absent[name] = str(error)
+                broken += [name] if isinstance(error, Broken) else []
                 del left[name], times[name]
                 continue
             if number:
                 for stage, milliseconds in found.items():
                     times[name].setdefault(stage, []).append(milliseconds)
-    return {"contenders": times, "absent": absent}
+    return {"contenders": times, "absent": absent, "broken": broken}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -199,12 +200,21 @@ class Run:
         effort, where = self.settings.effort, (model, target, scheme)
         with self._side("Ours") as ours:
             if not self._row(("parity", *where), lambda: self._proved(ours, target, bundle)):
+                self._forget_times(where)
                 return
         with self._side("Ours") as ours:
             arguments = {"bundle": str(bundle), "repetitions": effort.repetitions, "new_tokens": effort.new_tokens}
             self._row(("latency", *where), lambda: (MEASURED, self.ask(ours, "bench", **arguments)))
         bundles = {OURS: bundle} | ({FLOAT: bundle.with_name(f"{model}-{target}-fp16")} if scheme != "fp16" else {})
         self._row(("rounds", *where), lambda: self._rounds(bundles, peers, target))
+
+    def _forget_times(self, where: tuple[str, str, str]) -> None:
+        """Figures of an earlier run are worth nothing once the engine is known to be wrong."""
+        known = self.report.find("parity", *where)
+        if known and known.outcome == FAILED:
+            rows = tuple(row for row in self.report.rows if row.part == "parity" or row.key[1:] != where)
+            self.report = replace(self.report, rows=rows)
+            self._keep(self.report)
 
     def _proved(self, ours: Side, target: str, bundle: Path) -> Found:
         try:
@@ -216,7 +226,7 @@ class Run:
                 raise Broken(f"{error} (the doctor sees nothing that keeps {target} from running)") from None
             self._refused[target] = str(error)
             raise
-        if found["fault"] or not all(stage["passed"] for stage in found["stages"]):
+        if not _proves(found):
             return FAILED, found
         return PASSED, {**found, **self.ask(ours, "answers", new_tokens=self.settings.effort.new_tokens)}
 
@@ -233,6 +243,8 @@ class Run:
             for side in sides.values():
                 side.end()
         wanted = OURS if bundles else EAGER
+        if wanted in found["broken"]:
+            raise Broken(found["absent"][wanted])
         if wanted in found["absent"]:
             raise Absent(found["absent"][wanted])
         return MEASURED, found
@@ -242,11 +254,17 @@ class Run:
 
         def once() -> Mapping[str, float]:
             if not opened:
-                self.ask(side, "prove", bundle=str(bundle), target=target)
+                found = self.ask(side, "prove", bundle=str(bundle), target=target)
+                if not _proves(found):
+                    raise Broken(found["fault"] or "does not reproduce the goldens; see its row of parity")
                 opened.append(True)
             return self.ask(side, "round", steps=steps)
 
         return once
+
+
+def _proves(found: Mapping[str, Any]) -> bool:
+    return not found["fault"] and all(stage["passed"] for stage in found["stages"])
 
 
 def _absent(reason: str) -> Found:

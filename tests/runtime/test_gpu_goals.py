@@ -73,4 +73,4 @@ def test_rounds_take_turns_and_drop_who_fails() -> None:
 
     found = interleaved({"a": lambda: contender("a"), "b": lambda: contender("b", 3), "c": lambda: contender("c")}, 3)
     assert "".join(asked) == "abc" + "cba" + "abc" + "ca"
-    assert found == {"contenders": {"a": {"step": [2.0, 3.0, 4.0]}, "c": {"step": [2.0, 3.0, 4.0]}}, "absent": {"b": "b died"}}
+    assert found == {"contenders": {"a": {"step": [2.0, 3.0, 4.0]}, "c": {"step": [2.0, 3.0, 4.0]}}, "absent": {"b": "b died"}, "broken": ["b"]}

@@ -26,6 +26,7 @@ from runtime.engines.ort_cuda import OrtCudaEngine
 from runtime.engines.ort_device import HOST
 from runtime.engines.ort_rtx import OrtRtxEngine
 from tests.conftest import TINY
+from tests.gpu import timing
 from tests.gpu.__main__ import check
 from tests.gpu.pytorch import PyTorchEngine, load_model
 from tests.gpu.record import ABSENT, FAILED, MEASURED, PASSED, Report, read_report
@@ -238,6 +239,26 @@ def test_a_crash_ends_its_step_and_no_other(settings: Settings, facts: Facts, mo
     assert sound and sound.outcome == PASSED and verdict(report)[1] == 1
 
 
+def test_an_engine_gone_wrong_loses_its_times(settings: Settings, facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, "cuda", HostCuda)
+    assert check(settings, facts, Local).find("rounds", "tiny", "cuda", "fp16") is not None
+    use(monkeypatch, "cuda", WrongChoice)
+    report = check(settings, facts, Local)
+    assert verdict(report)[1] == 1 and not [row for row in report.rows if row.target == "cuda" and row.part != "parity"]
+
+
+def test_a_crash_while_timed_is_a_failure(settings: Settings, facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, "cuda", HostCuda)
+
+    def crash(*given: object) -> dict[str, float]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(timing, "once", crash)
+    report = check(settings, facts, Local)
+    row = report.find("rounds", "tiny", "cuda", "fp16")
+    assert row and row.outcome == FAILED and "illegal memory access" in row.reason and verdict(report)[1] == 1
+
+
 def test_runs_into_one_folder_merge(settings: Settings, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, "cuda", HostCuda), use(monkeypatch, "rtx", HostRtx)
     first = check(settings, facts, Local)
@@ -247,7 +268,8 @@ def test_runs_into_one_folder_merge(settings: Settings, facts: Facts, tmp_path: 
     over = check(replace(settings, seconds=0.0), facts, Local)
     assert over.rows == second.rows, "a run without time loses nothing"
     again = check(replace(settings, targets=("cuda", "rtx"), resume=True), facts, Local)
-    assert again.rows == second.rows, "what is known is not measured again"
+    known = [row for row in second.rows if row.outcome != ABSENT]
+    assert known and [row for row in again.rows if row.outcome != ABSENT] == known, "what is known is not measured again"
     other = replace(facts, probes={**facts.probes, "driver": driver("NVIDIA L4", (8, 9), "13.0")})
     with pytest.raises(UsageError, match=r"was measured with NVIDIA GeForce RTX 4090, this machine has NVIDIA L4; choose another --out"):
         check(settings, other, Local)
