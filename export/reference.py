@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from export.lowering import LOWERING
 from runtime.contract.bundle import DECODER, DECODER_FUSED, VISION, VISION_FUSED, Bundle, read_bundle
 from runtime.contract.console import note
-from runtime.contract.errors import EngineError
+from runtime.contract.errors import EngineError, UsageError
 from runtime.contract.spec import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
@@ -93,7 +93,7 @@ class ReferenceEngine:
 
     def batch(self, slots: int, rows: int) -> Any:
         """Not served: builds ask one question at a time."""
-        raise NotImplementedError("the reference engine answers one question at a time")
+        raise UsageError("graphs run literally on the CPU answer one question at a time; leave --beams and --batch out")
 
 
 def reference_session(bundle: Bundle, fused: bool = False) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class CallShape:
     count: int
 
 
-class DeviceEngine:
+class DeviceEngine(ABC):
     """An `Engine` but for `batch`; subclasses say how a graph is told which rows a call fills."""
 
     verifies = True
@@ -130,13 +131,13 @@ class DeviceEngine:
         call.run()
         return call
 
+    @abstractmethod
     def places(self, length: int, start: int) -> dict[str, NDArray[Any]]:
         """Inputs that say which rows a call of one sequence fills."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bound(self, shape: CallShape, caches: Mapping[str, ort.OrtValue]) -> Bound:
         """A call of one shape over some caches [slots,KV,C,D]."""
-        raise NotImplementedError
 
     def call(
         self,
