@@ -27,11 +27,8 @@ from runtime.contract.spec import (
     PIXELS,
     POOL,
     POSITION_IDS,
-    DecoderSpec,
     ModelSpec,
-    key_cache,
     present,
-    value_cache,
 )
 from trainer.decoder import rotary_tables
 from trainer.model import InfMLLM
@@ -73,11 +70,6 @@ class _DecoderGraph(nn.Module):
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
         logits, updated = self.decoder.step(inputs_embeds, position_ids, pairs, _rotary)
         return (logits, *(cache for pair in updated for cache in pair))
-
-
-def cache_names(spec: DecoderSpec) -> list[str]:
-    """Cache input names in graph order: keys then values of each layer."""
-    return [name for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))]
 
 
 def capture(spec: ModelSpec, read: Callable[[str], Tensor]) -> Graphs:
@@ -135,7 +127,7 @@ def _capture_decoder(model: InfMLLM) -> ir.Model:
     caches = [torch.zeros(2, spec.kv_heads, _TRACE_CAPACITY, spec.head_dim) for _ in range(2 * spec.layers)]
     batch, length, capacity = Dim("B"), Dim("L"), Dim("C")
     dynamic = ({0: batch, 1: length}, {0: batch, 1: length}, tuple({0: batch, 2: capacity} for _ in caches))
-    names = cache_names(spec)
+    names = spec.cache_names
     return _export(
         _DecoderGraph(model), (embeds, positions, *caches), dynamic, [INPUTS_EMBEDS, POSITION_IDS, *names], [LOGITS, *(present(n) for n in names)]
     )

@@ -27,9 +27,7 @@ from runtime.contract.spec import (
     PIXELS,
     POOL,
     POSITION_IDS,
-    key_cache,
     present,
-    value_cache,
 )
 from runtime.engines import Engine, EngineOptions, Trial
 from runtime.engines.ort_cuda import OrtCudaEngine
@@ -54,7 +52,7 @@ class ReferenceEngine:
             _opened(str(bundle.file(file)), threads) for file in ((VISION_FUSED, DECODER_FUSED) if fused else (VISION, DECODER))
         )
         shape = (1, spec.kv_heads, self.capacity, spec.head_dim)
-        names = [name for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))]
+        names = spec.cache_names
         self._caches = {name: np.zeros(shape, np.float16) for name in names}
         self._outputs = [LOGITS, NEXT_TOKEN, *(present(name) for name in names)]
 

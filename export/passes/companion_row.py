@@ -1,7 +1,7 @@
 """Gives every linear layer of the decoder at least two rows: the last row of a call is computed twice, and its copy thrown away.
 
 TensorRT's compiler multiplies 8-bit weights by half-precision rows inside one kernel only where there is more than one row; for a single row, which
-decoding has, it first writes all weights out in half precision, five times the traffic (docs/gpu.md has the builder's log). Attention never sees
+decoding has, it first writes all weights out in half precision, five times the traffic (docs/tensorrt.md). Attention never sees
 the copy, so it stays a matter of one query, and keys and values are written once.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.passes.cached_attention import find_attention
-from export.passes.contract import GraphPass, PassResult, constant, insert
+from export.passes.contract import GraphPass, PassResult, constant, graph_input, insert
 from export.passes.logits_to_keep import last_position
 from runtime.contract.spec import INPUTS_EMBEDS
 
@@ -32,7 +32,7 @@ def _add(model: ir.Model) -> PassResult:
         for value in dict.fromkeys((match.query, match.key, match.value)):
             _without_last(model, value)
         _with_last(model, match.output)
-    _with_last(model, next(value for value in model.graph.inputs if value.name == INPUTS_EMBEDS))
+    _with_last(model, graph_input(model, INPUTS_EMBEDS))
     _doubled(model, gather)
     for node in model.graph:  # what was L rows is L + 1 in most places now
         for output in node.outputs:

@@ -14,12 +14,14 @@ __all__ = [
     "GraphPass",
     "PassResult",
     "constant",
+    "graph_input",
     "initializer",
     "insert",
     "is_full",
     "is_weight",
     "lazy_initializer",
     "lazy_tensor",
+    "mark_full",
     "replace_node",
 ]
 
@@ -95,13 +97,23 @@ def insert(
     for output, dtype in zip(node.outputs, dtypes, strict=True):
         output.type = ir.TensorType(dtype)
     if full:
-        node.meta[_FULL] = True
+        mark_full(node)
     model.graph.insert_before(before, node)
     return list(node.outputs)
 
 
+def mark_full(node: ir.Node) -> None:
+    """Keeps a node in fp32 where a graph computes in fp16."""
+    node.meta[_FULL] = True
+
+
+def graph_input(model: ir.Model, name: str) -> ir.Value:
+    """The graph's input of that name."""
+    return next(value for value in model.graph.inputs if value.name == name)
+
+
 def is_full(node: ir.Node) -> bool:
-    """True for a node that stays in fp32 (see `insert`)."""
+    """True for a node that stays in fp32 (see `mark_full`)."""
     return bool(node.meta.get(_FULL))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.passes.cached_attention import CachedAttention, find_attention, remove_unused, take_over
-from export.passes.contract import GraphPass, PassResult, constant, insert
+from export.passes.contract import GraphPass, PassResult, constant, graph_input, insert
 from export.passes.plain_operators import attended
 from runtime.contract.spec import INPUTS_EMBEDS, POSITION_IDS
 
@@ -43,7 +43,7 @@ def _rotated(model: ir.Model, match: CachedAttention, x_BHLD: ir.Value, shared: 
     node, half = match.attention, match.head_dim // 2
     for name, table in zip(("cos", "sin"), match.tables, strict=True):
         if name not in shared:
-            (rows,) = insert(model, node, "Gather", [table, _input(model, POSITION_IDS)], _FP32, full=True, axis=0)
+            (rows,) = insert(model, node, "Gather", [table, graph_input(model, POSITION_IDS)], _FP32, full=True, axis=0)
             (shared[name],) = insert(model, node, "Unsqueeze", [rows, _ints(model, 1)], _FP32, full=True)
     cos, sin = shared["cos"], shared["sin"]
     first, second = insert(model, node, "Split", [x_BHLD, _ints(model, half, half)], _FP32, _FP32, full=True, axis=-1)
@@ -57,15 +57,11 @@ def _rotated(model: ir.Model, match: CachedAttention, x_BHLD: ir.Value, shared: 
     return turned if scale is None else times(turned, constant(model, "attention.scale", np.array(scale, np.float32)))
 
 
-def _input(model: ir.Model, name: str) -> ir.Value:
-    return next(value for value in model.graph.inputs if value.name == name)
-
-
 def _positions(model: ir.Model, node: ir.Node, shared: Shared) -> None:
     """`query` [B,1,L,1]: positions of this call; `start` [B,1]: the first of them."""
     if "query" in shared:
         return
-    positions = _input(model, POSITION_IDS)
+    positions = graph_input(model, POSITION_IDS)
     (shared["query"],) = insert(model, node, "Unsqueeze", [positions, _ints(model, 1, 3)], _INT64)
     (shared["start"],) = insert(model, node, "Slice", [positions, _ints(model, 0), _ints(model, 1), _ints(model, 1)], _INT64)
 
@@ -89,7 +85,7 @@ def _plain_mask(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.V
         (start,) = insert(model, node, "Unsqueeze", [shared["start"], _ints(model, 1, 2)], _INT64)
         (filled,) = insert(model, node, "Less", [rows, start], _BOOL)
         (cached,) = insert(model, node, "Where", [filled, rows, constant(model, "never", np.array(1 << 30, np.int64))], _INT64)
-        (own,) = insert(model, node, "Unsqueeze", [_input(model, POSITION_IDS), _ints(model, 1, 2)], _INT64)
+        (own,) = insert(model, node, "Unsqueeze", [graph_input(model, POSITION_IDS), _ints(model, 1, 2)], _INT64)
         (keys,) = insert(model, node, "Concat", [cached, own], _INT64, axis=-1)
         (shared["mask"],) = insert(model, node, "LessOrEqual", [keys, shared["query"]], _BOOL)
     return shared["mask"]
@@ -140,7 +136,7 @@ def _plain_shapes(model: ir.Model, match: CachedAttention, shared: Shared) -> No
         return
     node, heads = match.attention, match.heads
     (capacity,) = insert(model, node, "Shape", [match.key_cache], _INT64, start=2, end=3)
-    (length,) = insert(model, node, "Shape", [_input(model, POSITION_IDS)], _INT64, start=1, end=2)
+    (length,) = insert(model, node, "Shape", [graph_input(model, POSITION_IDS)], _INT64, start=1, end=2)
     (keys,) = insert(model, node, "Add", [capacity, length], _INT64)
 
     def shape(*parts: ir.Value) -> ir.Value:
@@ -192,7 +188,7 @@ def _lower_plain(model: ir.Model) -> PassResult:
     result = _lower(model, "plain_cache", _plain)
     if not result.modified:
         return result
-    length = _input(model, INPUTS_EMBEDS).shape[1]  # type: ignore[index]
+    length = graph_input(model, INPUTS_EMBEDS).shape[1]  # type: ignore[index]
     for value in model.graph.outputs:
         if value.shape is not None and len(value.shape) == 4:
             value.shape = ir.Shape([value.shape[0], value.shape[1], length, value.shape[3]])

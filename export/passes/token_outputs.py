@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from export.passes.contract import GraphPass, PassResult, constant, insert
+from export.passes.contract import GraphPass, PassResult, constant, insert, mark_full
 from export.passes.logits_to_keep import last_position
 from runtime.contract.spec import LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN
 
@@ -55,7 +55,7 @@ def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool)
 
     def add(op_type: str, inputs: list[ir.Value], dtype: ir.DataType = _FP32, **attributes: int) -> ir.Value:
         node = ir.node(op_type, inputs, dict(attributes))
-        node.meta["fp32"] = True
+        mark_full(node)
         node.outputs[0].type = ir.TensorType(dtype)
         model.graph.append(node)
         return node.outputs[0]

@@ -165,6 +165,11 @@ class DecoderSpec:
         return self.hidden // self.heads
 
     @property
+    def cache_names(self) -> tuple[str, ...]:
+        """The graph inputs that hold keys and values, in graph order: keys, then values of each layer."""
+        return tuple(name for layer in range(self.layers) for name in (key_cache(layer), value_cache(layer)))
+
+    @property
     def parameters(self) -> int:
         """How many numbers the decoder holds, both vocabulary tables included."""
         h, kv = self.hidden, self.kv_heads * self.head_dim

@@ -27,7 +27,7 @@ from runtime.contract.spec import (
     present,
 )
 from runtime.engines import EngineOptions, Trial
-from runtime.engines.ort_contract import Shape, cache_names, check_values, check_vision
+from runtime.engines.ort_contract import Shape, check_values, check_vision
 from runtime.engines.ort_session import engine_errors, open_graph
 from runtime.sampling import greedy
 
@@ -39,7 +39,7 @@ _KEPT_BINDINGS = 32  # inputs up to this many rows keep their binding; longer on
 def _check_contract(bundle: Bundle, vision: ort.InferenceSession, decoders: Mapping[str, ort.InferenceSession]) -> None:
     """Raises `BundleError` unless all graphs have the inputs and outputs the spec calls for, with its static dimensions."""
     spec = bundle.spec.decoder
-    caches: dict[str, Shape] = dict.fromkeys(cache_names(bundle), (None, spec.kv_heads, None, spec.head_dim))
+    caches: dict[str, Shape] = dict.fromkeys(spec.cache_names, (None, spec.kv_heads, None, spec.head_dim))
     check_vision(bundle, VISION, vision)
     for file, decoder in decoders.items():
         # Bundles of version 0.1 give logits of the last position only.
@@ -60,7 +60,7 @@ class _Buffers:
         spec = bundle.spec.decoder
         kinds = {value.name: value.type for value in decoder.get_inputs()}
         shape = (slots, spec.kv_heads, rows, spec.head_dim)
-        names = cache_names(bundle)
+        names = spec.cache_names
         try:
             self.caches = {name: np.zeros(shape, np.int8 if kinds[name] == "tensor(int8)" else np.float32) for name in names}
         except MemoryError:

@@ -9,17 +9,12 @@ import onnxruntime as ort
 
 from runtime.contract.bundle import Bundle
 from runtime.contract.errors import BundleError
-from runtime.contract.spec import IMAGE_EMBEDS, PIXELS, POOL, key_cache, value_cache
+from runtime.contract.spec import IMAGE_EMBEDS, PIXELS, POOL
 
-__all__ = ["Shape", "cache_names", "check_values", "check_vision"]
+__all__ = ["Shape", "check_values", "check_vision"]
 
 Shape = tuple[int | None, ...]
 """Static dimensions, None where they are free."""
-
-
-def cache_names(bundle: Bundle) -> list[str]:
-    """Inputs that hold keys and values, layer by layer."""
-    return [name for layer in range(bundle.spec.decoder.layers) for name in (key_cache(layer), value_cache(layer))]
 
 
 def check_values(bundle: Bundle, file: str, found_values: Iterable[Any], expected: Mapping[str, Shape]) -> None:

@@ -29,7 +29,7 @@ from runtime.contract.spec import (
     present,
 )
 from runtime.engines import EngineOptions
-from runtime.engines.ort_contract import Shape, cache_names, check_values, check_vision
+from runtime.engines.ort_contract import Shape, check_values, check_vision
 from runtime.engines.ort_device import Bound, Device
 from runtime.engines.ort_device_batch import DeviceBatch
 from runtime.engines.ort_device_engine import CallShape, DeviceEngine
@@ -119,7 +119,7 @@ def _opened(bundle: Bundle, file: str, options: EngineOptions, device: Device, c
 
 def _check_decoder(bundle: Bundle, session: ort.InferenceSession) -> None:
     spec = bundle.spec.decoder
-    caches: dict[str, Shape] = dict.fromkeys(cache_names(bundle), (None, spec.kv_heads, None, spec.head_dim))
+    caches: dict[str, Shape] = dict.fromkeys(spec.cache_names, (None, spec.kv_heads, None, spec.head_dim))
     inputs: dict[str, Shape] = {INPUTS_EMBEDS: (None, None, spec.hidden), SEQLENS_K: (None,), LOGITS_ROWS: (None,), TOTAL_LENGTH: (), **caches}
     outputs: dict[str, Shape] = {LOGITS: (None, spec.vocab_size), NEXT_TOKEN: (None,), LOGITS_MASS: (None,)}
     check_values(bundle, DECODER, session.get_inputs(), inputs)

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract.errors import ContextError
+from runtime.contract.spec import LOGITS, LOGITS_MASS
 from runtime.engines.ort_session import engine_errors
 
 __all__ = ["HOST", "Bound", "Device", "read", "write"]
@@ -98,6 +99,12 @@ class Bound:
     def read(self, name: str) -> NDArray[Any]:
         """An output of the last `run`."""
         return read(self.values[name])
+
+    def logits(self) -> NDArray[np.float32]:
+        """Logits [n,V] of the last `run`, NaN where the mass is not finite: 8-bit layers make numbers of what is not."""
+        found: NDArray[np.float32] = self.read(LOGITS)
+        finite = np.isfinite(self.read(LOGITS_MASS))
+        return found if finite.all() else np.where(finite[:, None], found, np.float32(np.nan))
 
     def run(self) -> None:
         """Computes. Raises `EngineError`."""

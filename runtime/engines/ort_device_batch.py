@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract.errors import ContextError
-from runtime.contract.spec import INPUTS_EMBEDS, LOGITS, SEQLENS_K, TOTAL_LENGTH
+from runtime.contract.spec import INPUTS_EMBEDS, SEQLENS_K, TOTAL_LENGTH
 from runtime.engines.ort_device import Bound, Device, read, write
 
 __all__ = ["DeviceBatch"]
@@ -50,8 +50,7 @@ class DeviceBatch:
         call.write({INPUTS_EMBEDS: inputs_embeds.astype(np.float16), SEQLENS_K: starts.astype(np.int32), TOTAL_LENGTH: total})
         call.run()
         self._newer = "device"
-        logits: NDArray[np.float32] = call.read(LOGITS)
-        return logits
+        return call.logits()
 
     def copy(self, sources: Sequence[int], start: int, end: int) -> None:
         """See `Batch.copy`."""

@@ -15,7 +15,6 @@ from runtime.contract.bundle import Bundle
 from runtime.contract.errors import EngineError
 from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN, PIXELS, POOL, present
 from runtime.engines import Trial
-from runtime.engines.ort_contract import cache_names
 from runtime.engines.ort_device import Bound, Device, write
 from runtime.engines.ort_session import engine_errors
 from runtime.sampling import check_finite
@@ -55,7 +54,7 @@ class DeviceEngine(ABC):
 
     def new_caches(self) -> dict[str, ort.OrtValue]:
         """Empty caches of one sequence. Raises `ContextError`."""
-        return {name: self.device.hold(np.zeros(self.cache_shape, np.float16)) for name in cache_names(self.bundle)}
+        return {name: self.device.hold(np.zeros(self.cache_shape, np.float16)) for name in self.bundle.spec.decoder.cache_names}
 
     @property
     def trial(self) -> Trial | None:
@@ -80,7 +79,7 @@ class DeviceEngine(ABC):
     def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
         """See `Engine.forward`."""
         call = self._run(inputs_embeds, start, 1)
-        logits: NDArray[np.float32] = self._sound(call)[0]
+        logits: NDArray[np.float32] = call.logits()[0]
         if not self._proved and np.isfinite(logits).all() and logits[self._token(call)] != logits.max():
             self.judge({"decode": "the token chosen is not the likeliest"})
         return logits
@@ -88,30 +87,18 @@ class DeviceEngine(ABC):
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
         """See `Engine.greedy`."""
         call = self._run(inputs_embeds, start, 1)
-        self._sound(call, tokens=True)
+        check_finite(call.read(LOGITS_MASS))
         return self._token(call)
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
         """See `Engine.verify`."""
-        return self._sound(self._run(inputs_embeds, start, inputs_embeds.shape[1]))
+        return self._run(inputs_embeds, start, inputs_embeds.shape[1]).logits()
 
-    def _sound(self, call: Bound, tokens: bool = False) -> NDArray[np.float32]:
-        """A call's logits, NaN where its mass is not finite (8-bit layers make numbers of what is not); with `tokens` that raises `NonFiniteError`.
-
-        The cache is emptied then: rows that are masked now must be zeros, since nothing times NaN is NaN.
-        """
-        mass = call.read(LOGITS_MASS)
-        wrong = ~np.isfinite(mass)
-        if wrong.any():
+    def _heal(self, call: Bound) -> None:
+        """Empties the cache after a call that was not finite: rows that are masked now must be zeros, since nothing times NaN is NaN."""
+        if not np.isfinite(call.read(LOGITS_MASS)).all():
             for cache in self.caches.values():
                 write(cache, np.zeros(self.cache_shape, np.float16))
-        if tokens:
-            check_finite(mass)
-            return mass
-        logits: NDArray[np.float32] = call.read(LOGITS)
-        if wrong.any():
-            logits = np.where(wrong[:, None], np.float32(np.nan), logits)
-        return logits
 
     def _token(self, call: Bound) -> int:
         """The token the GPU chose. Raises `EngineError` if it is none."""
@@ -129,6 +116,7 @@ class DeviceEngine(ABC):
             self._calls[shape] = call
         call.write({INPUTS_EMBEDS: inputs_embeds.astype(np.float16), **self.places(length, start)})
         call.run()
+        self._heal(call)
         return call
 
     @abstractmethod

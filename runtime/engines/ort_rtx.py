@@ -19,7 +19,7 @@ from runtime.contract.bundle import DECODER_FUSED, VISION_FUSED, Bundle, cache_f
 from runtime.contract.errors import EngineError
 from runtime.contract.spec import INPUTS_EMBEDS, LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN, PIXELS, POOL, POSITION_IDS, present
 from runtime.engines import EngineOptions
-from runtime.engines.ort_contract import Shape, cache_names, check_values, check_vision
+from runtime.engines.ort_contract import Shape, check_values, check_vision
 from runtime.engines.ort_device import Bound, Device, read, write
 from runtime.engines.ort_device_engine import CallShape, DeviceEngine
 from runtime.engines.ort_session import session_options
@@ -83,7 +83,7 @@ class RtxBatch:
             call = self._calls[slot]
             call.write({INPUTS_EMBEDS: inputs_embeds[slot : slot + 1].astype(np.float16), **self._engine.places(1, start)})
             call.run()
-            found.append(call.read(LOGITS))
+            found.append(call.logits())
         return np.concatenate(found)
 
     def copy(self, sources: Sequence[int], start: int, end: int) -> None:
@@ -146,7 +146,7 @@ def _opened(
 def _provider_options(bundle: Bundle, options: EngineOptions, largest: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """One profile for all calls, best for single tokens; caches have a fixed shape and need none."""
     spec = bundle.spec.decoder
-    caches = dict.fromkeys(cache_names(bundle), (1, spec.kv_heads, bundle.capacity, spec.head_dim)) if INPUTS_EMBEDS in largest else {}
+    caches = dict.fromkeys(spec.cache_names, (1, spec.kv_heads, bundle.capacity, spec.head_dim)) if INPUTS_EMBEDS in largest else {}
     fixed = {INPUTS_EMBEDS: (0, 2), PIXELS: (0, 1, 2, 3), POOL: (1,), POSITION_IDS: (0,)}
     least = {name: tuple(size if axis in fixed.get(name, ()) else 1 for axis, size in enumerate(shape)) for name, shape in largest.items()}
     kept = {}
@@ -168,7 +168,7 @@ def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
 
 def _check_decoder(bundle: Bundle, session: ort.InferenceSession) -> None:
     spec = bundle.spec.decoder
-    caches: dict[str, Shape] = dict.fromkeys(cache_names(bundle), (None, spec.kv_heads, bundle.capacity, spec.head_dim))
+    caches: dict[str, Shape] = dict.fromkeys(spec.cache_names, (None, spec.kv_heads, bundle.capacity, spec.head_dim))
     inputs: dict[str, Shape] = {INPUTS_EMBEDS: (None, None, spec.hidden), POSITION_IDS: (None, None), LOGITS_ROWS: (None,), **caches}
     outputs: dict[str, Shape] = {LOGITS: (None, spec.vocab_size), NEXT_TOKEN: (None,), LOGITS_MASS: (None,)}
     check_values(bundle, DECODER_FUSED, session.get_inputs(), inputs)

@@ -18,7 +18,7 @@ import pytest
 
 from export.schemes import TARGET_SCHEMES
 from runtime.contract.spec import ModelSpec, key_cache, present
-from runtime.engines.tensorrt.ports import MOST_TOKENS, caches
+from runtime.engines.tensorrt.ports import MOST_TOKENS
 from tests.compile_only import HERE, compiler
 from tests.tensorrt_graphs import short, write_graphs
 
@@ -80,7 +80,7 @@ def test_every_graph_becomes_an_engine(shape: str, precision: str, results: Any)
 
 def _check_ports(spec: ModelSpec, found: Results) -> None:
     """Inputs, outputs, their types and which is whose memory, as parsed."""
-    decoder, names = spec.decoder, caches(spec.decoder)
+    decoder, names = spec.decoder, spec.decoder.cache_names
     for form, rows in (("decoder", -1), ("decoder-fused", decoder.context)):
         inputs, outputs = found[form]["inputs"], found[form]["outputs"]
         cache = [-1, decoder.kv_heads, rows, decoder.head_dim]

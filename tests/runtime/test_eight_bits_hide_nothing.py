@@ -53,3 +53,14 @@ def test_pictures_that_come_out_as_nan_are_refused(session: Session, scene_image
     for decoding in CHOICES:
         with pytest.raises(NonFiniteError, match="the vision graph produced NaN or infinite embeddings"):
             session.ask(scene_image, "describe", decoding=decoding)
+
+
+def test_of_sequences_side_by_side_the_spoilt_one_shows(session: Session) -> None:
+    session.engine.forward(np.ones((1, 4, 64), np.float32), 0)
+    batch = session.engine.batch(2, 16)
+    batch.fill(0, 4)
+    batch.fill(1, 4)
+    rows = np.ones((2, 1, 64), np.float32)
+    assert np.isfinite(batch.step(rows, np.array([4, 4], np.int32))).all()
+    rows[1] = np.nan
+    assert np.isnan(batch.step(rows, np.array([5, 5], np.int32))[1]).all()

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from runtime.contract.spec import DecoderSpec
 from runtime.engines.tensorrt.device import Device, Memory, aligned
-from runtime.engines.tensorrt.ports import caches
 
 __all__ = ["Caches", "Rows"]
 
@@ -20,7 +19,7 @@ class Rows:
     """
 
     def __init__(self, device: Device, spec: DecoderSpec, most: int, what: str) -> None:
-        self._spec, self.names, self.most = spec, caches(spec), most
+        self._spec, self.names, self.most = spec, spec.cache_names, most
         self.memory: Memory = device.allocate(len(self.names) * self._stride(most), f"{what} of {most} rows")
         self.rows = most
 

@@ -25,14 +25,11 @@ from runtime.contract.spec import (
     PIXELS,
     POOL,
     POSITION_IDS,
-    DecoderSpec,
     ModelSpec,
-    key_cache,
     present,
-    value_cache,
 )
 
-__all__ = ["DECODE", "MOST_ROWS", "MOST_TOKENS", "PREFILL", "Form", "Port", "Ranges", "caches", "check_ports", "decoder_form", "vision_form"]
+__all__ = ["DECODE", "MOST_ROWS", "MOST_TOKENS", "PREFILL", "Form", "Port", "Ranges", "check_ports", "decoder_form", "vision_form"]
 
 MOST_ROWS = 8
 """Positions of one call that can have logits."""
@@ -84,11 +81,6 @@ class Form:
         return _CACHE[0] in self.operators
 
 
-def caches(spec: DecoderSpec) -> list[str]:
-    """Names of the cache inputs in their order in memory: keys and values of each layer."""
-    return [name for layer in range(spec.layers) for name in (key_cache(layer), value_cache(layer))]
-
-
 def vision_form(spec: ModelSpec, fused: bool) -> Form:
     """The vision graph, for one picture and every pool size."""
     size, grid, hidden = spec.vision.image_size, spec.vision.grid, spec.decoder.hidden
@@ -109,7 +101,7 @@ def decoder_form(spec: ModelSpec, fused: bool, rows: int) -> Form:
     """The decoder graph; the plain form for caches of `rows` rows."""
     decoder = spec.decoder
     cache = Port(np.float16, (None, decoder.kv_heads, None, decoder.head_dim))
-    held = dict.fromkeys(caches(decoder), cache)
+    held = dict.fromkeys(decoder.cache_names, cache)
     inputs = {
         INPUTS_EMBEDS: Port(np.float16, (None, None, decoder.hidden)),
         POSITION_IDS: Port(np.int64, (None, None)),
@@ -135,7 +127,7 @@ def _decoder_profiles(spec: ModelSpec, rows: int) -> tuple[Ranges, Ranges]:
         embeds = tuple((1, length, decoder.hidden) for length in lengths)
         positions = tuple((1, length) for length in lengths)
         kept = tuple((count,) for count in wanted)
-        return {INPUTS_EMBEDS: embeds, POSITION_IDS: positions, LOGITS_ROWS: kept} | dict.fromkeys(caches(decoder), (cache,) * 3)  # type: ignore[return-value]
+        return {INPUTS_EMBEDS: embeds, POSITION_IDS: positions, LOGITS_ROWS: kept} | dict.fromkeys(decoder.cache_names, (cache,) * 3)  # type: ignore[return-value]
 
     return ranges((1, 1, 1), (1, 1, 1)), ranges((1, usual, most), (1, 1, MOST_ROWS))
 
