@@ -24,7 +24,7 @@ from export.passes import SIMPLIFY, run_passes
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.pack_projections import pack_projections
 from runtime.contract.spec import INPUTS_EMBEDS, LOGITS, POSITION_IDS, SEQLENS_K, TOTAL_LENGTH, DecoderSpec, ModelSpec, VisionSpec, present
-from runtime.engines.ort_session import session_options
+from runtime.engines.onnxruntime.sessions import session_options
 from trainer.config import find_preset
 from trainer.model import InfMLLM
 

@@ -1,4 +1,4 @@
-"""Accuracy of bundles for GPUs where there is none: their graphs run literally on the CPU (`export.reference`), asked what `infmllm-eval` asks.
+"""Accuracy of bundles for GPUs where there is none: their graphs run literally on the CPU (`export.parity.cpu_reference`), asked what `infmllm-eval` asks.
 
 python benchmarks/gpu_accuracy.py TENSORRT.bundle ... [--data synthetic:500] [--visual-tokens 16]
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from export.reference import reference_session
+from export.parity.cpu_reference import reference_session
 from runtime.contract.bundle import read_bundle
-from runtime.contract.evaluation import evaluate, open_examples
-from runtime.contract.faults import Faults
-from runtime.evaluate import BundleAnswerer
+from runtime.data.bad_rows import Faults
+from runtime.evaluation.cli import BundleAnswerer
+from runtime.evaluation.evaluate import evaluate, open_examples
 
 
 def main() -> None:

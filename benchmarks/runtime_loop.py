@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import Decoding, Session, load
-from runtime.engines import ort
+from runtime.engines.onnxruntime import cpu as ort
 
 _FIRST, _SECOND = "describe", "what is there to see?"
 

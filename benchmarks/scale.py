@@ -24,7 +24,7 @@ _SAMPLE = Path(__file__).parent.parent / "trainer" / "demo" / "sample.png"
 
 _CODE = """
 import atexit, sys
-from runtime.contract.console import peak_memory_mib
+from runtime.output.console import peak_memory_mib
 from {module} import main
 atexit.register(lambda: print(peak_memory_mib(), file=sys.stderr))
 main()
@@ -67,7 +67,7 @@ def main() -> None:
         print(json.dumps(row | {"verdict": result["verdict"], "parity": {s["stage"]: s["error"] for s in result["stages"]}}), flush=True)
         ask = [str(_SAMPLE), "describe", "--bundle", str(out), "--json"]
         for attempt in ("first", "second"):  # the first run also hashes every file
-            answer, seconds, peak = timed("runtime.cli", *ask, "--max-new-tokens", str(given.tokens), "--context", str(given.context))
+            answer, seconds, peak = timed("runtime.cli.run", *ask, "--max-new-tokens", str(given.tokens), "--context", str(given.context))
             times = answer["timings"]
             first = sum(times[stage] for stage in ("decode_image", "preprocess", "vision", "prefill"))
             row = {"run": attempt, "visual_tokens": answer["visual_tokens"], "first_token_ms": round(first), "vision_ms": round(times["vision"])}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 IMPORTS = {
     "python alone": "pass",
-    "runtime.cli (parses arguments)": "import runtime.cli",
-    "runtime.session + ONNX Runtime engine": "import runtime.cli, runtime.session, runtime.engines.ort",
+    "runtime.cli.run (parses arguments)": "import runtime.cli.run",
+    "runtime.session + ONNX Runtime engine": "import runtime.cli.run, runtime.session, runtime.engines.onnxruntime.cpu",
 }
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     rows = {name: [sys.executable, "-c", code] for name, code in IMPORTS.items()}
-    run = "import sys; from runtime.cli import main; main()"
+    run = "import sys; from runtime.cli.run import main; main()"
     rows["infmllm-run IMAGE describe"] = [sys.executable, "-c", run, str(arguments.image), "describe", "--bundle", str(arguments.bundle)]
     for command in rows.values():  # warm the file cache
         seconds(command)

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from runtime.contract.errors import DataError, InfMLLMError, UsageError
-from runtime.contract.evaluation import open_examples
 from runtime.contract.image import to_pixels
-from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
 from runtime.contract.tokenizer import Tokenizer
+from runtime.data.sample import Example, Sample
+from runtime.evaluation.evaluate import open_examples
 from trainer.batch import answer_ids
 from trainer.datasets.scene_text import caption_sample, ground_sample, vqa_sample
 from trainer.datasets.scenes import draw_scene

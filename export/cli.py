@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from runtime.cli import default_bundle
-from runtime.contract.console import command_app, note, run_command
+from runtime.cli.run import default_bundle
 from runtime.contract.errors import UsageError
+from runtime.output.console import command_app, note, run_command
 
 __all__ = ["main"]
 
@@ -52,8 +52,8 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Calibrates, captures, simplifies, lowers, quantises and packs a checkpoint, and proves the result equal to PyTorch."""
-    from export.auto import Budget
-    from export.report import run_auto, run_build
+    from export.commands import run_auto, run_build
+    from export.mixed_precision import Budget
     from export.schemes import choose_scheme
     from export.state import BuildOptions
     from trainer.checkpoint import DEMO
@@ -80,9 +80,9 @@ def parity(
 ) -> None:
     """Compares a bundle with its PyTorch checkpoint on fresh inputs; exit code 1 if it drifts."""
     from calibration.samples import default_source
-    from export.reference import open_session
-    from export.report import print_stages
-    from export.verify import compare_with_checkpoint
+    from export.commands import print_stages
+    from export.parity.cpu_reference import open_session
+    from export.parity.references import compare_with_checkpoint
     from runtime.contract.errors import ParityError
     from trainer.checkpoint import DEMO, open_checkpoint
 
@@ -114,7 +114,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Predicts disk, memory and latency from the shape alone, in seconds; says what does not fit and what to change."""
-    from export.report import run_plan
+    from export.commands import run_plan
 
     run_plan(checkpoint, preset, precision, target, device, block, kv, context, samples, as_json)
 
@@ -127,10 +127,10 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Shows operators, parameters, bytes, schemes per block, parity, and what passes changed or refused."""
-    from export.inspect import describe_bundle, format_description
-    from export.picture import block_page
+    from export.inspection.describe import describe_bundle, format_description
+    from export.inspection.html_picture import block_page
     from runtime.contract.bundle import read_bundle
-    from runtime.contract.console import check_output
+    from runtime.output.console import check_output
 
     check_output(html)
     opened = read_bundle(bundle or default_bundle())
@@ -182,11 +182,11 @@ def doctor(
 
     Exit code 1 if something keeps the target from running.
     """
-    from runtime.contract.console import check_output
     from runtime.contract.errors import EngineError
     from runtime.doctor.checks import choose_targets, diagnose
     from runtime.doctor.facts import gather
     from runtime.doctor.report import diagnosis_json, diagnosis_page, diagnosis_text, verdict
+    from runtime.output.console import check_output
 
     check_output(html)
     facts = gather()

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from calibration.samples import set_card
-from export.devices import DEVICES
-from export.lowering import find_lowering
-from export.plan import MIB, make_plan
+from export.parity.references import MetricCheck, verdict_json
+from export.planning.devices import DEVICES
+from export.planning.plan import MIB, make_plan
 from export.state import Build, tools
-from export.verify import MetricCheck, verdict_json
+from export.targets import find_lowering
 from runtime.contract.bundle import CAPACITY, FIT_16_BITS, MANIFEST, PRODUCTS, ROWS, VERIFIED, read_bundle, write_manifest
 from runtime.contract.errors import BundleError
-from runtime.selftest import StageError
+from runtime.parity import StageError
 
 __all__ = ["existing", "write"]
 

@@ -25,20 +25,20 @@ from calibration.calibrate import Calibrated, calibrate
 from export import manifest
 from export.cache import workspace
 from export.capture import capture
-from export.drift import find_drift
-from export.lowering import find_lowering
+from export.parity.cpu_reference import reference_session, replay_forms
+from export.parity.drift import find_drift
+from export.parity.references import MetricCheck, goldens_of, measure_answers
+from export.parity.subgraphs import replay_in_pieces
 from export.passes import SIMPLIFY, GraphPass, run_passes
-from export.pieces import replay_in_pieces
-from export.plan import LARGE_BYTES
-from export.reference import reference_session, replay_forms
-from export.sharing import refer_to
+from export.planning.plan import LARGE_BYTES
+from export.shared_weights import refer_to
 from export.state import Build, BuildOptions, Detail, open_build
-from export.verify import MetricCheck, goldens_of, measure_answers
+from export.targets import find_lowering
 from runtime.contract.bundle import EMBEDDINGS, GOLDENS, MANIFEST, TOKENIZER, UNVERIFIED, VERIFIED, graph_file, read_bundle, weights_file
-from runtime.contract.console import peak_memory_mib
 from runtime.contract.errors import BuildError, ParityError
 from runtime.contract.files import staged_folder
-from runtime.selftest import StageError, read_goldens, replay, replay_goldens, write_goldens
+from runtime.output.console import peak_memory_mib
+from runtime.parity import StageError, read_goldens, replay, replay_goldens, write_goldens
 from runtime.session import load
 
 __all__ = ["STEPS", "Build", "BuildOptions", "build"]

@@ -20,14 +20,14 @@ from calibration.calibrate import Calibrated
 from calibration.ranges import RANGES
 from calibration.samples import MIN_IMAGES, Case, default_source, draw_cases, draw_examples, set_card
 from export.cache import build_key
-from export.lowering import find_lowering
+from export.parity.references import METRIC_SEED, MetricCheck, golden_count
 from export.passes import PassResult
-from export.plan import linears
+from export.planning.plan import linears
 from export.schemes import Scheme
-from export.verify import METRIC_SEED, MetricCheck, golden_count
+from export.targets import find_lowering
 from runtime.contract.bundle import UNVERIFIED
 from runtime.contract.errors import UsageError
-from runtime.selftest import StageError
+from runtime.parity import StageError
 from trainer.checkpoint import StoredCheckpoint, open_checkpoint
 
 __all__ = ["Build", "BuildOptions", "Detail", "open_build", "tools"]

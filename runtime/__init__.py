@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.answer import Answer, Stream
     from runtime.chat import Chat
-    from runtime.decoding import Decoding
+    from runtime.generation.decoding import Decoding
+    from runtime.questions import Answer, Stream
     from runtime.session import Question, Session, load
 
 __all__ = ["Answer", "Chat", "Decoding", "Question", "Session", "Stream", "load"]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runtime.answer import Answer, Stream
 from runtime.contract.errors import UsageError
 from runtime.contract.prompt import Message, checked_text, next_turn, render_chat
-from runtime.decoding import Decoding
-from runtime.kv_cache import CacheBudget, Segment
-from runtime.question import Job, PictureSource
+from runtime.generation.decoding import Decoding
+from runtime.generation.kv_cache import CacheBudget, Segment
+from runtime.generation.request import Job, PictureSource
+from runtime.questions import Answer, Stream
 from runtime.session import Session
 
 __all__ = ["Chat"]

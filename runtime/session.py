@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.answer import Answer, AnswerText, FoundBox, Stream
-from runtime.beam import beam_search
-from runtime.constraints import BoxGrammar, Constraint, JsonSchema
 from runtime.contract.boxes import find_boxes, to_pixel_box
 from runtime.contract.bundle import ALONE, ROWS, TOKENIZER, Bundle, read_bundle
 from runtime.contract.errors import UsageError
 from runtime.contract.prompt import TASKS, Prompt, detect_task, render
 from runtime.contract.tokenizer import Tokenizer
-from runtime.decoding import Decoding
 from runtime.engines import Engine, EngineOptions, load_engine
-from runtime.features import FeatureCache
-from runtime.generate import Generation, Limits, generate
-from runtime.kv_cache import CacheBudget, Prefix, Segment
-from runtime.lookup import Lookup
-from runtime.question import Job, Picture, PictureSource
-from runtime.sampling import Chooser, greedy
-from runtime.table import embedded, open_table
+from runtime.generation.beam_search import beam_search
+from runtime.generation.constraints import BoxGrammar, Constraint, JsonSchema
+from runtime.generation.decoding import Decoding
+from runtime.generation.generate import Generation, Limits, generate
+from runtime.generation.image_cache import FeatureCache
+from runtime.generation.kv_cache import CacheBudget, Prefix, Segment
+from runtime.generation.prompt_lookup import Lookup
+from runtime.generation.request import Job, Picture, PictureSource
+from runtime.generation.sampling import Chooser, greedy
+from runtime.generation.token_embeddings import embedded, open_table
+from runtime.questions import Answer, AnswerText, FoundBox, Stream
 
 if TYPE_CHECKING:
     from runtime.chat import Chat
@@ -102,7 +102,7 @@ class Session:
 
         With `beams` they are answered one after the other. Nothing is computed unless all prompts fit. Raises `InfMLLMError`s.
         """
-        from runtime.batch import decode_together
+        from runtime.generation.batch import decode_together
 
         if decoding.lookup:
             raise UsageError(f"lookup {decoding.lookup} is for one question at a time; leave it out")
@@ -274,7 +274,7 @@ def load(
     """Opens a bundle, checks it, and loads its engine.
 
     `threads` defaults to all available cores, `context` (cache rows) to the model's. `image_cache` is how many bytes of image embeddings may be kept
-    on disk for other processes (`runtime.features.DISK_BYTES` is what `infmllm-run` uses), none by default. With `engine_cache`
+    on disk for other processes (`runtime.generation.image_cache.DISK_BYTES` is what `infmllm-run` uses), none by default. With `engine_cache`
     large weights are kept there in the form this CPU's kernels want. Engines compiled on this machine reproduce the bundle's goldens once before
     they answer. Raises `BundleError`, `EngineError`.
     """
@@ -282,7 +282,7 @@ def load(
     bundle.verify_once()
     engine = load_engine(bundle, EngineOptions(threads, context, engine_cache))
     if engine.trial is not None:
-        from runtime.selftest import try_engine
+        from runtime.parity import try_engine
 
         try_engine(Session(bundle, engine))
     return Session(bundle, engine, image_cache)

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from calibration.calibrate import Calibrated
 from calibration.linear import Grid, LinearScheme, Quantised
 from export.capture import capture
-from export.lowering import LOWERING
 from export.passes import SIMPLIFY, run_passes
 from export.pipeline import _quiet
 from export.schemes import TARGET_SCHEMES
-from export.sharing import refer_to
+from export.shared_weights import refer_to
+from export.targets import LOWERING
 from runtime.contract.spec import ModelSpec
 from trainer.config import PRESETS
 from trainer.model import InfMLLM

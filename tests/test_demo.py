@@ -13,10 +13,10 @@ import pytest
 
 from export.pipeline import BuildOptions, build
 from export.schemes import SCHEMES
-from runtime.contract.evaluation import evaluate
 from runtime.contract.files import sha256_file
-from runtime.contract.metrics import caption_right
-from runtime.evaluate import BundleAnswerer
+from runtime.evaluation.cli import BundleAnswerer
+from runtime.evaluation.evaluate import evaluate
+from runtime.evaluation.metrics import caption_right
 from runtime.session import load
 from trainer.checkpoint import DEMO, WEIGHTS, load_checkpoint
 from trainer.datasets.held_out import held_out_scenes
@@ -93,7 +93,7 @@ def test_fp32_bundle_gives_pytorchs_tokens_on_every_sample(bundles: dict[str, Pa
 
 def test_the_sample_image_is_described_correctly(bundles: dict[str, Path]) -> None:
     environment = os.environ | {"INFMLLM_BUNDLE": str(bundles["int8"])}
-    code = "from runtime.cli import main; main()"
+    code = "from runtime.cli.run import main; main()"
     result = subprocess.run([sys.executable, "-c", code, str(DEMO / "sample.png"), "describe"], env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and caption_right(result.stdout, "a large green cross, a small blue square and a large orange circle")
 

@@ -39,7 +39,7 @@ def test_python_examples(workplace: Path) -> None:
 def test_shell_examples(workplace: Path) -> None:
     commands = workplace / "bin"
     commands.mkdir()
-    (commands / "infmllm-run").write_text(f'#!/bin/sh\nexec {sys.executable} -c "from runtime.cli import main; main()" "$@"\n')
+    (commands / "infmllm-run").write_text(f'#!/bin/sh\nexec {sys.executable} -c "from runtime.cli.run import main; main()" "$@"\n')
     (commands / "infmllm-run").chmod(0o755)
     environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     script = "set -e\n" + "\n".join(blocks("asking.md", "sh"))

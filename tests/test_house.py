@@ -55,11 +55,11 @@ class Block:
         if name.split('.')[0] in {HEAVY!r}:
             raise ImportError('blocked ' + name)
 sys.meta_path.insert(0, Block())
-import runtime, runtime.session, runtime.cli, runtime.bench.cli, runtime.bench.measure, runtime.evaluate, runtime.selftest, runtime.engines.ort
+import runtime, runtime.session, runtime.cli.run, runtime.bench.cli, runtime.bench.measure, runtime.evaluation.cli, runtime.parity, runtime.engines.onnxruntime.cpu
 import runtime.doctor.checks, runtime.doctor.report
 from runtime import load
 assert not set({HEAVY!r}) & set(sys.modules)
-from runtime.contract.evaluation import open_examples
+from runtime.evaluation.evaluate import open_examples
 assert len(open_examples('synthetic:3')) >= 3
 print('light')
 """

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from runtime.contract.errors import DataError
 from runtime.contract.prompt import TASKS
-from runtime.contract.sample import Sample
 from runtime.contract.tokenizer import Tokenizer
+from runtime.data.sample import Sample
 
 __all__ = ["IGNORE", "Batch", "PackedRow", "block_mask", "collate", "pack", "positions"]
 

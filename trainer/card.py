@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.contract.console import track
-from runtime.contract.data_source import parse_source
-from runtime.contract.evaluation import evaluate
-from runtime.contract.faults import Faults
 from runtime.contract.files import sha256_file
-from runtime.contract.sample import Example
+from runtime.data.bad_rows import Faults
+from runtime.data.data_argument import parse_source
+from runtime.data.sample import Example
+from runtime.evaluation.evaluate import evaluate
+from runtime.output.console import track
 from trainer.checkpoint import WEIGHTS, load_checkpoint, save_checkpoint
 from trainer.datasets import DATASETS
 from trainer.evaluate import CheckpointAnswerer

@@ -10,10 +10,10 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from runtime.contract.console import command_app, note, run_command
 from runtime.contract.errors import BuildError, UsageError
-from runtime.contract.evaluation import open_examples
 from runtime.contract.files import check_target
+from runtime.evaluation.evaluate import open_examples
+from runtime.output.console import command_app, note, run_command
 
 __all__ = ["main"]
 

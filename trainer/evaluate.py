@@ -11,7 +11,7 @@ from torch import Tensor
 from runtime.contract.errors import ContextError
 from runtime.contract.image import to_pixels
 from runtime.contract.prompt import TASKS
-from runtime.contract.sample import Sample
+from runtime.data.sample import Sample
 from trainer.checkpoint import Checkpoint, load_checkpoint
 
 __all__ = ["CheckpointAnswerer"]

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
-from runtime.contract.console import note
 from runtime.contract.errors import CheckpointError, DataError, UsageError
 from runtime.contract.files import sync_file
-from runtime.contract.sample import Example
 from runtime.contract.tokenizer import Tokenizer
+from runtime.data.sample import Example
+from runtime.output.console import note
 from trainer.batch import Batch
 from trainer.config import STAGES, Stage, StageRun
 from trainer.datasets.draw import ExampleSource

@@ -10,10 +10,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from runtime.contract.boxes import parse_box
-from runtime.contract.draw import draw_boxes, truth_and_found
 from runtime.contract.errors import InfMLLMError
-from runtime.contract.sample import Example
 from runtime.contract.tokenizer import Tokenizer
+from runtime.data.sample import Example
+from runtime.output.draw_boxes import draw_boxes, truth_and_found
 from trainer.checkpoint import Checkpoint
 from trainer.evaluate import CheckpointAnswerer
 from trainer.model import InfMLLM

@@ -19,7 +19,7 @@ import numpy as np
 
 from contenders import CONTENDERS, CONTEXT, PROMPT, STEPS, Contender, Decoder, Vision
 from contenders.weights import image_inputs, prompt_tokens
-from runtime.contract.console import peak_memory_mib
+from runtime.output.console import peak_memory_mib
 
 CHECK_STEPS = 4
 __all__ = ["CHECK_STEPS", "Worker"]

@@ -12,13 +12,13 @@ from typing import Annotated
 import typer
 
 from runtime.bench.diff import changes, different_conditions, parse_limit, rows
-from runtime.bench.figures import summary
-from runtime.bench.page import report_page
-from runtime.bench.record import read_report, to_json
+from runtime.bench.html_report import report_page
+from runtime.bench.metrics import summary
+from runtime.bench.report import read_report, to_json
 from runtime.bench.tables import condition_lines, csv_table, markdown_table, markdown_tables, print_report
-from runtime.cli import default_bundle
-from runtime.contract.console import check_output, command_app, note, run_command
+from runtime.cli.run import default_bundle
 from runtime.contract.errors import RegressionError, UsageError
+from runtime.output.console import check_output, command_app, note, run_command
 
 __all__ = ["main"]
 

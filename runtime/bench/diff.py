@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from runtime.bench.figures import METRICS, noise_percent
-from runtime.bench.record import Report
+from runtime.bench.metrics import METRICS, noise_percent
+from runtime.bench.report import Report
 from runtime.bench.tables import figure
 from runtime.contract.errors import UsageError
 

@@ -13,8 +13,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from runtime.bench.record import Limits
-from runtime.engines.ort_session import session_options
+from runtime.bench.report import Limits
+from runtime.engines.onnxruntime.sessions import session_options
 
 __all__ = ["measure_limits", "one_node_model"]
 

@@ -19,21 +19,21 @@ from PIL import Image
 
 from runtime import __version__
 from runtime.bench.limits import measure_limits
-from runtime.bench.machine import ROOT, read_machine, reset_peak_memory
-from runtime.bench.nvidia import Nvidia
-from runtime.bench.power import Rapl, Source, measure_energy, open_ina
-from runtime.bench.record import STAGES, AnswerTimes, BundleFacts, Conditions, Energy, Report, Work
-from runtime.bench.tegrastats import Tegrastats
-from runtime.bench.thermal import ThermalWatch
+from runtime.bench.report import STAGES, AnswerTimes, BundleFacts, Conditions, Energy, Report, Work
 from runtime.contract.bundle import DECODER, MANIFEST, Bundle
-from runtime.contract.console import note, peak_memory_mib, track
 from runtime.contract.files import sha256_file
 from runtime.contract.image import open_image, read_image_bytes
-from runtime.decoding import Decoding
 from runtime.engines import available_cores
+from runtime.generation.decoding import Decoding
+from runtime.hardware.machine import ROOT, read_machine, reset_peak_memory
+from runtime.hardware.nvidia import Nvidia
+from runtime.hardware.power import Rapl, Source, measure_energy, open_ina
+from runtime.hardware.tegrastats import Tegrastats
+from runtime.hardware.thermal import ThermalWatch
+from runtime.output.console import note, peak_memory_mib, track
 
 if TYPE_CHECKING:
-    from runtime.answer import Answer
+    from runtime.questions import Answer
     from runtime.session import Session
 
 __all__ = ["BenchOptions", "answer_once", "bundle_work", "measure", "sample_jpeg"]

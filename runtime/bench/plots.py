@@ -11,8 +11,8 @@ from html import escape
 
 import numpy as np
 
-from runtime.bench.figures import quarters, stage_times
-from runtime.bench.record import STAGES, Report
+from runtime.bench.metrics import quarters, stage_times
+from runtime.bench.report import STAGES, Report
 from runtime.bench.tables import figure
 
 __all__ = ["STYLE", "answers_plot", "clock_plot", "histogram_plot", "positions_plot", "stages_plot"]

@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
-from runtime.bench.figures import METRICS, noise_percent, stage_times, throttling
-from runtime.bench.record import Report
+from runtime.bench.metrics import METRICS, noise_percent, stage_times, throttling
+from runtime.bench.report import Report
 
 __all__ = ["condition_lines", "csv_table", "figure", "markdown_table", "markdown_tables", "print_report"]
 

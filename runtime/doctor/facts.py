@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.bench.machine import ROOT, Machine, read_machine, read_text
 from runtime.contract.bundle import cache_folder
-from runtime.doctor.known import Jetpack, find_jetpack, numbers
+from runtime.doctor.compatibility import Jetpack, find_jetpack, numbers
 from runtime.doctor.probes import PROBES, Probe, run_probe
-from runtime.doctor.system import Access, Jetson, Memory, read_access, read_jetson, read_memory
+from runtime.hardware.machine import ROOT, Machine, read_machine, read_text
+from runtime.hardware.system import Access, Jetson, Memory, read_access, read_jetson, read_memory
 
 __all__ = ["Facts", "GpuDevice", "Interpreter", "gather", "installed_packages", "this_interpreter"]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from runtime.doctor.compatibility import DRIVER_FOR_CUDA, LEAST_CAPABILITY, RTX_CAPABILITIES, numbers
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CUDA, RTX, TENSORRT, Check, Finding, note, ok, problem, warning
-from runtime.doctor.known import DRIVER_FOR_CUDA, LEAST_CAPABILITY, RTX_CAPABILITIES, numbers
 
 __all__ = ["CHECKS", "PIP_ONNXRUNTIME_GPU", "driver_runs"]
 

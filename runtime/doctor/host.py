@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from runtime.doctor.compatibility import OLDEST_ONNXRUNTIME, release
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CPU, CUDA, RTX, WANTED, Check, Finding, note, ok, problem, warning
 from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU
-from runtime.doctor.known import OLDEST_ONNXRUNTIME, release
 
 __all__ = ["CHECKS"]
 

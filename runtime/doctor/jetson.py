@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from runtime.doctor.compatibility import OLDEST_TENSORRT, numbers, release
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CPU, TENSORRT, Check, Finding, note, ok, problem, warning
-from runtime.doctor.known import OLDEST_TENSORRT, numbers, release
 
 __all__ = ["CHECKS"]
 

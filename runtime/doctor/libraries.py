@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
+from runtime.doctor.compatibility import FUSED_TENSORRT, OLDEST_ONNXRUNTIME, OLDEST_TENSORRT, numbers, release
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CUDA, RTX, TENSORRT, Check, Finding, ok, problem, warning
 from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU, driver_runs
-from runtime.doctor.known import FUSED_TENSORRT, OLDEST_ONNXRUNTIME, OLDEST_TENSORRT, numbers, release
 
 __all__ = ["CHECKS"]
 

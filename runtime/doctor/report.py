@@ -7,10 +7,10 @@ import textwrap
 from dataclasses import asdict
 from html import escape
 
-from runtime.contract.page import html_page
 from runtime.doctor.checks import Diagnosis, Result
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import LEVELS
+from runtime.output.html import html_page
 
 __all__ = ["diagnosis_json", "diagnosis_page", "diagnosis_text", "verdict"]
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle
-from runtime.contract.console import note
 from runtime.contract.errors import EngineError
+from runtime.output.console import note
 
 __all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "Trial", "available_cores", "load_engine"]
 
@@ -121,11 +121,11 @@ class Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", "runtime.engines.ort:OrtEngine", "", "ONNX Runtime on the CPU"),
-        Target("cuda", "runtime.engines.ort_cuda:OrtCudaEngine", "gpu", "ONNX Runtime on an NVIDIA GPU"),
+        Target("cpu", "runtime.engines.onnxruntime.cpu:OrtEngine", "", "ONNX Runtime on the CPU"),
+        Target("cuda", "runtime.engines.onnxruntime.cuda:OrtCudaEngine", "gpu", "ONNX Runtime on an NVIDIA GPU"),
         Target("tensorrt", "runtime.engines.tensorrt.engine:TensorRtEngine", "tensorrt", "TensorRT on an NVIDIA GPU or Jetson"),
         Target(
-            *("rtx", "runtime.engines.ort_rtx:OrtRtxEngine", "rtx", "ONNX Runtime's TensorRT-RTX plugin on a desktop RTX GPU"),
+            *("rtx", "runtime.engines.onnxruntime.tensorrt_rtx:OrtRtxEngine", "rtx", "ONNX Runtime's TensorRT-RTX plugin on a desktop RTX GPU"),
             *(("tensorrt",), "onnxruntime_ep_nv_tensorrt_rtx"),
         ),
     )

@@ -17,7 +17,7 @@ from calibration.linear import LinearScheme
 from calibration.samples import Case, default_source, draw_cases, draw_examples, set_card
 from export.schemes import SCHEMES
 from runtime.contract.errors import DataError, UsageError
-from runtime.contract.sample import Example, Sample
+from runtime.data.sample import Example, Sample
 from tests.conftest import TINY
 from trainer.checkpoint import StoredCheckpoint, load_checkpoint, open_checkpoint
 from trainer.model import InfMLLM

@@ -19,8 +19,8 @@ import tensorrt as trt
 
 from runtime.contract.errors import EngineError
 from runtime.contract.spec import ModelSpec
-from runtime.engines.tensorrt import build as builder
-from runtime.engines.tensorrt.ports import decoder_form, vision_form
+from runtime.engines.tensorrt import build_engine as builder
+from runtime.engines.tensorrt.graph_variants import decoder_form, vision_form
 
 _LAYER = re.compile(r"Name: ([^,]+), LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: \[", re.MULTILINE)
 _TYPE = re.compile(r"Dimensions: \[([\d,-]*)\].*?Datatype: (\w+)")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime.contract.console import command_app, run_command
 from runtime.contract.errors import DataError, SpecError
-from runtime.contract.jsonl import read_jsonl
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import ModelSpec
+from runtime.data.jsonl import read_jsonl
+from runtime.output.console import command_app, run_command
 from tests.conftest import TINY
 
 

@@ -7,10 +7,10 @@ import random
 
 import pytest
 
-from runtime.contract.cider import cider
-from runtime.contract.metrics import Scoreboard, Scored, caption_right, mean_interval, proportion_interval, score
-from runtime.contract.sample import Sample
-from runtime.contract.vqa_text import normalise_answer, vqa_accuracy
+from runtime.data.sample import Sample
+from runtime.evaluation.cider import cider
+from runtime.evaluation.metrics import Scoreboard, Scored, caption_right, mean_interval, proportion_interval, score
+from runtime.evaluation.vqa_accuracy import normalise_answer, vqa_accuracy
 
 
 def vqa(answer: str, expected: str, *people: str) -> float:

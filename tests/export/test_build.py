@@ -14,16 +14,16 @@ import pytest
 from PIL import Image
 
 from export import pipeline
-from export.inspect import describe_bundle, format_description
+from export.inspection.describe import describe_bundle, format_description
+from export.parity.references import compare_with_checkpoint
 from export.passes.pack_projections import parts_of
 from export.pipeline import STEPS, BuildOptions, build
 from export.schemes import SCHEMES, choose_scheme, find_scheme
-from export.verify import compare_with_checkpoint
 from runtime.contract.bundle import DECODER, VISION, read_bundle
 from runtime.contract.errors import BundleError, ParityError, UsageError
 from runtime.contract.image import to_pixels
 from runtime.contract.spec import key_cache, present
-from runtime.selftest import read_goldens, replay
+from runtime.parity import read_goldens, replay
 from runtime.session import load
 from trainer.checkpoint import load_checkpoint, open_checkpoint
 

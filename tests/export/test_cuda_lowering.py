@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from export.capture import capture
-from export.cuda_kernels import CUDA_KERNELS, FOLDED
-from export.lowering import LOWERING
+from export.parity.cpu_reference import reference_session
+from export.parity.references import compare_with_checkpoint
 from export.passes import SIMPLIFY, run_passes
+from export.passes.cuda_kernels import CUDA_KERNELS, FOLDED
 from export.passes.cuda_operators import MULTI_HEAD_ATTENTION, ONE_PICTURE, SIMPLIFIED_NORMS
 from export.pipeline import _quiet
-from export.reference import reference_session
 from export.schemes import TARGET_SCHEMES, find_scheme
-from export.verify import compare_with_checkpoint
+from export.targets import LOWERING
 from runtime.contract.bundle import DECODER, VISION, read_bundle
 from runtime.contract.errors import UsageError
 from runtime.contract.spec import INPUTS_EMBEDS, LOGITS, LOGITS_MASS, NEXT_TOKEN, PIXELS, SEQLENS_K, TOTAL_LENGTH, key_cache
-from runtime.engines.ort_session import session_options
+from runtime.engines.onnxruntime.sessions import session_options
 from tests.conftest import TINY
 from trainer.checkpoint import open_checkpoint
 from trainer.model import InfMLLM

@@ -24,7 +24,7 @@ from export.passes.quantise import quantise_linears
 from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE, fixed_capacity
 from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
 from export.pipeline import _quiet
-from export.sharing import refer_to
+from export.shared_weights import refer_to
 from runtime.contract.errors import BuildError
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN, PIXELS, POOL, POSITION_IDS, present

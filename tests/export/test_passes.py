@@ -255,7 +255,7 @@ def test_kernels_compute_what_the_reference_arithmetic_says(shape: tuple[int, in
 
 def product(rows: np.ndarray, columns: np.ndarray, exact: bool) -> tuple[np.ndarray, np.ndarray]:
     """(what the engine's kernel makes of unsigned rows [M,K], zero point 128, times signed columns [K,N], what it should)."""
-    from runtime.engines.ort_session import session_options
+    from runtime.engines.onnxruntime.sessions import session_options
 
     a = ir.Value(name="a", shape=ir.Shape(rows.shape), type=ir.TensorType(ir.DataType.UINT8))
     b = ir.Value(name="b", shape=ir.Shape(columns.shape), type=ir.TensorType(ir.DataType.INT8), const_value=ir.tensor(columns, name="b"))

@@ -10,14 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from calibration.linear import KERNEL_BLOCKS
-from export import auto
-from export.auto import Budget, Mixture, choose_mixture, upgrade_path
+from export import mixed_precision as auto
 from export.cli import app
-from export.devices import DEVICES, find_device
-from export.inspect import describe_bundle
-from export.picture import block_page
+from export.inspection.describe import describe_bundle
+from export.inspection.html_picture import block_page
+from export.mixed_precision import Budget, Mixture, choose_mixture, upgrade_path
 from export.pipeline import BuildOptions, build
-from export.plan import make_plan, part_bytes
+from export.planning.devices import DEVICES, find_device
+from export.planning.plan import make_plan, part_bytes
 from export.schemes import SCHEMES, choose_scheme
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import ParityError, UsageError

@@ -21,14 +21,14 @@ from calibration import samples
 from calibration.blocks import StreamedModel
 from export import cache, pipeline
 from export.cache import workspace
-from export.drift import first_drift
+from export.parity.drift import first_drift
+from export.parity.subgraphs import replay_in_pieces
 from export.passes.contract import GraphPass, PassResult
-from export.pieces import replay_in_pieces
 from export.pipeline import STEPS, BuildOptions, build
 from export.schemes import SCHEMES, choose_scheme
 from export.state import open_build
 from runtime.contract.bundle import EMBEDDINGS, GOLDENS, cache_folder, read_bundle
-from runtime.selftest import read_goldens, replay_goldens
+from runtime.parity import read_goldens, replay_goldens
 from runtime.session import load
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from export.devices import DEVICES
-from export.plan import make_plan
+from export.planning.devices import DEVICES
+from export.planning.plan import make_plan
 from export.schemes import choose_scheme
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 from trainer.checkpoint import write_random
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 PEAK = """
 import atexit, sys
-from runtime.contract.console import peak_memory_mib
+from runtime.output.console import peak_memory_mib
 from {module} import main
 atexit.register(lambda: print(peak_memory_mib(), file=sys.stderr))
 main()
@@ -54,7 +54,7 @@ def test_a_model_is_built_and_run_in_a_part_of_its_float_weights(tmp_path: Path,
     assert built["bytes"] == pytest.approx(plan.disk_bytes, rel=0.15)
     floats = 4 * SHAPE.parameters / MIB
     assert peak < 450 + 0.7 * floats, f"{peak:.0f} MiB; importing the compiler takes about 450, the float weights are {floats:.0f}"
-    answer, peak = measured("runtime.cli", str(scene_png), "describe", "--bundle", str(tmp_path / "b"), "--json")
+    answer, peak = measured("runtime.cli.run", str(scene_png), "describe", "--bundle", str(tmp_path / "b"), "--json")
     assert answer["visual_tokens"] == 64 and answer["tokens"] and answer["verdict"] == "VERIFIED"
     assert peak < 0.6 * floats, f"{peak:.0f} MiB"
     print(f"build {built['peak_mib']} MiB (plan {plan.build_peak / MIB:.0f}), run {peak:.0f} MiB (plan {plan.run_bytes / MIB:.0f})")

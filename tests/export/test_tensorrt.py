@@ -18,7 +18,7 @@ import pytest
 
 from export.schemes import TARGET_SCHEMES
 from runtime.contract.spec import ModelSpec, key_cache, present
-from runtime.engines.tensorrt.ports import MOST_TOKENS
+from runtime.engines.tensorrt.graph_variants import MOST_TOKENS
 from tests.compile_only import HERE, compiler
 from tests.tensorrt_graphs import short, write_graphs
 
@@ -125,7 +125,7 @@ def test_weights_without_company_are_unpacked_at_every_step(tmp_path: Path, monk
     """Why `companion_row` is there; if this fails, the compiler has learnt it and the pass can go."""
     from dataclasses import replace
 
-    from export.lowering import LOWERING
+    from export.targets import LOWERING
 
     monkeypatch.setitem(LOWERING, "tensorrt", replace(LOWERING["tensorrt"], byte_weights=()))
     found = _compile(short("edge"), "int8-weights", tmp_path, compiler(ROOT))
@@ -135,7 +135,7 @@ def test_weights_without_company_are_unpacked_at_every_step(tmp_path: Path, monk
 
 def test_a_call_is_bounded(tmp_path: Path) -> None:
     """Scores take memory by the length of a call times that of the cache: see `MOST_TOKENS`."""
-    from runtime.engines.tensorrt.ports import decoder_form
+    from runtime.engines.tensorrt.graph_variants import decoder_form
 
     spec = short("7b")
     prefill = decoder_form(spec, False, spec.decoder.context).profiles(spec.decoder.context)[1]

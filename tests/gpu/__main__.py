@@ -22,9 +22,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from runtime.contract.console import OneLineParser, note, positive, run_command
 from runtime.contract.errors import UsageError
 from runtime.doctor.facts import Facts, gather
+from runtime.output.console import OneLineParser, note, positive, run_command
 from tests.gpu import machine
 from tests.gpu.page import report_page
 from tests.gpu.record import JSON, Report, read_report, write_report

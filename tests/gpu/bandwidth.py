@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from runtime.engines.tensorrt.device import Device
+from runtime.engines.tensorrt.cuda import Device
 
 __all__ = ["copy_gbs"]
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from runtime.bench.tables import figure
-from runtime.contract.page import html_page
+from runtime.output.html import html_page
 from tests.gpu.goals import MISSED, UNKNOWN, decode_share, median_ratio, results
 from tests.gpu.record import ABSENT, FAILED, MEASURED, Report
 from tests.gpu.settings import COMPILED, EAGER, OURS

@@ -15,9 +15,9 @@ from runtime.contract.bundle import GOLDENS, Bundle
 from runtime.contract.errors import EngineError, NonFiniteError
 from runtime.contract.pooling import pool_matrix
 from runtime.engines import Engine
-from runtime.generate import Generation, Limits, generate
-from runtime.sampling import greedy
-from runtime.selftest import Golden, StageError, read_goldens, replay
+from runtime.generation.generate import Generation, Limits, generate
+from runtime.generation.sampling import greedy
+from runtime.parity import Golden, StageError, read_goldens, replay
 from runtime.session import Session
 
 __all__ = ["answers", "prove", "stages_of"]

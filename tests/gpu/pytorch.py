@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from runtime.engines import Trial
-from runtime.sampling import check_finite
+from runtime.generation.sampling import check_finite
 from tests.gpu.settings import COMPILED, EAGER
 from trainer.checkpoint import open_checkpoint
 from trainer.decoder import Decoder, rotary_tables

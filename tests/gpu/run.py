@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from runtime.contract.console import note
+from runtime.output.console import note
 from tests.gpu.record import ABSENT, FAILED, MEASURED, PASSED, Report, Row
 from tests.gpu.rounds import Once, interleaved
 from tests.gpu.settings import COMPILED, EAGER, FLOAT, OURS, PYTORCH, Settings, is_random, model_name

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from runtime.bench.figures import summary
 from runtime.bench.measure import BenchOptions, bundle_work, measure
+from runtime.bench.metrics import summary
 from runtime.contract.bundle import Bundle, read_bundle
 from runtime.contract.errors import EngineError, InfMLLMError
 from runtime.contract.spec import ModelSpec
@@ -130,7 +130,7 @@ class PyTorch:
 
     def _over(self, bundle: str, new_tokens: int) -> Session:
         from runtime.contract.bundle import GOLDENS
-        from runtime.selftest import read_goldens
+        from runtime.parity import read_goldens
 
         read = read_bundle(bundle)
         goldens = read_goldens(read.file(GOLDENS))

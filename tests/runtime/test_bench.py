@@ -17,11 +17,11 @@ import onnx
 import pytest
 
 from runtime.bench.diff import Change, changes, different_conditions, parse_limit
-from runtime.bench.figures import METRICS, drift_percent, noise_percent, stage_times, summary, throttling
+from runtime.bench.html_report import report_page
 from runtime.bench.limits import measure_limits, one_node_model
 from runtime.bench.measure import BenchOptions, bundle_work, measure
-from runtime.bench.page import report_page
-from runtime.bench.record import STAGES, AnswerTimes, Energy, Limits, Report, Thermal, parse_report, read_report, to_json
+from runtime.bench.metrics import METRICS, drift_percent, noise_percent, stage_times, summary, throttling
+from runtime.bench.report import STAGES, AnswerTimes, Energy, Limits, Report, Thermal, parse_report, read_report, to_json
 from runtime.bench.tables import condition_lines, csv_table, markdown_tables
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import DataError, UsageError

@@ -13,8 +13,8 @@ from PIL import Image
 from runtime import Decoding, Question, Session, load
 from runtime.contract.bundle import cache_folder
 from runtime.contract.errors import EngineError, ImageError, UsageError
-from runtime.features import FeatureCache, Features
-from runtime.selftest import replay
+from runtime.generation.image_cache import FeatureCache, Features
+from runtime.parity import replay
 
 QUESTIONS = [("caption", "describe"), ("vqa", "what is it?"), ("ground", "circle"), ("chat", "Hello."), ("vqa", "how many are there?")]
 ALL_PRECISIONS = ["fp32", "int8", "int4", "int4-hybrid"]

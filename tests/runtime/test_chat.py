@@ -61,13 +61,13 @@ def test_a_conversation_that_outgrows_the_cache_ends_with_one_line(built: Callab
 
 def test_rows_checked_among_others_are_not_kept(built: Callable[[str], Path], scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drafted token's row equals a stepwise one only up to rounding: the next turn computes it again, and so gives the same bits as without."""
-    monkeypatch.setattr("runtime.generate._Pays.__bool__", lambda self: True)
+    monkeypatch.setattr("runtime.generation.generate._Pays.__bool__", lambda self: True)
     session = load(built("fp32"))
     real = session.engine.forward(np.ones((1, 3, 64), np.float32), 0)
     assert real.shape == (960,)
     session.forget()
     said = session.ask(scene_image, "say it", "chat", 4, 30, Decoding(lookup=0)).tokens
-    monkeypatch.setattr("runtime.lookup.Lookup.draft", lambda self, most: list(said[len(self._tokens) - start :][:most]))
+    monkeypatch.setattr("runtime.generation.prompt_lookup.Lookup.draft", lambda self, most: list(said[len(self._tokens) - start :][:most]))
     chat = session.chat(scene_image, 4, Decoding(lookup=3))
     start = len(session.tokenizer.encode_prompt(render("chat", "say it"))[1])
     session.forget()

@@ -25,7 +25,7 @@ def command(module: str, *arguments: object, stdin: bytes = b"") -> subprocess.C
 
 
 def run(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return command("runtime.cli", *arguments, stdin=stdin)
+    return command("runtime.cli.run", *arguments, stdin=stdin)
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +128,14 @@ def test_eval(bundle: Path, tiny_checkpoint: Path, scene_png: Path, tmp_path: Pa
     (tmp_path / "a.png").write_bytes(scene_png.read_bytes())
     (tmp_path / "d.jsonl").write_text('{"image": "a.png", "task": "vqa", "question": "what?", "answer": "this"}\n')
     for model in (bundle, tiny_checkpoint):
-        figures = json.loads(command("runtime.evaluate", model, tmp_path / "d.jsonl", "--json").stdout)
+        figures = json.loads(command("runtime.evaluation.cli", model, tmp_path / "d.jsonl", "--json").stdout)
         assert figures["tasks"]["vqa"]["count"] == 1
-    text = command("runtime.evaluate", bundle, "synthetic:3", "--out", tmp_path / "rows.jsonl").stdout.decode()
+    text = command("runtime.evaluation.cli", bundle, "synthetic:3", "--out", tmp_path / "rows.jsonl").stdout.decode()
     assert "boxes with IoU" in text and len((tmp_path / "rows.jsonl").read_text().splitlines()) == 9
-    check_fault(command("runtime.evaluate", tmp_path, "synthetic:3"), "neither a bundle")
-    check_fault(command("runtime.evaluate", bundle, "synthetic:x"), "positive number")
-    check_fault(command("runtime.evaluate", bundle, "synthetic:1", "--out", tmp_path / "no" / "x"), "writable folder")
-    check_fault(command("runtime.evaluate"), "--help")
+    check_fault(command("runtime.evaluation.cli", tmp_path, "synthetic:3"), "neither a bundle")
+    check_fault(command("runtime.evaluation.cli", bundle, "synthetic:x"), "positive number")
+    check_fault(command("runtime.evaluation.cli", bundle, "synthetic:1", "--out", tmp_path / "no" / "x"), "writable folder")
+    check_fault(command("runtime.evaluation.cli"), "--help")
 
 
 def test_export_commands(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_export_commands(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) ->
     assert missing.returncode == 1 and b"error: no checkpoint at" in missing.stderr and not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("module", ["runtime.cli", "runtime.evaluate", "runtime.bench.cli", "export.cli", "trainer.cli"])
+@pytest.mark.parametrize("module", ["runtime.cli.run", "runtime.evaluation.cli", "runtime.bench.cli", "export.cli", "trainer.cli"])
 def test_help_has_an_example(module: str) -> None:
     result = command(module, "--help")
     if module == "export.cli":

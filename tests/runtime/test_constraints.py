@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from runtime import Decoding, Session, load
-from runtime.answer import AnswerText
-from runtime.constraints import BoxGrammar, JsonSchema
 from runtime.contract.boxes import box_continues, box_ends, find_boxes, format_box, parse_box
 from runtime.contract.errors import UsageError
-from runtime.sampling import Chooser
+from runtime.generation.constraints import BoxGrammar, JsonSchema
+from runtime.generation.sampling import Chooser
+from runtime.questions import AnswerText
 
 SCHEMA = {
     "type": "object",

@@ -12,12 +12,12 @@ from PIL import Image
 
 from runtime.contract.bundle import DECODER, read_bundle
 from runtime.contract.errors import BundleError, EngineError, NonFiniteError
-from runtime.contract.sample import Sample
-from runtime.decoding import Decoding
+from runtime.data.sample import Sample
 from runtime.engines import TARGETS, EngineOptions, load_engine
-from runtime.engines.ort_cuda import CUDA, OrtCudaEngine
-from runtime.engines.ort_device import HOST, Bound, Device
-from runtime.sampling import greedy
+from runtime.engines.onnxruntime.cuda import CUDA, OrtCudaEngine
+from runtime.engines.onnxruntime.io_binding import HOST, Bound, Device
+from runtime.generation.decoding import Decoding
+from runtime.generation.sampling import greedy
 from runtime.session import Question, Session
 from tests.conftest import TINY
 from trainer.evaluate import CheckpointAnswerer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from runtime.doctor.probes import Probe
-from runtime.doctor.system import read_access
+from runtime.hardware.system import read_access
 from tests.runtime.doctor_machines import NO_DRIVER, driver, fires, machine, say, silent, write
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from runtime.doctor.checks import choose_targets, diagnose
+from runtime.doctor.compatibility import JETPACKS, find_jetpack, numbers
 from runtime.doctor.facts import Interpreter
-from runtime.doctor.known import JETPACKS, find_jetpack, numbers
-from runtime.doctor.system import read_jetson, read_memory
+from runtime.hardware.system import read_jetson, read_memory
 from tests.runtime.doctor_machines import driver, fires, machine, memory_files, orin_nano, say, silent, tensorrt, write
 
 

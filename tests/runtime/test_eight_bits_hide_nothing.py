@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.reference import reference_session
+from export.parity.cpu_reference import reference_session
 from runtime import Decoding, Session, load
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import NonFiniteError

@@ -97,7 +97,7 @@ def test_processes_that_make_it_at_once_all_answer(built: Callable[[str], Path],
     code = f"""
 import os
 os.environ["INFMLLM_CACHE"] = {str(tmp_path / "cache")!r}
-from runtime.engines import ort_store
+from runtime.engines.onnxruntime import prepacked_weights as ort_store
 ort_store.WORTH = 1
 from runtime import load
 import numpy as np

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from runtime.contract.evaluation import AnswerRow, evaluate
-from runtime.contract.metrics import score
-from runtime.contract.sample import Example, Sample
-from runtime.evaluate import main
-from runtime.report import report_page
+from runtime.data.sample import Example, Sample
+from runtime.evaluation.cli import main
+from runtime.evaluation.evaluate import AnswerRow, evaluate
+from runtime.evaluation.html_report import report_page
+from runtime.evaluation.metrics import score
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

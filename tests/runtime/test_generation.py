@@ -21,8 +21,8 @@ from transformers.generation.logits_process import (
 from runtime import Decoding, Question, Session, load
 from runtime.contract.errors import UsageError
 from runtime.contract.prompt import render
-from runtime.lookup import Lookup
-from runtime.sampling import Chooser, distribution, scores
+from runtime.generation.prompt_lookup import Lookup
+from runtime.generation.sampling import Chooser, distribution, scores
 from tests.conftest import TINY
 from tests.references import llama
 from trainer.checkpoint import load_checkpoint
@@ -204,7 +204,7 @@ def test_lookup_gives_the_same_tokens(session: Session, scene_image: Image.Image
 
 def test_lookup_takes_what_repeats(session: Session, scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that always says the same four tokens in turn is drafted rightly."""
-    monkeypatch.setattr("runtime.generate._Pays.__bool__", lambda self: True)  # no timing decides here
+    monkeypatch.setattr("runtime.generation.generate._Pays.__bool__", lambda self: True)  # no timing decides here
     forward, verify = session.engine.forward, session.engine.verify
     cycle = {284: 280, 280: 335, 335: 304, 304: 284}
     table = session.table

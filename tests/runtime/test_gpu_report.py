@@ -22,9 +22,9 @@ from runtime.contract.pooling import pool_matrix
 from runtime.doctor.facts import Facts
 from runtime.doctor.probes import Probe
 from runtime.engines import TARGETS, EngineOptions
-from runtime.engines.ort_cuda import OrtCudaEngine
-from runtime.engines.ort_device import HOST
-from runtime.engines.ort_rtx import OrtRtxEngine
+from runtime.engines.onnxruntime.cuda import OrtCudaEngine
+from runtime.engines.onnxruntime.io_binding import HOST
+from runtime.engines.onnxruntime.tensorrt_rtx import OrtRtxEngine
 from tests.conftest import TINY
 from tests.gpu import timing
 from tests.gpu.__main__ import check

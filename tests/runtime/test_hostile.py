@@ -14,7 +14,7 @@ from runtime.contract.bundle import GOLDENS, MANIFEST
 from runtime.contract.errors import BundleError, ContextError, InfMLLMError
 from runtime.contract.files import sha256_file
 from runtime.contract.onnx_guard import external_locations
-from runtime.selftest import relative_error, replay
+from runtime.parity import relative_error, replay
 from runtime.session import load
 from tests.contract.test_bundle import edit
 

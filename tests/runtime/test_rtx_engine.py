@@ -15,13 +15,13 @@ from PIL import Image
 import runtime.engines
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import EngineError, NonFiniteError
-from runtime.contract.sample import Sample
 from runtime.contract.spec import INPUTS_EMBEDS
-from runtime.decoding import Decoding
+from runtime.data.sample import Sample
 from runtime.engines import EngineOptions, load_engine
-from runtime.engines.ort_device import HOST
-from runtime.engines.ort_rtx import RTX, OrtRtxEngine, _provider_options
-from runtime.selftest import replay
+from runtime.engines.onnxruntime.io_binding import HOST
+from runtime.engines.onnxruntime.tensorrt_rtx import RTX, OrtRtxEngine, _provider_options
+from runtime.generation.decoding import Decoding
+from runtime.parity import replay
 from runtime.session import Question, Session
 from tests.conftest import TINY
 from trainer.evaluate import CheckpointAnswerer

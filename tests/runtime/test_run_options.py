@@ -140,7 +140,7 @@ def test_a_turn_that_is_no_text_gives_one_line(bundle: Path, scene_png: Path) ->
 
 
 def test_an_interrupt_ends_a_conversation_with_130(bundle: Path, scene_png: Path) -> None:
-    code = "from runtime.cli import main; main()"
+    code = "from runtime.cli.run import main; main()"
     command = [sys.executable, "-c", code, str(scene_png), "--chat", "--bundle", str(bundle), "--max-new-tokens", "3"]
     heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # shells start background jobs deaf to it
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, preexec_fn=heard)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from runtime.bench.machine import read_machine
-from runtime.bench.nvidia import Nvidia
-from runtime.bench.power import Integrator, Rapl, counted_rails, ina_rails, measure_energy, open_ina
-from runtime.bench.record import Thermal
-from runtime.bench.tegrastats import Tegrastats, parse_line
-from runtime.bench.thermal import ThermalWatch
+from runtime.bench.report import Thermal
+from runtime.hardware.machine import read_machine
+from runtime.hardware.nvidia import Nvidia
+from runtime.hardware.power import Integrator, Rapl, counted_rails, ina_rails, measure_energy, open_ina
+from runtime.hardware.tegrastats import Tegrastats, parse_line
+from runtime.hardware.thermal import ThermalWatch
 
 # Lines as tegrastats prints them: Orin Nano and Orin NX (JetPack 6), AGX Orin (JetPack 5), TX2 (JetPack 4: no units), AGX Xavier (JetPack 5).
 TEGRASTATS = {

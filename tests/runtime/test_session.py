@@ -12,9 +12,9 @@ from PIL import Image
 
 from runtime import Decoding, load
 from runtime.contract.errors import BundleError, ContextError, ImageError, NonFiniteError, PromptError, SpecError, UsageError
-from runtime.contract.sample import Sample
-from runtime.kv_cache import CacheBudget
-from runtime.sampling import greedy
+from runtime.data.sample import Sample
+from runtime.generation.kv_cache import CacheBudget
+from runtime.generation.sampling import greedy
 from runtime.session import Session
 from trainer.checkpoint import load_checkpoint
 from trainer.evaluate import CheckpointAnswerer

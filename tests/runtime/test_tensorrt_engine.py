@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.reference import ReferenceEngine
+from export.parity.cpu_reference import ReferenceEngine
 from runtime import Decoding, Question, Session, load
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import ContextError

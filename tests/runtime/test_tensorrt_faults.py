@@ -12,11 +12,11 @@ import onnx
 import pytest
 from PIL import Image
 
-from export.reference import ReferenceEngine
+from export.parity.cpu_reference import ReferenceEngine
 from runtime import Decoding, Session, load
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import BundleError, ContextError, EngineError, NonFiniteError
-from runtime.doctor.system import Memory
+from runtime.hardware.system import Memory
 from tests.runtime.conftest import Install
 from tests.simulated_cuda import cudaError_t
 
@@ -99,7 +99,7 @@ def test_a_trial_that_was_cut_short_comes_again(bundle: Path, gpu: Install, monk
         def killed(*arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("runtime.selftest.replay", killed)
+        patch.setattr("runtime.parity.replay", killed)
         with pytest.raises(KeyboardInterrupt):
             load(bundle)
     again = gpu()
@@ -244,7 +244,7 @@ def test_a_build_for_which_memory_is_short_is_announced(
     bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     gpu()
-    monkeypatch.setattr("runtime.engines.tensorrt.maker.read_memory", lambda root: Memory(4000, 0.1, 0, 0))
+    monkeypatch.setattr("runtime.engines.tensorrt.provider.read_memory", lambda root: Memory(4000, 0.1, 0, 0))
     load(bundle)
     assert "building needs about 1 MB of memory, 0 are available" in capfd.readouterr().err
 

@@ -16,7 +16,7 @@ from runtime import Session, load
 from runtime.contract.bundle import MANIFEST, cache_folder
 from runtime.contract.errors import UsageError
 from runtime.contract.files import locked
-from runtime.engines import shelf
+from runtime.engines import disk_cache as shelf
 from tests.runtime.conftest import Install
 
 INPUTS = np.random.default_rng(2).normal(size=(1, 12, 64)).astype(np.float32)
@@ -130,7 +130,7 @@ def test_an_interrupt_leaves_nothing_behind(bundle: Path, gpu: Install, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("runtime.contract.console.StepBar.detail", interrupted)
+        patch.setattr("runtime.output.console.StepBar.detail", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load(bundle)
     assert not folders() and not list((cache_folder() / "engines-tensorrt").glob(".*"))
@@ -169,7 +169,7 @@ def test_without_a_store_every_start_builds_and_tries(
     if way == "bound":
         monkeypatch.setenv("INFMLLM_ENGINE_CACHE_GB", "0")
     elif way == "read-only":
-        monkeypatch.setattr("runtime.engines.tensorrt.store.os.access", lambda path, mode: False)
+        monkeypatch.setattr("runtime.engines.tensorrt.engine_cache.os.access", lambda path, mode: False)
     elif way == "full":
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0})())
     found = [logits(load(bundle, engine_cache=way != "option")) for _ in range(2)]

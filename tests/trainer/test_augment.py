@@ -10,7 +10,7 @@ from PIL import Image
 
 from runtime.contract.boxes import parse_box
 from runtime.contract.image import to_square
-from runtime.contract.sample import Sample
+from runtime.data.sample import Sample
 from tests.conftest import TINY
 from trainer.datasets.augment import AUGMENTATIONS
 from trainer.datasets.detection import ClassName, Thing, dense_labels, detection_samples, visible

@@ -12,8 +12,8 @@ from PIL import Image
 from tokenizers import Tokenizer as RawTokenizer
 
 from runtime.contract.errors import DataError, ImageError, UsageError
-from runtime.contract.sample import Sample
 from runtime.contract.tokenizer import Tokenizer
+from runtime.data.sample import Sample
 from tests.conftest import TINY
 from trainer.batch import Batch, pack, positions
 from trainer.datasets import DATASETS, open_source, read_examples

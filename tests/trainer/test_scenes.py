@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from runtime.contract.boxes import iou, parse_box
-from runtime.contract.metrics import score
+from runtime.evaluation.metrics import score
 from trainer.datasets.held_out import held_out_scenes
 from trainer.datasets.scene_text import CAPTION_PROMPTS, QUESTIONS, caption, chat_samples, scene_samples
 from trainer.datasets.scenes import COLOURS, SHAPES, SIZES, dense_labels, draw_scene

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from runtime.contract.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from runtime.contract.image import to_pixels
-from runtime.contract.sample import Sample
 from runtime.contract.tokenizer import Tokenizer
+from runtime.data.sample import Sample
 from tests.conftest import TINY
 from trainer.batch import IGNORE, Batch, block_mask, collate, pack
 from trainer.config import PRESETS, STAGES, StageRun, find_preset, find_recipe

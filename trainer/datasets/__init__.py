@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.contract.console import note
-from runtime.contract.data_source import DataSource, parse_source
 from runtime.contract.errors import DataError, UsageError
-from runtime.contract.faults import Faults
-from runtime.contract.jsonl import read_jsonl
-from runtime.contract.sample import Example
+from runtime.data.bad_rows import Faults
+from runtime.data.data_argument import DataSource, parse_source
+from runtime.data.jsonl import read_jsonl
+from runtime.data.sample import Example
+from runtime.output.console import note
 from trainer.datasets import coco, held_out, llava, refcoco, scene_text, voc, vqav2
 from trainer.datasets.augment import Augmentation, find_augmentation
 from trainer.datasets.draw import ExampleSource, ListedSource, Mixture

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract.boxes import Box, format_box, to_unit_box
-from runtime.contract.sample import Sample
+from runtime.data.sample import Sample
 from trainer.datasets.phrases import article, listed
 
 __all__ = ["DENSE_SUB", "MANY", "ClassName", "Thing", "dense_labels", "detection_samples", "visible"]

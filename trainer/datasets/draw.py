@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from runtime.contract.boxes import Box, format_box, to_pixel_box, to_unit_box
-from runtime.contract.console import note
 from runtime.contract.errors import DataError, ImageError
 from runtime.contract.image import open_image, to_square
-from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
+from runtime.data.sample import Example, Sample
+from runtime.output.console import note
 from trainer.datasets.augment import Augmentation
 
 __all__ = ["ExampleSource", "ListedSource", "Mixture", "PictureCache", "Retries", "move_samples"]

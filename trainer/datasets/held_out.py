@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from runtime.contract.data_source import DataSource
 from runtime.contract.errors import DataError
-from runtime.contract.faults import Faults
-from runtime.contract.sample import Example
+from runtime.data.bad_rows import Faults
+from runtime.data.data_argument import DataSource
+from runtime.data.sample import Example
 from trainer.datasets.scene_text import caption_sample, ground_sample, vqa_sample
 from trainer.datasets.scenes import draw_scene
 

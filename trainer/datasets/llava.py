@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from runtime.contract.data_source import DataSource
-from runtime.contract.faults import Faults, field
 from runtime.contract.prompt import Message
-from runtime.contract.sample import Example, Sample
+from runtime.data.bad_rows import Faults, field
+from runtime.data.data_argument import DataSource
+from runtime.data.sample import Example, Sample
 from trainer.datasets.files import picture, read_json, rows
 
 __all__ = ["read"]

@@ -9,10 +9,10 @@ from collections import defaultdict
 from pathlib import Path
 
 from runtime.contract.boxes import Box
-from runtime.contract.data_source import DataSource
-from runtime.contract.faults import Faults, field
 from runtime.contract.image import image_size
-from runtime.contract.sample import Example, Sample
+from runtime.data.bad_rows import Faults, field
+from runtime.data.data_argument import DataSource
+from runtime.data.sample import Example, Sample
 from trainer.datasets.files import picture, read_json, rows
 
 __all__ = ["read"]

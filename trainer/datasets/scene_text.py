@@ -11,8 +11,8 @@ import numpy as np
 
 from runtime.contract.boxes import format_box
 from runtime.contract.prompt import Message
-from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
+from runtime.data.sample import Example, Sample
 from trainer.datasets.phrases import article, listed
 from trainer.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, dense_labels, draw_scene, pick
 

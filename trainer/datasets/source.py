@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 
 from runtime.contract.errors import DataError, InfMLLMError
 from runtime.contract.image import to_pixels
-from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
 from runtime.contract.tokenizer import Tokenizer
+from runtime.data.sample import Example, Sample
 from trainer.batch import Batch, PackedRow, collate, pack, positions
 from trainer.datasets.draw import ExampleSource
 

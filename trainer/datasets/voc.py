@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from runtime.contract.boxes import Box, check_inside
-from runtime.contract.data_source import DataSource
 from runtime.contract.errors import DataError
-from runtime.contract.faults import Faults
 from runtime.contract.image import image_size, to_square
-from runtime.contract.sample import Example, Sample
 from runtime.contract.spec import ModelSpec
+from runtime.data.bad_rows import Faults
+from runtime.data.data_argument import DataSource
+from runtime.data.sample import Example, Sample
 from trainer.datasets.augment import Augmentation
 from trainer.datasets.detection import MANY, ClassName, Thing, dense_labels, detection_samples, visible
 from trainer.datasets.draw import PictureCache, Retries

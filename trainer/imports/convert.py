@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.contract.console import track
 from runtime.contract.errors import BundleError, CheckpointError, UsageError
 from runtime.contract.files import staged_folder
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 from runtime.contract.tokenizer import Tokenizer
+from runtime.output.console import track
 from trainer.checkpoint import CARD, CONFIG, SHARD_BYTES, TOKENIZER, write_shards
 from trainer.imports.files import open_weights
 from trainer.imports.layouts import Part, decoder_part, finite, pooler_part, vision_part

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from runtime.contract.bundle import Bundle
 from runtime.contract.spec import key_cache
 from runtime.engines import EngineOptions, Trial
-from runtime.engines.tensorrt.caches import Caches, Rows
-from runtime.engines.tensorrt.calls import Activations, Prefill, Step, Vision
-from runtime.engines.tensorrt.library import Machine
-from runtime.engines.tensorrt.maker import Maker, Part, decoder_forms, vision_forms
-from runtime.engines.tensorrt.ports import MOST_ROWS, MOST_TOKENS
-from runtime.sampling import check_finite
+from runtime.engines.tensorrt.execution import Activations, Prefill, Step, Vision
+from runtime.engines.tensorrt.graph_variants import MOST_ROWS, MOST_TOKENS
+from runtime.engines.tensorrt.kv_cache import Caches, Rows
+from runtime.engines.tensorrt.provider import Maker, Part, decoder_forms, vision_forms
+from runtime.engines.tensorrt.trt import Machine
+from runtime.generation.sampling import check_finite
 
 __all__ = ["TensorRtEngine"]
 

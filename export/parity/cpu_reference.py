@@ -1,0 +1,124 @@
+"""Runs the graphs of a GPU bundle on the CPU, literally: what the build's parity gate holds against PyTorch before any GPU sees them.
+
+ONNX Runtime's optimisers stay off, so every operator computes in the type the graph names (float16 products through float32, rounded behind each
+operator).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from export.targets import LOWERING
+from runtime.contract.bundle import DECODER, DECODER_FUSED, VISION, VISION_FUSED, Bundle, read_bundle
+from runtime.contract.errors import EngineError, UsageError
+from runtime.contract.spec import (
+    IMAGE_EMBEDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    LOGITS_ROWS,
+    NEXT_TOKEN,
+    PIXELS,
+    POOL,
+    POSITION_IDS,
+    present,
+)
+from runtime.engines import Engine, EngineOptions, Trial
+from runtime.engines.onnxruntime.cuda import OrtCudaEngine
+from runtime.engines.onnxruntime.io_binding import HOST
+from runtime.engines.onnxruntime.sessions import session_options
+from runtime.output.console import note
+from runtime.parity import StageError, replay
+from runtime.session import Session, load
+
+__all__ = ["ReferenceEngine", "open_session", "reference_session", "replay_forms"]
+
+
+class ReferenceEngine:
+    """An `Engine` for tensorrt bundles, of the plain graphs or the fused ones. Slow: for builds and tests."""
+
+    verifies = False
+    trial: Trial | None = None
+
+    def __init__(self, bundle: Bundle, fused: bool = False, threads: int | None = None) -> None:
+        spec = bundle.spec.decoder
+        self.capacity, self.version, self._fused = bundle.capacity, f"reference, onnxruntime {ort.__version__}", fused
+        self._vision, self._decoder = (
+            _opened(str(bundle.file(file)), threads) for file in ((VISION_FUSED, DECODER_FUSED) if fused else (VISION, DECODER))
+        )
+        shape = (1, spec.kv_heads, self.capacity, spec.head_dim)
+        names = spec.cache_names
+        self._caches = {name: np.zeros(shape, np.float16) for name in names}
+        self._outputs = [LOGITS, NEXT_TOKEN, *(present(name) for name in names)]
+
+    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
+        """See `Engine.embed_image`."""
+        (embeds,) = self._vision.run([IMAGE_EMBEDS], {PIXELS: pixels, POOL: pool})
+        return np.asarray(embeds, np.float32)
+
+    def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        """See `Engine.forward`."""
+        return self._run(inputs_embeds, start)[0][0]
+
+    def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
+        """The likeliest token as the graph itself chooses it."""
+        return int(self._run(inputs_embeds, start)[1][0])
+
+    def _run(self, inputs_embeds: NDArray[np.float32], start: int) -> list[Any]:
+        length = inputs_embeds.shape[1]
+        feed: dict[str, NDArray[Any]] = {
+            INPUTS_EMBEDS: inputs_embeds.astype(np.float16),
+            POSITION_IDS: np.arange(start, start + length)[None],
+            LOGITS_ROWS: np.array([length - 1]),
+            **self._caches,
+        }
+        logits, token, *rows = self._decoder.run(self._outputs, feed)
+        for cache, found in zip(self._caches.values(), rows, strict=True):
+            if self._fused:
+                cache[...] = found
+            else:
+                cache[:, :, start : start + length] = found
+        return [logits, token]
+
+    def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+        """See `Engine.verify`; never asked for more than one step."""
+        return self.forward(inputs_embeds, start)[None]
+
+    def batch(self, slots: int, rows: int) -> Any:
+        """Not served: builds ask one question at a time."""
+        raise UsageError("graphs run literally on the CPU answer one question at a time; leave --beams and --batch out")
+
+
+def reference_session(bundle: Bundle, fused: bool = False) -> Session:
+    """A session over one form of a GPU bundle's graphs. Those of ONNX Runtime run in their own engine, on the CPU's memory."""
+    engine: Engine = ReferenceEngine(bundle, fused) if DECODER_FUSED in bundle.files else OrtCudaEngine(bundle, EngineOptions(), HOST)
+    return Session(bundle, engine)
+
+
+def replay_forms(bundle: Bundle, tolerance: Mapping[str, float]) -> list[StageError]:
+    """The golden cases through every form; of each stage the worse result."""
+    forms = [replay(reference_session(bundle, fused), tolerance) for fused in ((False, True) if DECODER_FUSED in bundle.files else (False,))]
+    return [max(rows, key=lambda row: row.error) for rows in zip(*forms, strict=True)]
+
+
+def open_session(path: Path) -> Session:
+    """A session of any bundle: on its own engine where this machine has it, else on the CPU, said in a notice."""
+    try:
+        return load(path)
+    except EngineError as error:
+        bundle = read_bundle(path)
+        if bundle.target not in LOWERING or not LOWERING[bundle.target].referenced:
+            raise
+        note(f"{error}; the graphs are run literally on the CPU instead")
+        return reference_session(bundle)
+
+
+def _opened(path: str, threads: int | None) -> ort.InferenceSession:
+    settings = session_options(threads)
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])

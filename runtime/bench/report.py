@@ -1,0 +1,217 @@
+"""A latency report as data: raw times of every answer with the conditions they were taken under, written to and read from versioned JSON.
+
+Everything shown (percentiles, rates, fractions, plots, differences) is computed from these values, so an old report can be shown and compared again.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from runtime.contract.errors import DataError
+from runtime.hardware.machine import Machine
+
+__all__ = [
+    "FORMAT",
+    "STAGES",
+    "VERSION",
+    "AnswerTimes",
+    "BundleFacts",
+    "Conditions",
+    "Energy",
+    "Gpu",
+    "Limits",
+    "Report",
+    "Thermal",
+    "Work",
+    "parse_report",
+    "read_report",
+    "to_json",
+]
+
+FORMAT, VERSION = "infmllm-bench", 1
+STAGES = ("decode_image", "preprocess", "vision", "prefill")
+_MAX_BYTES = 256 << 20
+_LARGEST = 1e18  # of any number in a report
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class AnswerTimes:
+    """One answer: milliseconds of the stages before the first token, to first text, to the end, and of every later decode step."""
+
+    stages_ms: dict[str, float]
+    ttft_ms: float
+    total_ms: float
+    step_ms: tuple[float, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """Which bundle was measured; `manifest_sha256` tells apart two of the same name."""
+
+    name: str
+    model: str
+    target: str
+    schemes: dict[str, str]
+    verdict: str
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class Conditions(Machine):
+    """What the figures depend on: the machine, what ran on it, and what was asked; `started` is UTC."""
+
+    cores: int
+    threads: int
+    python: str
+    onnxruntime: str
+    infmllm: str
+    picture: str
+    prompt: str
+    prompt_tokens: int
+    visual_tokens: int
+    max_new_tokens: int
+    repetitions: int
+    warmup: int
+    started: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine reaches with the same threads: reading memory in GB/s, products of matrices in GFLOP/s (float32) and GOP/s (8-bit)."""
+
+    read_gbs: float
+    fp32_gflops: float
+    int8_gops: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the model has to do: bytes a decode step reads (weights, and per cache row), operations of the tower and of prefill (2 a product)."""
+
+    decoder_weight_bytes: int
+    cache_row_bytes: int
+    vision_flop: float
+    prefill_flop: float
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Mean watts per rail while answering, which of them the total counts, watts at rest, joules to the first token and per further token."""
+
+    source: str
+    rails_w: dict[str, float]
+    counted: tuple[str, ...]
+    idle_w: float
+    power_w: float
+    joules_per_image: float
+    joules_per_token: float | None
+    answers: int
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU's name, driver, and the MB (10^6 bytes) this process held on it; None where the driver does not tell processes apart."""
+
+    name: str
+    driver: str
+    memory_mb: float | None
+
+
+@dataclass(frozen=True)
+class Thermal:
+    """Signs of throttling: events counted by the CPU, its clock in MHz after each answer, degrees Celsius before and after, the GPU's own reasons."""
+
+    throttle_events: int | None
+    clock_mhz: tuple[float, ...]
+    max_clock_mhz: float | None
+    temperature_c: dict[str, tuple[float, ...]]
+    gpu_reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One measurement. `limits` were measured before and after it; `missing` says, for every absent part, why it is absent."""
+
+    bundle: BundleFacts
+    conditions: Conditions
+    load_ms: float
+    peak_rss_mb: float
+    answers: tuple[AnswerTimes, ...]
+    limits: tuple[Limits, ...]
+    work: Work
+    thermal: Thermal
+    energy: Energy | None = None
+    gpu: Gpu | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def to_json(report: Report, summary: Mapping[str, Any]) -> str:
+    """The file's text. `summary` is for readers who want figures without computing; reading ignores it."""
+    return json.dumps({"format": FORMAT, "version": VERSION, "summary": summary, **asdict(report)}, indent=1) + "\n"
+
+
+def read_report(path: Path) -> Report:
+    """Reads a report strictly. Raises `DataError` naming the first field that is missing, unknown, of another type or not finite."""
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise DataError(f"{path} is larger than {_MAX_BYTES} bytes; this is no report of ours")
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}); give a file written by infmllm-bench --json") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}); give a file written by infmllm-bench --json") from None
+    return parse_report(data, str(path))
+
+
+def parse_report(data: object, where: str) -> Report:
+    """A report from parsed JSON; `where` names the file in errors. Raises `DataError`."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise DataError(f'{where}: "format" is not "{FORMAT}"; give a file written by infmllm-bench --json')
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        raise DataError(f"{where}: report version is {version!r:.20}, this reads {VERSION}; measure again")
+    report = _object(Report, {k: v for k, v in data.items() if k not in ("format", "version", "summary")}, f"{where}: report")
+    if not report.answers or not report.limits:
+        raise DataError(f"{where}: holds no answers or no limits, expected at least one of each; measure again")
+    for index, answer in enumerate(report.answers):
+        if set(answer.stages_ms) != set(STAGES):
+            raise DataError(f"{where}: answers[{index}].stages_ms has {sorted(answer.stages_ms)}, expected {sorted(STAGES)}; measure again")
+    return report
+
+
+def _object(cls: type[T], value: object, where: str) -> T:
+    """A dataclass from exactly its fields."""
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is {type(value).__name__}, expected an object; measure again")
+    hints, names = get_type_hints(cls), {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    if names != set(value):
+        raise DataError(f"{where} lacks {sorted(names - set(value))}, has unknown {sorted(set(value) - names)!s:.200}; measure again")
+    return cls(**{name: _value(hints[name], value[name], f"{where}.{name}") for name in names})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        return None if value is None else _value(arguments[0], value, where)
+    if is_dataclass(hint):
+        return _object(hint, value, where)  # type: ignore[arg-type]
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _value(arguments[1], item, f"{where}.{key:.40}") for key, item in value.items()}
+    if hint is float and type(value) in (int, float) and 0 <= value <= _LARGEST:
+        return float(value)
+    if (hint is str and isinstance(value, str)) or (hint is int and type(value) is int and 0 <= value <= _LARGEST):
+        return value
+    raise DataError(f"{where} is {value!r:.60}, expected {_NAMES.get(origin or hint, 'another type')}; measure again")
+
+
+_NAMES = {float: "a number of at least 0", int: "a whole number of at least 0", str: "text", tuple: "a list", dict: "an object"}

@@ -1,0 +1,1 @@
+"""Samples and data files, shared by evaluation and training."""

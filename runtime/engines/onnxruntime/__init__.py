@@ -1,0 +1,1 @@
+"""Engines on ONNX Runtime: the CPU, CUDA, and the TensorRT-RTX plugin."""

@@ -1,0 +1,185 @@
+"""Engines on disk, under a fingerprint of everything they depend on; and what is known of each: that it passed its trial here, or why it is not used.
+
+Only the very file this machine wrote is opened again: its inode, size, time and SHA-256 are in the mark beside it. Deserialising an engine executes
+what is in it, so nothing else ever gets that far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runtime.contract.bundle import Bundle, cache_folder
+from runtime.contract.errors import BusyError
+from runtime.contract.files import locked, sync_file
+from runtime.contract.onnx_guard import external_locations
+from runtime.engines.disk_cache import MARK, ROOTS, engine_cache_bytes, identity, make_room, read_mark, staging_of
+from runtime.engines.tensorrt.graph_variants import Form
+from runtime.engines.tensorrt.trt import Machine
+from runtime.output.console import note
+
+__all__ = ["Store", "fingerprint"]
+
+_RECIPE = 1  # part of the fingerprint: raise it when what is built changes
+_ENGINE, _SHA256, _PASSED, _REFUSED = "engine.trt", "sha256", "passed", "refused"
+_POLL_SECONDS = 0.2
+_MAX_TIMINGS = 4
+
+
+def fingerprint(bundle: Bundle, machine: Machine, form: Form) -> str:
+    """The name of the engine of one form of a graph, made for and on this machine."""
+    files = [form.file, *sorted(external_locations(bundle.file(form.file)))]
+    sizes = form.profiles(form.rows or bundle.spec.decoder.context)
+    parts = [_RECIPE, *(bundle.files[name][1] for name in files), form.rows, sizes, *machine.fingerprint]
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
+
+
+class Store:
+    """The folder of engines. Where `keep` is off or the cache's bound is zero it remembers its verdicts as long as it lives, and nothing else."""
+
+    def __init__(self, keep: bool) -> None:
+        self._limit = engine_cache_bytes() if keep else 0
+        self._root = cache_folder() / ROOTS[1]
+        self._marks: dict[str, dict[str, Any]] = {}
+
+    @property
+    def keeps(self) -> bool:
+        """True if engines are kept for other processes."""
+        return self._limit > 0
+
+    def folder(self, name: str) -> Path:
+        """Where the engine of that name lies."""
+        return self._root / name
+
+    def timings(self, machine: Machine) -> Path | None:
+        """Where builds on this machine note what they measured; None if nothing is kept. All but the latest such files are removed."""
+        if not self.keeps:
+            return None
+        with contextlib.suppress(OSError):
+            self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for old in sorted(self._root.glob("timing-*"), key=lambda path: path.stat().st_mtime)[:-_MAX_TIMINGS]:
+                old.unlink()
+        return self._root / f"timing-{hashlib.sha256(repr(machine.fingerprint).encode()).hexdigest()}"
+
+    def read(self, name: str) -> mmap.mmap | None:
+        """The engine, mapped; None if there is none, or not the one that was written."""
+        path, mark = self.folder(name) / _ENGINE, self._mark(name)
+        try:
+            if not self.keeps or mark.get(_ENGINE) != identity(path):
+                return None
+            with path.open("rb") as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            os.utime(self.folder(name) / MARK)
+        except (OSError, ValueError):
+            return None
+        return content if hashlib.sha256(content).hexdigest() == mark.get(_SHA256) else None
+
+    def write(self, name: str, content: Any) -> None:
+        """Keeps an engine, all of it or nothing; the caller holds `making`. One that cannot be kept is built again next time, with a note now."""
+        if not self.keeps:
+            return
+        ready, view = self.folder(name), memoryview(content)
+        staging = staging_of(ready)
+        try:
+            if view.nbytes > self._limit:
+                raise OSError(f"{view.nbytes >> 20} MiB exceed INFMLLM_ENGINE_CACHE_GB")
+            make_room(self._root, self._limit, view.nbytes)
+            shutil.rmtree(ready, ignore_errors=True)
+            staging.mkdir(mode=0o700, exist_ok=True)
+            (staging / _ENGINE).write_bytes(view)
+            sync_file(staging / _ENGINE)
+            mark = {_ENGINE: identity(staging / _ENGINE), _SHA256: hashlib.sha256(view).hexdigest()}
+            (staging / MARK).write_text(json.dumps(mark))
+            sync_file(staging / MARK)
+            os.rename(staging, ready)
+            sync_file(self._root)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            note(f"the engine is not kept ({' '.join(str(error).split()):.160}); it will be built again at the next start")
+
+    def drop(self, name: str) -> None:
+        """Removes an engine."""
+        shutil.rmtree(self.folder(name), ignore_errors=True)
+        self._marks.pop(name, None)
+
+    def passed(self, name: str, trial: str) -> bool:
+        """Whether an engine has passed a trial, named by what it consists of."""
+        return bool(self._mark(name).get(_PASSED) == trial)
+
+    def refused(self, name: str) -> str:
+        """Why an engine is not used here; empty if nothing is known against it."""
+        return str(self._mark(name).get(_REFUSED, ""))
+
+    def accept(self, name: str, trial: str) -> None:
+        """Remembers that an engine has passed a trial."""
+        self._remember(name, {_PASSED: trial})
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Remembers why an engine is not used; its file goes."""
+        with contextlib.suppress(OSError):
+            (self.folder(name) / _ENGINE).unlink(missing_ok=True)
+        self._remember(name, {_REFUSED: reason})
+
+    def _mark(self, name: str) -> dict[str, Any]:
+        kept = read_mark(self.folder(name)) if self.keeps else {}
+        return kept | self._marks.get(name, {})
+
+    def _remember(self, name: str, what: dict[str, Any]) -> None:
+        self._marks[name] = self._marks.get(name, {}) | what
+        if not self.keeps:
+            return
+        folder = self.folder(name)
+        part = folder / f".{MARK}.{os.getpid()}"
+        with contextlib.suppress(OSError):  # a read-only home costs another trial at the next start
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            part.write_text(json.dumps(read_mark(folder) | what))
+            sync_file(part)
+            os.replace(part, folder / MARK)
+
+    @contextlib.contextmanager
+    def making(self, name: str) -> Iterator[None]:
+        """Holds the right to build an engine, once whoever has it is done. A build that was killed is told of, since its reason may come again."""
+        if self.keeps:
+            with contextlib.suppress(OSError):
+                self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not os.access(self._root, os.W_OK):
+                note(f"no engine is kept: {self._root} cannot be written; set INFMLLM_CACHE to a folder that can")
+                self._limit = 0
+        if not self.keeps:
+            yield
+            return
+        with self._turn(name):
+            staging = staging_of(self.folder(name))
+            if staging.exists():
+                note("the last build of this engine was ended from outside; if memory ran out, close other programs or set INFMLLM_WORKSPACE_MB")
+                shutil.rmtree(staging, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                staging.mkdir(mode=0o700)
+            try:
+                yield
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        told = False
+        while True:
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(locked(self.folder(name)))
+                except BusyError:
+                    if not told:
+                        note("another process is building this engine; waiting for it")
+                    told = True
+                else:
+                    yield
+                    return
+            time.sleep(_POLL_SECONDS)

@@ -1,0 +1,1 @@
+"""Scores answers against references, per task, and reports the result."""

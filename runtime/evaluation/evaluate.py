@@ -1,0 +1,109 @@
+"""Scoring answers over examples, and finding what other packages registered: things that answer, and data sets that can be made.
+
+Synthetic data and checkpoints come from packages the runtime must not import; they register entry points and are found by name.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from PIL import Image
+
+from runtime.contract.errors import UsageError
+from runtime.contract.image import MEAN_COLOUR
+from runtime.data.bad_rows import Faults
+from runtime.data.sample import Example, Sample
+from runtime.evaluation.metrics import Scoreboard, Scored, score
+from runtime.output.draw_boxes import draw_boxes, truth_and_found
+
+__all__ = ["ANSWERERS", "DATASETS", "AnswerRow", "Answerer", "evaluate", "find_plugin", "open_examples"]
+
+ANSWERERS, DATASETS = "infmllm.answerers", "infmllm.datasets"
+_THUMBNAIL, _RIGHT_PICTURED = 256, 400
+
+
+class Answerer(Protocol):
+    """Answers samples; both bundles and checkpoints do."""
+
+    def answer(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> str:
+        """The greedy answer's text."""
+        ...
+
+
+def find_plugin(group: str, name: str) -> Any:
+    """Loads what an installed package registered; raises `UsageError` when it, or something it needs, is not installed."""
+    for entry in entry_points(group=group, name=name):
+        try:
+            return entry.load()
+        except ImportError as error:
+            raise UsageError(f"{name} needs {error.name}, which is not installed; run: pip install 'infmllm-edge[train]'") from None
+    raise UsageError(f"{name} is not available in this installation; run: pip install 'infmllm-edge[train]'")
+
+
+def open_examples(data: str, skip_bad: bool = False) -> list[Example]:
+    """Examples of a data argument (see `data_source`), read by whatever package registered readers. Raises `DataError` or `UsageError`."""
+    examples: list[Example] = find_plugin(DATASETS, "readers")(data, skip_bad)
+    return examples
+
+
+@dataclass(frozen=True)
+class AnswerRow:
+    """One scored answer with what a report shows of it; `thumbnail` is a JPEG with true and found boxes drawn, where asked for."""
+
+    name: str
+    sample: Sample
+    answer: str
+    scored: Scored
+    thumbnail: bytes = b""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        row: dict[str, Any] = {"name": self.name, "task": self.sample.task, "kind": self.sample.kind, "text": self.sample.text, "answer": self.answer}
+        row |= {"expected": self.sample.answer, "value": self.scored.value, "right": self.scored.value >= 0.5}
+        return row | ({"iou": self.scored.iou} if self.scored.iou is not None else {})
+
+
+def evaluate(
+    answerer: Answerer,
+    examples: Iterable[Example],
+    visual_tokens: int | None = None,
+    blank: bool = False,
+    thumbnails: bool = False,
+    faults: Faults | None = None,
+) -> tuple[Scoreboard, Scoreboard, list[AnswerRow]]:
+    """Scores by task, scores of each kind within a task ("vqa/colour"), and one row per answer.
+
+    `blank` shows a plain picture of the mean colour instead: what a model scores then it knows from the questions alone. Thumbnails are made of all
+    wrong answers and of some right ones. A picture that cannot be used, or a prompt too long, goes to `faults` (default: is an error).
+    """
+    tasks, kinds, rows = Scoreboard(), Scoreboard(), list[AnswerRow]()
+    faults, right = faults or Faults(), 0
+    for example in examples:
+        found: list[AnswerRow] = []
+        with faults.row(example.name):
+            image, samples = example.load()
+            shown = Image.new("RGB", image.size, MEAN_COLOUR) if blank else image
+            for sample in samples:
+                text = answerer.answer(shown, sample, visual_tokens)
+                scored = score(sample, text)
+                right += scored.value == 1
+                pictured = thumbnails and (scored.value < 1 or right <= _RIGHT_PICTURED)
+                found.append(AnswerRow(example.name, sample, text, scored, _thumbnail(shown, sample, scored) if pictured else b""))
+        for row in found:
+            tasks.add(row.sample.task, row.scored)
+            if row.sample.kind and row.sample.kind != row.sample.task:
+                kinds.add(f"{row.sample.task}/{row.sample.kind}", row.scored)
+        rows += found
+    return tasks, kinds, rows
+
+
+def _thumbnail(image: Image.Image, sample: Sample, scored: Scored) -> bytes:
+    small = image.copy()
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    data = io.BytesIO()
+    draw_boxes(small, truth_and_found(small.size, sample.box, scored.found)).save(data, "JPEG", quality=80, subsampling=0)
+    return data.getvalue()

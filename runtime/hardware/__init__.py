@@ -1,0 +1,1 @@
+"""Reads what machine this is: processor, memory, GPU, power and thermal sensors."""

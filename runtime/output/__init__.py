@@ -1,0 +1,1 @@
+"""What commands print and write: console lines, HTML pages, images with boxes."""
