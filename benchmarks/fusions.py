@@ -1,7 +1,8 @@
-"""What graph rewrites are worth on this machine: the same decoder in several forms, prompt and single steps, interleaved in one run.
+"""What graph rewrites are worth on this machine: the same decoder in several forms,
+prompt and single steps, interleaved in one run.
 
-Forms: canonical (standard operators, caches copied), GroupQueryAttention, and that with a layer's projections packed into one product (what builds
-use).
+Forms: canonical (standard operators, caches copied), GroupQueryAttention, and that with
+a layer's projections packed into one product (what builds use).
 
 python benchmarks/fusions.py [--shape nano|wide] [--repetitions 30]
 """
@@ -23,7 +24,17 @@ from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.pack_projections import pack_projections
-from runtime.contract.spec import INPUTS_EMBEDS, LOGITS, POSITION_IDS, SEQLENS_K, TOTAL_LENGTH, DecoderSpec, ModelSpec, VisionSpec, present
+from runtime.contract.spec import (
+    INPUTS_EMBEDS,
+    LOGITS,
+    POSITION_IDS,
+    SEQLENS_K,
+    TOTAL_LENGTH,
+    DecoderSpec,
+    ModelSpec,
+    VisionSpec,
+    present,
+)
 from runtime.engines.onnxruntime.sessions import session_options
 from trainer.config import find_preset
 from trainer.model import InfMLLM
@@ -32,7 +43,9 @@ _PROMPT, _CONTEXT, _STEPS = 75, 128, 16
 WIDE = ModelSpec(
     "wide",
     VisionSpec(image_size=32, patch_size=8, width=32, layers=1, heads=4, mlp_width=64),
-    DecoderSpec(vocab_size=2048, hidden=2048, layers=3, heads=32, kv_heads=4, mlp_width=5632, context=512),
+    DecoderSpec(
+        vocab_size=2048, hidden=2048, layers=3, heads=32, kv_heads=4, mlp_width=5632, context=512
+    ),
     (4,),
 )
 
@@ -42,16 +55,22 @@ class Form:
 
     def __init__(self, model: ir.Model, spec: DecoderSpec) -> None:
         data = ir.to_proto(model).SerializeToString()
-        self._session = ort.InferenceSession(data, session_options(None), providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(
+            data, session_options(None), providers=["CPUExecutionProvider"]
+        )
         self._names = [value.name for value in self._session.get_inputs()]
         self._caches = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros((1, spec.kv_heads, _CONTEXT, spec.head_dim), np.float32))
+            name: ort.OrtValue.ortvalue_from_numpy(
+                np.zeros((1, spec.kv_heads, _CONTEXT, spec.head_dim), np.float32)
+            )
             for name in self._names
             if "cache" in name
         }
 
     def run(self, embeds: np.ndarray, start: int) -> np.ndarray:
-        """Logits of one call; caches are updated in place where the graph can, else swapped."""
+        """Logits of one call; caches are updated in place where the graph can, else
+        swapped.
+        """
         end = start + embeds.shape[1]
         feed = {
             INPUTS_EMBEDS: embeds,
@@ -61,9 +80,16 @@ class Form:
         }
         binding, in_place = self._session.io_binding(), POSITION_IDS not in self._names
         for name in self._names:
-            binding.bind_ortvalue_input(name, self._caches[name] if name in self._caches else ort.OrtValue.ortvalue_from_numpy(feed[name]))
+            binding.bind_ortvalue_input(
+                name,
+                self._caches[name]
+                if name in self._caches
+                else ort.OrtValue.ortvalue_from_numpy(feed[name]),
+            )
         for name, cache in self._caches.items():
-            binding.bind_ortvalue_output(present(name), cache) if in_place else binding.bind_output(present(name))
+            binding.bind_ortvalue_output(present(name), cache) if in_place else binding.bind_output(
+                present(name)
+            )
         binding.bind_output(LOGITS)
         self._session.run_with_iobinding(binding)
         found = dict(zip([*map(present, self._caches), LOGITS], binding.get_outputs(), strict=True))
@@ -74,7 +100,9 @@ class Form:
 
 def main() -> None:
     """Prints medians per form, and their ratios to the first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=("nano", "wide"), default="nano")
     parser.add_argument("--repetitions", type=int, default=30)
     given = parser.parse_args()
@@ -86,8 +114,17 @@ def main() -> None:
     GROUP_QUERY_ATTENTION(lowered)
     packed = lowered.clone()
     pack_projections(lambda name: LinearScheme())(packed)
-    forms = {name: Form(graph, spec.decoder) for name, graph in (("canonical", canonical), ("GroupQueryAttention", lowered), ("packed", packed))}
-    embeds = np.random.default_rng(0).normal(size=(1, _PROMPT, spec.decoder.hidden)).astype(np.float32)
+    forms = {
+        name: Form(graph, spec.decoder)
+        for name, graph in (
+            ("canonical", canonical),
+            ("GroupQueryAttention", lowered),
+            ("packed", packed),
+        )
+    }
+    embeds = (
+        np.random.default_rng(0).normal(size=(1, _PROMPT, spec.decoder.hidden)).astype(np.float32)
+    )
     times: dict[str, list[tuple[float, float]]] = defaultdict(list)
     results: dict[str, np.ndarray] = {}
     for _ in range(given.repetitions + 2):
@@ -97,11 +134,16 @@ def main() -> None:
             middle = time.perf_counter()
             for step in range(_STEPS):
                 results[name] = form.run(embeds[:, step : step + 1], _PROMPT + step)
-            times[name].append((1e3 * (middle - started), 1e3 * (time.perf_counter() - middle) / _STEPS))
+            times[name].append(
+                (1e3 * (middle - started), 1e3 * (time.perf_counter() - middle) / _STEPS)
+            )
     for name, rows in times.items():
         prefill, decode = (statistics.median(column) for column in zip(*rows[2:], strict=True))
         error = float(np.abs(results[name] - results["canonical"]).max())
-        print(f"{name:20} prefill {prefill:.2f} ms, step {decode:.3f} ms, largest difference from canonical {error:.1e}")
+        print(
+            f"{name:20} prefill {prefill:.2f} ms, step {decode:.3f} ms, largest difference from "
+            f"canonical {error:.1e}"
+        )
 
 
 if __name__ == "__main__":

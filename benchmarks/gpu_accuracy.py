@@ -1,6 +1,8 @@
-"""Accuracy of bundles for GPUs where there is none: their graphs run literally on the CPU (`export.parity.cpu_reference`), asked what `infmllm-eval` asks.
+"""Accuracy of bundles for GPUs where there is none: their graphs run literally on the
+CPU (`export.parity.cpu_reference`), asked what `infmllm-eval` asks.
 
-python benchmarks/gpu_accuracy.py TENSORRT.bundle ... [--data synthetic:500] [--visual-tokens 16]
+python benchmarks/gpu_accuracy.py TENSORRT.bundle ... [--data synthetic:500]
+[--visual-tokens 16]
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from runtime.evaluation.evaluate import evaluate, open_examples
 
 def main() -> None:
     """Prints accuracy per task of each bundle."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundles", type=Path, nargs="+")
     parser.add_argument("--data", default="synthetic:500")
     parser.add_argument("--visual-tokens", type=int)
@@ -25,9 +29,17 @@ def main() -> None:
     examples = open_examples(options.data, False)
     for path in options.bundles:
         session = reference_session(read_bundle(path))
-        tasks, _, _ = evaluate(BundleAnswerer(session), examples, options.visual_tokens, faults=Faults(False))
-        figures = "  ".join(f"{task} {row['accuracy']:.1f}" for task, row in tasks.figures().items())
-        print(f"{path.name:24} {figures}  ({sum(row['count'] for row in tasks.figures().values()):.0f} samples)", flush=True)
+        tasks, _, _ = evaluate(
+            BundleAnswerer(session), examples, options.visual_tokens, faults=Faults(False)
+        )
+        figures = "  ".join(
+            f"{task} {row['accuracy']:.1f}" for task, row in tasks.figures().items()
+        )
+        print(
+            f"{path.name:24} {figures}  "
+            f"({sum(row['count'] for row in tasks.figures().values()):.0f} samples)",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

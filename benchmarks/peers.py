@@ -1,14 +1,18 @@
-"""One model, many engines, one run: this repository's runtime beside onnxruntime-genai, OpenVINO, llama.cpp and PyTorch on the same random weights.
+"""One model, many engines, one run: this repository's runtime beside onnxruntime-genai,
+OpenVINO, llama.cpp and PyTorch on the same random weights.
 
-Every contender has its own process; rounds go through all of them in turn, so that ratios mean something on a noisy machine. What is measured:
-a prefill of 288 tokens, 64 tokens behind it, an image, loading, memory, disk, the machine's limits in the same minutes, and agreement with PyTorch.
+Every contender has its own process; rounds go through all of them in turn, so that
+ratios mean something on a noisy machine. What is measured: a prefill of 288 tokens, 64
+tokens behind it, an image, loading, memory, disk, the machine's limits in the same
+minutes, and agreement with PyTorch.
 
     pip install torch==2.13.0 && pip install -e ".[peers]"
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python
     python benchmarks/peers.py --folder DIR [--rounds 5] [--only NAME ...] [--json FILE] [--markdown FILE] [--python ENGINE=INTERPRETER ...]
 
-The folder keeps weights and conversions for the next run (25 GB with everything). A missing package costs its rows only. Engines whose packages
-do not get along with the others' can have an environment of their own: --python intel=/envs/openvino/bin/python.
+The folder keeps weights and conversions for the next run (25 GB with everything). A
+missing package costs its rows only. Engines whose packages do not get along with the
+others' can have an environment of their own: --python intel=/envs/openvino/bin/python.
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ from contenders.machine import bandwidth_gbs, describe, multiply_gflops  # noqa:
 from contenders.report import markdown, ratios, summary  # noqa: E402
 
 _REFERENCES = {"decoder": "PyTorch fp32", "vision": "PyTorch vision fp32"}
-_SLOW = ("PyTorch bf16",)  # measured only when named: without bf16 instructions a round takes minutes
+_SLOW = (
+    "PyTorch bf16",
+)  # measured only when named: without bf16 instructions a round takes minutes
 
 
 def say(text: str) -> None:
@@ -45,7 +51,9 @@ def say(text: str) -> None:
 
 
 class Run:
-    """What is known of each contender as the run goes on; one that fails is dropped from all later rounds."""
+    """What is known of each contender as the run goes on; one that fails is dropped
+    from all later rounds.
+    """
 
     def __init__(self, folder: Path, pool: Pool, chosen: Sequence[str]) -> None:
         self._folder, self.pool = folder, pool
@@ -61,7 +69,9 @@ class Run:
 
     def check(self) -> None:
         """Compares everyone's outputs with PyTorch's, which are kept in the folder."""
-        references = {part: self._folder / f"{CHECKPOINT}-reference-{part}.npy" for part in _REFERENCES}
+        references = {
+            part: self._folder / f"{CHECKPOINT}-reference-{part}.npy" for part in _REFERENCES
+        }
         for part in {CONTENDERS[name].part for name in self.names}:
             if not references[part].exists():
                 self.pool.ask(CONTENDERS[_REFERENCES[part]], "check", file=str(references[part]))
@@ -69,12 +79,16 @@ class Run:
         def compare(contender: Contender) -> None:
             outputs = self._folder / "outputs.npy"
             self.pool.ask(contender, "check", file=str(outputs))
-            self.checks[contender.name] = agreement(np.load(references[contender.part]), np.load(outputs), contender.part == "decoder")
+            self.checks[contender.name] = agreement(
+                np.load(references[contender.part]), np.load(outputs), contender.part == "decoder"
+            )
 
         self._each("checking", compare)
 
     def round(self, number: int) -> None:
-        """One round over all that are left; every second one in reverse, so that nobody always follows the same neighbour."""
+        """One round over all that are left; every second one in reverse, so that nobody
+        always follows the same neighbour.
+        """
         self.limits.append({"read_gbs": bandwidth_gbs(_THREADS), "gflops": multiply_gflops()})
 
         def measure(contender: Contender) -> None:
@@ -88,7 +102,10 @@ class Run:
         self.limits = self.limits[:whole]
         self.rounds = {name: rounds[:whole] for name, rounds in self.rounds.items()}
         if not whole:
-            raise SystemExit("nothing could be measured: " + "; ".join(f"{name}: {reason}" for name, reason in self.absent.items()))
+            raise SystemExit(
+                "nothing could be measured: "
+                + "; ".join(f"{name}: {reason}" for name, reason in self.absent.items())
+            )
 
     def _each(self, text: str, call: Any, backwards: bool = False) -> None:
         for name in reversed(list(self.names)) if backwards else list(self.names):
@@ -102,18 +119,31 @@ class Run:
 
 
 def agreement(wanted: Any, found: Any, logits: bool) -> dict[str, float]:
-    """How near outputs [N, V] are to PyTorch's: the smallest cosine of a row, the relative error, for logits how often the best token is the same."""
+    """How near outputs [N, V] are to PyTorch's: the smallest cosine of a row, the
+    relative error, for logits how often the best token is the same.
+    """
     wanted, found = wanted.astype(np.float64), found.astype(np.float64)
-    cosine = (wanted * found).sum(-1) / np.linalg.norm(wanted, axis=-1) / np.linalg.norm(found, axis=-1)
-    result = {"cosine": float(cosine.min()), "relative_error": float(np.linalg.norm(wanted - found) / np.linalg.norm(wanted))}
-    return result | ({"top1": float((wanted.argmax(-1) == found.argmax(-1)).mean())} if logits else {})
+    cosine = (
+        (wanted * found).sum(-1) / np.linalg.norm(wanted, axis=-1) / np.linalg.norm(found, axis=-1)
+    )
+    result = {
+        "cosine": float(cosine.min()),
+        "relative_error": float(np.linalg.norm(wanted - found) / np.linalg.norm(wanted)),
+    }
+    return result | (
+        {"top1": float((wanted.argmax(-1) == found.argmax(-1)).mean())} if logits else {}
+    )
 
 
 def commit() -> str:
     """The commit that is measured; empty outside a repository."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent,
         ).stdout.strip()
     return ""
 
@@ -121,29 +151,60 @@ def commit() -> str:
 def collect(run: Run) -> dict[str, Any]:
     """Everything that was found, as one JSON object."""
     measured = {name: run.rounds[name] for name in run.names}
-    rows = {name: summary(name, rounds, run.pool.loads[name], run.checks[name], run.limits) for name, rounds in measured.items()}
+    rows = {
+        name: summary(name, rounds, run.pool.loads[name], run.checks[name], run.limits)
+        for name, rounds in measured.items()
+    }
     when = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
-    result = {"rows": rows, "ratios": ratios(measured), "absent": run.absent, "limits": run.limits, "machine": describe(), "threads": _THREADS}
+    result = {
+        "rows": rows,
+        "ratios": ratios(measured),
+        "absent": run.absent,
+        "limits": run.limits,
+        "machine": describe(),
+        "threads": _THREADS,
+    }
     return result | {"date": when, "commit": commit(), "command": shlex.join(["python", *sys.argv])}
 
 
 def choose(only: Sequence[str] | None) -> list[str]:
-    """Contenders of the given names, or whose names hold a given word; all the quick ones without. Exits if a word names none."""
+    """Contenders of the given names, or whose names hold a given word; all the quick
+    ones without. Exits if a word names none.
+    """
     if not only:
         return [name for name in CONTENDERS if name not in _SLOW]
     for word in only:
         if not any(word.lower() in name.lower() for name in CONTENDERS):
             raise SystemExit(f"--only {word}: choose from {', '.join(CONTENDERS)}")
-    return [name for name in CONTENDERS if any(word == name or (word not in CONTENDERS and word.lower() in name.lower()) for word in only)]
+    return [
+        name
+        for name in CONTENDERS
+        if any(
+            word == name or (word not in CONTENDERS and word.lower() in name.lower())
+            for word in only
+        )
+    ]
 
 
 def main() -> None:
     """Prepares, checks, measures, reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="weights and conversions, kept for the next run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="weights and conversions, kept for the next run"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose name holds one of these")
-    parser.add_argument("--python", nargs="+", default=[], metavar="ENGINE=INTERPRETER", help=f"another environment for one of: {', '.join(ENGINES)}")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="contenders whose name holds one of these"
+    )
+    parser.add_argument(
+        "--python",
+        nargs="+",
+        default=[],
+        metavar="ENGINE=INTERPRETER",
+        help=f"another environment for one of: {', '.join(ENGINES)}",
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     given = parser.parse_args()

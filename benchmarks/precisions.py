@@ -1,6 +1,8 @@
-"""Stage latencies of several bundles of one model, and of PyTorch, interleaved in one run, so that their ratios mean something on a noisy machine.
+"""Stage latencies of several bundles of one model, and of PyTorch, interleaved in one
+run, so that their ratios mean something on a noisy machine.
 
-python benchmarks/precisions.py fp32.bundle int8.bundle int4.bundle [--checkpoint trainer/demo] [--repetitions 40] [--threads 2]
+python benchmarks/precisions.py fp32.bundle int8.bundle int4.bundle [--checkpoint
+trainer/demo] [--repetitions 40] [--threads 2]
 """
 
 from __future__ import annotations
@@ -45,18 +47,24 @@ class TorchStages:
     @torch.inference_mode()
     def embed_image(self, pixels: Array, pool: Array) -> Array:
         """See `Engine.embed_image`."""
-        return self._model.pool_adapter(self._model.vision_tower(torch.from_numpy(pixels)), torch.from_numpy(pool)).numpy()
+        return self._model.pool_adapter(
+            self._model.vision_tower(torch.from_numpy(pixels)), torch.from_numpy(pool)
+        ).numpy()
 
     @torch.inference_mode()
     def forward(self, inputs_embeds: Array, start: int) -> Array:
         """See `Engine.forward`."""
         positions = torch.arange(start, start + inputs_embeds.shape[1])[None]
-        logits, self._caches = self._model.decoder.step(torch.from_numpy(inputs_embeds), positions, self._caches)
+        logits, self._caches = self._model.decoder.step(
+            torch.from_numpy(inputs_embeds), positions, self._caches
+        )
         return logits[0].numpy()
 
 
 def once(stages: Stages, spec: ModelSpec) -> dict[str, float]:
-    """Milliseconds of one image, one prefill behind it, and one decoding step (mean of 20)."""
+    """Milliseconds of one image, one prefill behind it, and one decoding step (mean of
+    20).
+    """
     rng = np.random.default_rng(0)
     size, p = spec.vision.image_size, spec.pool_sizes[0]
     pixels = rng.normal(size=(1, 3, size, size)).astype(np.float32)
@@ -76,7 +84,9 @@ def once(stages: Stages, spec: ModelSpec) -> dict[str, float]:
 
 def main() -> None:
     """Prints median and best per contender and stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundles", type=Path, nargs="+")
     parser.add_argument("--checkpoint", type=Path, help="also time this checkpoint in PyTorch")
     parser.add_argument("--repetitions", type=int, default=40)
@@ -96,7 +106,11 @@ def main() -> None:
             if repetition >= 2:
                 rows[name].append(times)
     for name, values in rows.items():
-        cells = (f"{stage} {statistics.median(v[stage] for v in values):.2f} ({min(v[stage] for v in values):.2f})" for stage in values[0])
+        cells = (
+            f"{stage} {statistics.median(v[stage] for v in values):.2f} "
+            f"({min(v[stage] for v in values):.2f})"
+            for stage in values[0]
+        )
         print(f"{name:24} {'   '.join(cells)}   ms, median (best)")
 
 

@@ -1,9 +1,11 @@
-"""Our schemes against onnxruntime's own quantisers on the same float graphs: they go through its tools, into bundles to evaluate.
+"""Our schemes against onnxruntime's own quantisers on the same float graphs: they go
+through its tools, into bundles to evaluate.
 
 python benchmarks/quantisers.py fp32.bundle OUT_FOLDER
 infmllm-eval OUT_FOLDER/ort-int8 synthetic:500
 
-The bundles are marked UNVERIFIED, since nothing compared them with PyTorch; `infmllm-run --self-test --bundle …` prints their parity errors.
+The bundles are marked UNVERIFIED, since nothing compared them with PyTorch;
+`infmllm-run --self-test --bundle …` prints their parity errors.
 """
 
 from __future__ import annotations
@@ -14,18 +16,32 @@ from pathlib import Path
 
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
+from onnxruntime.quantization.matmul_nbits_quantizer import (
+    DefaultWeightOnlyQuantConfig,
+    HQQWeightOnlyQuantConfig,
+    MatMulNBitsQuantizer,
+)
 
 from runtime.contract.bundle import DECODER, VISION, read_bundle, write_manifest
 
 
 def int8_dynamic(source: Path, target: Path) -> None:
-    """onnxruntime's dynamic quantisation: 8-bit weights per channel, activations per tensor as they occur."""
-    quantize_dynamic(source, target, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+    """onnxruntime's dynamic quantisation: 8-bit weights per channel, activations per
+    tensor as they occur.
+    """
+    quantize_dynamic(
+        source,
+        target,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+    )
 
 
 def int4_nearest(source: Path, target: Path) -> None:
-    """onnxruntime's 4-bit weights in blocks of 32, rounded to the nearest, with zero points."""
+    """onnxruntime's 4-bit weights in blocks of 32, rounded to the nearest, with zero
+    points.
+    """
     config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=False, accuracy_level=4)
     quantizer = MatMulNBitsQuantizer(onnx.load(source), algo_config=config)
     quantizer.process()
@@ -33,8 +49,12 @@ def int4_nearest(source: Path, target: Path) -> None:
 
 
 def int4_hqq(source: Path, target: Path) -> None:
-    """onnxruntime's HQQ: 4-bit weights in blocks of 32, zero points optimised without data."""
-    quantizer = MatMulNBitsQuantizer(onnx.load(source), algo_config=HQQWeightOnlyQuantConfig(block_size=32))
+    """onnxruntime's HQQ: 4-bit weights in blocks of 32, zero points optimised without
+    data.
+    """
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(source), algo_config=HQQWeightOnlyQuantConfig(block_size=32)
+    )
     quantizer.process()
     quantizer.model.save_model_to_file(str(target), False)
 
@@ -44,7 +64,9 @@ TOOLS = {"ort-int8": int8_dynamic, "ort-int4": int4_nearest, "ort-int4-hqq": int
 
 def main() -> None:
     """Writes a bundle per tool."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("out", type=Path)
     given = parser.parse_args()
@@ -64,8 +86,17 @@ def main() -> None:
             continue
         (folder / "manifest.json").unlink(missing_ok=True)
         parity = {"tolerance": {"vision": 1.0, "prefill": 1.0, "decode": 1.0}}
-        write_manifest(folder, bundle.spec, bundle.target, {"vision": name, "decoder": name}, {"made_by": "onnxruntime.quantization"}, parity)
-        print(f"{name}: {sum((folder / graph).stat().st_size for graph in (VISION, DECODER)) / 1e6:.2f} MB of graphs")
+        write_manifest(
+            folder,
+            bundle.spec,
+            bundle.target,
+            {"vision": name, "decoder": name},
+            {"made_by": "onnxruntime.quantization"},
+            parity,
+        )
+        print(
+            f"{name}: {sum((folder / graph).stat().st_size for graph in (VISION, DECODER)) / 1e6:.2f} MB of graphs"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What the runtime's own code costs per token, what its caches save a second question, and what looked-up tokens gain, for one bundle.
+"""What the runtime's own code costs per token, what its caches save a second question,
+and what looked-up tokens gain, for one bundle.
 
-python benchmarks/runtime_loop.py infmllm-bundle [--image trainer/demo/sample.png] [--repetitions 9] [--tokens 30]
+python benchmarks/runtime_loop.py infmllm-bundle [--image trainer/demo/sample.png]
+[--repetitions 9] [--tokens 30]
 """
 
 from __future__ import annotations
@@ -39,13 +41,23 @@ class Engine:
 
 
 def per_token(session: Session, image: bytes, engine: Engine, tokens: int) -> tuple[float, float]:
-    """(microseconds of Python per token, milliseconds per token), streaming text; the prompt is in the cache."""
-    stream = session.stream(image, _FIRST, "caption", max_new_tokens=tokens, decoding=Decoding(lookup=0))
-    calls: list[tuple[float, float]] = []  # when each call of the engine had returned, and the seconds in it so far
+    """(microseconds of Python per token, milliseconds per token), streaming text; the
+    prompt is in the cache.
+    """
+    stream = session.stream(
+        image, _FIRST, "caption", max_new_tokens=tokens, decoding=Decoding(lookup=0)
+    )
+    calls: list[
+        tuple[float, float]
+    ] = []  # when each call of the engine had returned, and the seconds in it so far
     engine.returned = lambda: calls.append((time.perf_counter(), engine.seconds))
     stream.finish()
     engine.returned = lambda: None
-    (first, inside_first), (last, inside_last), count = calls[1], calls[-1], max(1, len(calls) - 2)  # without the prompt, and the end of the answer
+    (first, inside_first), (last, inside_last), count = (
+        calls[1],
+        calls[-1],
+        max(1, len(calls) - 2),
+    )  # without the prompt, and the end of the answer
     return 1e6 * (last - first - (inside_last - inside_first)) / count, 1e3 * (last - first) / count
 
 
@@ -58,7 +70,9 @@ def first_token(session: Session, image: bytes, question: str) -> float:
 
 def main() -> None:
     """Prints medians and bests."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--image", type=Path, default=Path("trainer/demo/sample.png"))
     parser.add_argument("--repetitions", type=int, default=9)
@@ -75,10 +89,15 @@ def main() -> None:
 
     for _ in range(given.repetitions):
         session.forget()
-        note("first question, ms to first token", lambda: first_token(session, image, "what is it?"))
+        note(
+            "first question, ms to first token", lambda: first_token(session, image, "what is it?")
+        )
         note("second question on the same picture", lambda: first_token(session, image, _SECOND))
         session.prefix.forget()
-        note("second question in another process (embeddings from disk)", lambda: first_token(session, image, _SECOND))
+        note(
+            "second question in another process (embeddings from disk)",
+            lambda: first_token(session, image, _SECOND),
+        )
         python, token = per_token(session, image, engine, given.tokens)
         rows.setdefault("Python per token, microseconds", []).append(python)
         rows.setdefault("token, ms", []).append(token)

@@ -1,6 +1,8 @@
-"""Builds a preset with random weights on this machine and asks it one question: minutes, memory, disk and speed of sizes without a checkpoint.
+"""Builds a preset with random weights on this machine and asks it one question:
+minutes, memory, disk and speed of sizes without a checkpoint.
 
-python benchmarks/scale.py --preset 7b --folder /data/scale [--precision int8 int4] [--rounding mse] [--samples 4] [--tokens 16] [--keep-files]
+python benchmarks/scale.py --preset 7b --folder /data/scale [--precision int8 int4]
+[--rounding mse] [--samples 4] [--tokens 16] [--keep-files]
 """
 
 from __future__ import annotations
@@ -32,19 +34,31 @@ main()
 
 
 def timed(module: str, *arguments: str) -> tuple[dict[str, Any], float, float]:
-    """Runs a command that prints one JSON object: (the object, seconds, peak memory in MiB of that process)."""
+    """Runs a command that prints one JSON object: (the object, seconds, peak memory in
+    MiB of that process).
+    """
     started = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", _CODE.format(module=module), *arguments], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", _CODE.format(module=module), *arguments],
+        capture_output=True,
+        text=True,
+    )
     if result.returncode:
-        raise SystemExit(f"{module} {' '.join(arguments)} failed: {result.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(
+            f"{module} {' '.join(arguments)} failed: {result.stderr.strip().splitlines()[-1]}"
+        )
     return json.loads(result.stdout), time.monotonic() - started, float(result.stderr.split()[-1])
 
 
 def main() -> None:
     """Prints one JSON line per stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="edge")
-    parser.add_argument("--folder", type=Path, required=True, help="an empty folder on a disk with room")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="an empty folder on a disk with room"
+    )
     parser.add_argument("--precision", nargs="+", default=["int8", "int4"])
     parser.add_argument("--rounding", help="how 4-bit weights are rounded: nearest, mse, gptq")
     parser.add_argument("--samples", type=int, default=4)
@@ -57,22 +71,79 @@ def main() -> None:
     if not checkpoint.exists():
         write_random(checkpoint, find_preset(given.preset).spec, build_tokenizer(corpus()).to_str())
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
-    print(json.dumps({"checkpoint_gb": round(size / 1e9, 2), "minutes": round((time.monotonic() - started) / 60, 2)}), flush=True)
+    print(
+        json.dumps(
+            {
+                "checkpoint_gb": round(size / 1e9, 2),
+                "minutes": round((time.monotonic() - started) / 60, 2),
+            }
+        ),
+        flush=True,
+    )
     for precision in given.precision:
         out = given.folder / f"{given.preset}-{precision}"
-        build = ["build", str(checkpoint), "--precision", precision, "--samples", str(given.samples)]
-        build += ["--rounding", given.rounding] if given.rounding and precision.startswith("int4") else []
-        result, seconds, peak = timed("export.cli", *build, "--questions", "0", "--json", "-o", str(out))
-        row = {"precision": precision, "minutes": round(seconds / 60, 2), "build_peak_mib": round(peak), "bundle_gb": round(result["bytes"] / 1e9, 3)}
-        print(json.dumps(row | {"verdict": result["verdict"], "parity": {s["stage"]: s["error"] for s in result["stages"]}}), flush=True)
+        build = [
+            "build",
+            str(checkpoint),
+            "--precision",
+            precision,
+            "--samples",
+            str(given.samples),
+        ]
+        build += (
+            ["--rounding", given.rounding]
+            if given.rounding and precision.startswith("int4")
+            else []
+        )
+        result, seconds, peak = timed(
+            "export.cli", *build, "--questions", "0", "--json", "-o", str(out)
+        )
+        row = {
+            "precision": precision,
+            "minutes": round(seconds / 60, 2),
+            "build_peak_mib": round(peak),
+            "bundle_gb": round(result["bytes"] / 1e9, 3),
+        }
+        print(
+            json.dumps(
+                row
+                | {
+                    "verdict": result["verdict"],
+                    "parity": {s["stage"]: s["error"] for s in result["stages"]},
+                }
+            ),
+            flush=True,
+        )
         ask = [str(_SAMPLE), "describe", "--bundle", str(out), "--json"]
         for attempt in ("first", "second"):  # the first run also hashes every file
-            answer, seconds, peak = timed("runtime.cli.run", *ask, "--max-new-tokens", str(given.tokens), "--context", str(given.context))
+            answer, seconds, peak = timed(
+                "runtime.cli.run",
+                *ask,
+                "--max-new-tokens",
+                str(given.tokens),
+                "--context",
+                str(given.context),
+            )
             times = answer["timings"]
-            first = sum(times[stage] for stage in ("decode_image", "preprocess", "vision", "prefill"))
-            row = {"run": attempt, "visual_tokens": answer["visual_tokens"], "first_token_ms": round(first), "vision_ms": round(times["vision"])}
-            row |= {"prefill_ms": round(times["prefill"]), "tokens_per_second": round(1e3 / times["per_token"], 2)}
-            print(json.dumps(row | {"run_peak_mib": round(peak), "process_seconds": round(seconds, 1)}), flush=True)
+            first = sum(
+                times[stage] for stage in ("decode_image", "preprocess", "vision", "prefill")
+            )
+            row = {
+                "run": attempt,
+                "visual_tokens": answer["visual_tokens"],
+                "first_token_ms": round(first),
+                "vision_ms": round(times["vision"]),
+            }
+            row |= {
+                "prefill_ms": round(times["prefill"]),
+                "tokens_per_second": round(1e3 / times["per_token"], 2),
+            }
+            print(
+                json.dumps(
+                    row | {"run_peak_mib": round(peak), "process_seconds": round(seconds, 1)}
+                ),
+                flush=True,
+            )
         if not given.keep_files:
             shutil.rmtree(out)
     if not given.keep_files:

@@ -1,6 +1,8 @@
-"""Start-up of `infmllm-run`: seconds from process start to the last token of a caption, and import times. Run on a quiet machine.
+"""Start-up of `infmllm-run`: seconds from process start to the last token of a caption,
+and import times. Run on a quiet machine.
 
-python benchmarks/startup.py [--bundle infmllm-bundle] [--image trainer/demo/sample.png] [--repetitions 9]
+python benchmarks/startup.py [--bundle infmllm-bundle] [--image trainer/demo/sample.png]
+[--repetitions 9]
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 IMPORTS = {
     "python alone": "pass",
     "runtime.cli.run (parses arguments)": "import runtime.cli.run",
-    "runtime.session + ONNX Runtime engine": "import runtime.cli.run, runtime.session, runtime.engines.onnxruntime.cpu",
+    "runtime.session + ONNX Runtime "
+    "engine": "import runtime.cli.run, runtime.session, runtime.engines.onnxruntime.cpu",
 }
 
 
@@ -28,14 +31,24 @@ def seconds(command: list[str]) -> float:
 
 def main() -> None:
     """Measures every row interleaved and prints medians and bests."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bundle", type=Path, default=Path("infmllm-bundle"))
     parser.add_argument("--image", type=Path, default=Path("trainer/demo/sample.png"))
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     rows = {name: [sys.executable, "-c", code] for name, code in IMPORTS.items()}
     run = "import sys; from runtime.cli.run import main; main()"
-    rows["infmllm-run IMAGE describe"] = [sys.executable, "-c", run, str(arguments.image), "describe", "--bundle", str(arguments.bundle)]
+    rows["infmllm-run IMAGE describe"] = [
+        sys.executable,
+        "-c",
+        run,
+        str(arguments.image),
+        "describe",
+        "--bundle",
+        str(arguments.bundle),
+    ]
     for command in rows.values():  # warm the file cache
         seconds(command)
     times: dict[str, list[float]] = {name: [] for name in rows}
@@ -43,7 +56,10 @@ def main() -> None:
         for name, command in rows.items():
             times[name].append(seconds(command))
     for name, values in times.items():
-        print(f"{name:40} median {statistics.median(values):.3f} s, best {min(values):.3f} s of {len(values)}")
+        print(
+            f"{name:40} median {statistics.median(values):.3f} s, best {min(values):.3f} s of "
+            f"{len(values)}"
+        )
 
 
 if __name__ == "__main__":

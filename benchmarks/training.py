@@ -1,6 +1,8 @@
-"""Where a training step's time goes: images per second of making batches alone, and of computing on batches made before, stage by stage.
+"""Where a training step's time goes: images per second of making batches alone, and of
+computing on batches made before, stage by stage.
 
-python benchmarks/training.py [--data synthetic] [--batch 16] [--steps 8] [--threads 1] [--precision auto]
+python benchmarks/training.py [--data synthetic] [--batch 16] [--steps 8] [--threads 1]
+[--precision auto]
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from trainer.start import new_start
 
 def main() -> None:
     """Prints one line per stage."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
@@ -41,11 +45,16 @@ def main() -> None:
         batches.append(batch)
         pairs += sum(len(set(row.tolist()) - {-1, 0}) for row in batch.segments)
     rate, share = given.batch / statistics.median(making), pairs / given.batch / given.steps
-    print(f"{share:.1f} question-answer pairs a picture; making batches: {rate:.0f} images/s in one process")
+    print(
+        f"{share:.1f} question-answer pairs a picture; making batches: {rate:.0f} images/s in one "
+        f"process"
+    )
     accelerator = make_accelerator(given.precision)
     for name in ("dense", "scratch", "joint"):
         objective = Objective(start.model, start.tokenizer, source.dense_classes, 0)
-        module, optimiser = accelerator.prepare(objective, make_optimiser(objective, StageRun(name, 1, given.batch, 1e-4)))
+        module, optimiser = accelerator.prepare(
+            objective, make_optimiser(objective, StageRun(name, 1, given.batch, 1e-4))
+        )
         times: list[float] = []
         for batch in batches:
             began = time.perf_counter()
@@ -56,7 +65,10 @@ def main() -> None:
             optimiser.step()
             loss.item()  # waits for a GPU
             times.append(time.perf_counter() - began)
-        print(f"{name:8} {given.batch / statistics.mean(times[1:]):6.1f} images/s ({accelerator.mixed_precision}, {given.threads} threads)")
+        print(
+            f"{name:8} {given.batch / statistics.mean(times[1:]):6.1f} images/s "
+            f"({accelerator.mixed_precision}, {given.threads} threads)"
+        )
         accelerator.free_memory()
 
 

@@ -1,7 +1,9 @@
-"""A checkpoint run block by block from disk: only one block's weights are in memory, so a 7-billion-parameter model needs one layer's room.
+"""A checkpoint run block by block from disk: only one block's weights are in memory, so
+a 7-billion-parameter model needs one layer's room.
 
-All cases pass a block before the next is read. Every figure the compiler compares with, every range and every second moment comes from this walk in
-float32, uncached: the simplest form of the model.
+All cases pass a block before the next is read. Every figure the compiler compares with,
+every range and every second moment comes from this walk in float32, uncached: the
+simplest form of the model.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ Reader = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Fed:
-    """Linear layers that share one input, by module name, and what could carry a scale of that input away.
+    """Linear layers that share one input, by module name, and what could carry a scale
+    of that input away.
 
-    `norm` is the norm that makes the input, or `rows` the linear layer whose output channels it is proportional to; both empty: nothing can.
+    `norm` is the norm that makes the input, or `rows` the linear layer whose output
+    channels it is proportional to; both empty: nothing can.
     """
 
     linears: tuple[str, ...]
@@ -42,7 +46,9 @@ class Fed:
 
 @dataclass
 class Trace:
-    """One case on its way: `x` is what the next block takes; `image_embeds` [T,H] and `logits` [n+1,V] appear when they are known."""
+    """One case on its way: `x` is what the next block takes; `image_embeds` [T,H] and
+    `logits` [n+1,V] appear when they are known.
+    """
 
     case: Case
     x: Tensor
@@ -52,7 +58,9 @@ class Trace:
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of the model: the parameters it needs (name prefixes), its linear layers, and how a case passes it."""
+    """A stretch of the model: the parameters it needs (name prefixes), its linear
+    layers, and how a case passes it.
+    """
 
     name: str
     prefixes: tuple[str, ...]
@@ -76,24 +84,40 @@ class StreamedModel:
         self._rotate = lambda x: rotate_half(x, cos, sin, torch.arange(x.shape[2])[None])
 
     def blocks(self) -> list[Block]:
-        """All blocks in order: embedding of patches, tower, adapter, token embeddings, decoder layers, head."""
+        """All blocks in order: embedding of patches, tower, adapter, token embeddings,
+        decoder layers, head.
+        """
         tower, decoder = self.spec.vision, self.spec.decoder
         return [
-            Block("vision_tower.embed", ("vision_tower.patch_embed", "vision_tower.cls_token", "vision_tower.pos_embed"), self._embed_patches),
+            Block(
+                "vision_tower.embed",
+                ("vision_tower.patch_embed", "vision_tower.cls_token", "vision_tower.pos_embed"),
+                self._embed_patches,
+            ),
             *(self._vision_block(f"vision_tower.blocks.{i}", i) for i in range(tower.layers)),
             self._adapter(),
             Block("decoder.embed_tokens", ("decoder.embed_tokens",), self._embed_prompt),
             *(self._decoder_layer(f"decoder.layers.{i}", i) for i in range(decoder.layers)),
             Block(
-                "decoder.lm_head", ("decoder.norm", "decoder.lm_head"), self._head, (Fed(("decoder.lm_head",), "decoder.norm"),), ("decoder.norm",)
+                "decoder.lm_head",
+                ("decoder.norm", "decoder.lm_head"),
+                self._head,
+                (Fed(("decoder.lm_head",), "decoder.norm"),),
+                ("decoder.norm",),
             ),
         ]
 
     @torch.no_grad()
     def walk(
-        self, cases: Sequence[Case], observe: Observer | None = None, progress: Callable[[Block], None] = lambda block: None, unseen: int = 0
+        self,
+        cases: Sequence[Case],
+        observe: Observer | None = None,
+        progress: Callable[[Block], None] = lambda block: None,
+        unseen: int = 0,
     ) -> list[Trace]:
-        """Runs all cases through all blocks; `observe` wraps each block's run of all but the first `unseen` cases, while its weights are loaded."""
+        """Runs all cases through all blocks; `observe` wraps each block's run of all
+        but the first `unseen` cases, while its weights are loaded.
+        """
         traces = [Trace(case, torch.from_numpy(case.pixels)) for case in cases]
         for block in self.blocks():
             progress(block)
@@ -108,7 +132,11 @@ class StreamedModel:
     @contextlib.contextmanager
     def loaded(self, block: Block) -> Iterator[None]:
         """A block's parameters in memory."""
-        names = [name for name in self._names if any(name == prefix or name.startswith(f"{prefix}.") for prefix in block.prefixes)]
+        names = [
+            name
+            for name in self._names
+            if any(name == prefix or name.startswith(f"{prefix}.") for prefix in block.prefixes)
+        ]
         try:
             for name in names:
                 self._assign(name, self._read(name))
@@ -140,9 +168,16 @@ class StreamedModel:
             trace.x = self.model.pool_adapter(self.model.vision_tower.finish(trace.x), pool)
             trace.image_embeds = trace.x[0].numpy()
 
-        # Pooling mixes tokens and leaves channels alone, so the last norm of the tower can carry a scale of the adapter's input.
+        # Pooling mixes tokens and leaves channels alone, so the last norm of the tower can
+        # carry a scale of the adapter's input.
         feeds = (Fed(("pool_adapter.fc1",), "vision_tower.norm"), Fed(("pool_adapter.fc2",)))
-        return Block("pool_adapter", ("vision_tower.norm", "pool_adapter"), run, feeds, ("vision_tower.norm",))
+        return Block(
+            "pool_adapter",
+            ("vision_tower.norm", "pool_adapter"),
+            run,
+            feeds,
+            ("vision_tower.norm",),
+        )
 
     def _embed_prompt(self, trace: Trace) -> None:
         case = trace.case
@@ -158,12 +193,21 @@ class StreamedModel:
 
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         feeds = (
-            Fed((f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"), f"{name}.input_layernorm"),
+            Fed(
+                (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
+                f"{name}.input_layernorm",
+            ),
             Fed((f"{attention}.o_proj",)),
             Fed((f"{mlp}.gate_proj", f"{mlp}.up_proj"), f"{name}.post_attention_layernorm"),
             Fed((f"{mlp}.down_proj",), rows=f"{mlp}.up_proj"),
         )
-        return Block(name, (name,), run, feeds, (f"{name}.input_layernorm", f"{name}.post_attention_layernorm"))
+        return Block(
+            name,
+            (name,),
+            run,
+            feeds,
+            (f"{name}.input_layernorm", f"{name}.post_attention_layernorm"),
+        )
 
     def _head(self, trace: Trace) -> None:
         decoder = self.model.decoder

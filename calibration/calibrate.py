@@ -1,6 +1,8 @@
-"""The calibration walk: block by block, what the data say is turned into scales, ranges and rounded weights, and written to disk.
+"""The calibration walk: block by block, what the data say is turned into scales, ranges
+and rounded weights, and written to disk.
 
-One block's weights and statistics are in memory at a time. A finished block is a file, so an interrupted walk goes on where it stopped.
+One block's weights and statistics are in memory at a time. A finished block is a file,
+so an interrupted walk goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +21,16 @@ from torch import Tensor, nn
 
 from calibration.blocks import Block, Fed, Reader, StreamedModel, Trace
 from calibration.gptq import gptq
-from calibration.linear import SIGNED, Grid, LinearScheme, Quantised, fit_pairs, grid_for, round_in_pairs, round_to
+from calibration.linear import (
+    SIGNED,
+    Grid,
+    LinearScheme,
+    Quantised,
+    fit_pairs,
+    grid_for,
+    round_in_pairs,
+    round_to,
+)
 from calibration.ranges import PERCENTILE, find_range
 from calibration.samples import Case
 from calibration.smoothing import search_scales
@@ -36,7 +47,9 @@ _RANGE_VALUES = 1 << 20
 
 @dataclass
 class _Statistics:
-    """What is known of one input: a sample of rows, second moments where asked for, and the extremes of every channel."""
+    """What is known of one input: a sample of rows, second moments where asked for, and
+    the extremes of every channel.
+    """
 
     rows: list[Tensor] = field(default_factory=list)
     moments: Tensor | None = None
@@ -66,26 +79,47 @@ def calibrate(
     cache: bool = False,
     progress: Callable[[Block], None] = lambda block: None,
 ) -> list[Trace]:
-    """Runs golden and calibration cases through the float model and writes what the latter say to `folder`; returns the goldens' traces.
+    """Runs golden and calibration cases through the float model and writes what the
+    latter say to `folder`; returns the goldens' traces.
 
-    `cache` also finds scales for 8-bit keys and values. Raises `CheckpointError`s of reading.
+    `cache` also finds scales for 8-bit keys and values. Raises `CheckpointError`s of
+    reading.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    observe = partial(_observed, wanted=wanted, folder=folder, keep=max(1, _ROWS // max(1, len(cases))), method=range_method, cache=cache)
-    return model.walk([*goldens, *cases], observe if cases else None, progress, len(goldens))[: len(goldens)]
+    observe = partial(
+        _observed,
+        wanted=wanted,
+        folder=folder,
+        keep=max(1, _ROWS // max(1, len(cases))),
+        method=range_method,
+        cache=cache,
+    )
+    return model.walk([*goldens, *cases], observe if cases else None, progress, len(goldens))[
+        : len(goldens)
+    ]
 
 
 @contextlib.contextmanager
-def _observed(block: Block, model: InfMLLM, wanted: Wanted, folder: Path, keep: int, method: str, cache: bool) -> Iterator[None]:
+def _observed(
+    block: Block, model: InfMLLM, wanted: Wanted, folder: Path, keep: int, method: str, cache: bool
+) -> Iterator[None]:
     """Watches one block run; afterwards writes its file."""
     path = folder / f"{block.name}.npz"
     if path.is_file():
         yield
         return
-    feeds = [feed for feed in block.feeds if any(scheme.calibrates for name in feed.linears for scheme in wanted(f"{name}.weight"))]
+    feeds = [
+        feed
+        for feed in block.feeds
+        if any(scheme.calibrates for name in feed.linears for scheme in wanted(f"{name}.weight"))
+    ]
     statistics, handles, found = [_Statistics() for _ in feeds], [], dict[str, NDArray[Any]]()
     for feed, row in zip(feeds, statistics, strict=True):
-        moments = any(scheme.rounding == "gptq" for name in feed.linears for scheme in wanted(f"{name}.weight"))
+        moments = any(
+            scheme.rounding == "gptq"
+            for name in feed.linears
+            for scheme in wanted(f"{name}.weight")
+        )
         watch = partial(_watch, row, keep, moments)
         handles.append(model.get_submodule(feed.linears[0]).register_forward_pre_hook(watch))
     if cache and block.name.startswith("decoder.layers."):
@@ -100,14 +134,17 @@ def _observed(block: Block, model: InfMLLM, wanted: Wanted, folder: Path, keep: 
     partial_file.rename(path)
 
 
-def _watch(row: _Statistics, keep: int, moments: bool, module: nn.Module, arguments: tuple[Tensor]) -> None:
+def _watch(
+    row: _Statistics, keep: int, moments: bool, module: nn.Module, arguments: tuple[Tensor]
+) -> None:
     row.add(arguments[0], keep, moments)
 
 
 def _watch_cache(block: Block, model: InfMLLM, found: dict[str, NDArray[Any]]) -> list[Any]:
     """Largest magnitudes of keys and of values, per head and channel [KV heads, D].
 
-    Rotation turns pairs of a key's channels into each other by an angle that depends on the position; at some position either is as long as the pair.
+    Rotation turns pairs of a key's channels into each other by an angle that depends on
+    the position; at some position either is as long as the pair.
     """
     attention = model.get_submodule(f"{block.name}.self_attn")
     spec = model.spec.decoder
@@ -124,17 +161,30 @@ def _watch_cache(block: Block, model: InfMLLM, found: dict[str, NDArray[Any]]) -
     def after_values(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
         peak(f"{block.name}|values", output.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2))
 
-    return [attention.k_proj.register_forward_hook(after_keys), attention.v_proj.register_forward_hook(after_values)]  # type: ignore[union-attr]
+    return [
+        attention.k_proj.register_forward_hook(after_keys),
+        attention.v_proj.register_forward_hook(after_values),
+    ]  # type: ignore[union-attr]
 
 
 def _results(
-    block: Block, model: InfMLLM, feeds: Sequence[Fed], statistics: Sequence[_Statistics], wanted: Wanted, method: str
+    block: Block,
+    model: InfMLLM,
+    feeds: Sequence[Fed],
+    statistics: Sequence[_Statistics],
+    wanted: Wanted,
+    method: str,
 ) -> dict[str, NDArray[Any]]:
-    """Scales of every smoothed input first, since a layer's rows may carry the next one's scale; then ranges and rounding on the scaled weights."""
+    """Scales of every smoothed input first, since a layer's rows may carry the next
+    one's scale; then ranges and rounding on the scaled weights.
+    """
     found: dict[str, NDArray[Any]] = {}
     scales: dict[str, Tensor] = {}
     for feed, row in zip(feeds, statistics, strict=True):
-        weights = [(model.get_parameter(f"{name}.weight"), wanted(f"{name}.weight")) for name in feed.linears]
+        weights = [
+            (model.get_parameter(f"{name}.weight"), wanted(f"{name}.weight"))
+            for name in feed.linears
+        ]
         carrier = feed.norm or feed.rows
         if carrier and any(scheme.smooth for _, schemes in weights for scheme in schemes):
             chosen, strength = search_scales(torch.cat(row.rows), weights)
@@ -147,22 +197,31 @@ def _results(
         columns = scales.get(f"{feed.linears[0]}|columns")
         rows = torch.cat(row.rows) if columns is None else torch.cat(row.rows) / columns
         for name in feed.linears:
-            weight = _scaled(model.get_parameter(f"{name}.weight").detach(), columns, scales.get(f"{name}|rows"))
+            weight = _scaled(
+                model.get_parameter(f"{name}.weight").detach(), columns, scales.get(f"{name}|rows")
+            )
             for scheme in wanted(f"{name}.weight"):
                 if scheme.static:
                     signed = scheme.activation == SIGNED
-                    found[f"{name}|range"] = np.array(_static_range(rows, row, columns, method, signed), np.float32)
+                    found[f"{name}|range"] = np.array(
+                        _static_range(rows, row, columns, method, signed), np.float32
+                    )
                 if scheme.rounding == "gptq":
                     assert row.moments is not None, "asked for above"
-                    moments = row.moments if columns is None else row.moments / columns / columns[:, None]
+                    moments = (
+                        row.moments if columns is None else row.moments / columns / columns[:, None]
+                    )
                     levels = gptq(weight, moments, grid_for(weight, scheme))
                     levels = fit_pairs(levels) if scheme.pairs else levels
                     found |= _stored(f"{name}.weight", scheme, levels)
     return found
 
 
-def _static_range(rows: Tensor, row: _Statistics, columns: Tensor | None, method: str, signed: bool) -> tuple[float, float]:
-    """A range from the sampled rows; what a sample misses are rare large rows, which all but the percentile must see.
+def _static_range(
+    rows: Tensor, row: _Statistics, columns: Tensor | None, method: str, signed: bool
+) -> tuple[float, float]:
+    """A range from the sampled rows; what a sample misses are rare large rows, which
+    all but the percentile must see.
 
     A signed one is that of the values and their opposites.
     """
@@ -175,7 +234,9 @@ def _static_range(rows: Tensor, row: _Statistics, columns: Tensor | None, method
 
 
 def _scaled(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
-    """A weight [N, K] with its input scales multiplied in and its output scales divided out."""
+    """A weight [N, K] with its input scales multiplied in and its output scales divided
+    out.
+    """
     tensor = tensor if columns is None else tensor * columns
     return tensor if rows is None else tensor / rows[:, None]
 
@@ -191,7 +252,8 @@ def _stored(name: str, scheme: LinearScheme, quantised: Quantised) -> dict[str, 
 
 
 class Calibrated:
-    """A checkpoint seen through a finished calibration: parameters with scales moved, and weights rounded as their scheme says.
+    """A checkpoint seen through a finished calibration: parameters with scales moved,
+    and weights rounded as their scheme says.
 
     Without a folder it is the checkpoint itself, rounded to the nearest.
     """
@@ -218,7 +280,9 @@ class Calibrated:
             return tensor / torch.from_numpy(rows)
         if tensor.ndim != 2:
             return tensor
-        return _scaled(tensor, *(None if side is None else torch.from_numpy(side) for side in (columns, rows)))
+        return _scaled(
+            tensor, *(None if side is None else torch.from_numpy(side) for side in (columns, rows))
+        )
 
     def quantised(self, name: str, scheme: LinearScheme) -> Quantised:
         """A weight on its grid: as the calibration stored it, or rounded now."""
@@ -226,11 +290,22 @@ class Calibrated:
         levels, scale, zero = (self.get(f"{key}|{part}") for part in ("levels", "scale", "zero"))
         if levels is None or scale is None or zero is None:
             weight = self.read(name)
-            return round_in_pairs(weight, scheme) if scheme.pairs else round_to(weight, grid_for(weight, scheme))
+            return (
+                round_in_pairs(weight, scheme)
+                if scheme.pairs
+                else round_to(weight, grid_for(weight, scheme))
+            )
         low, high = (0, 2**scheme.bits - 1) if levels.dtype == np.uint8 else (-127, 127)
         block = scheme.grid_block(levels.shape[1])
-        return Quantised(torch.from_numpy(levels.astype(np.int16)), Grid(torch.from_numpy(scale), torch.from_numpy(zero), low, high, block))
+        return Quantised(
+            torch.from_numpy(levels.astype(np.int16)),
+            Grid(torch.from_numpy(scale), torch.from_numpy(zero), low, high, block),
+        )
 
     def strengths(self) -> Mapping[str, float]:
         """The smoothing strength chosen in front of each group of layers."""
-        return {key.removesuffix("|strength"): float(self.get(key)) for key in self._places if key.endswith("|strength")}  # type: ignore[arg-type]
+        return {
+            key.removesuffix("|strength"): float(self.get(key))
+            for key in self._places
+            if key.endswith("|strength")
+        }  # type: ignore[arg-type]

@@ -1,6 +1,8 @@
-"""GPTQ: rounding a weight column by column, each column's error made good by the columns still to come (Frantar et al., arXiv 2210.17323).
+"""GPTQ: rounding a weight column by column, each column's error made good by the
+columns still to come (Frantar et al., arXiv 2210.17323).
 
-Columns are taken in the order of their inputs' energy. Grids are fixed before, so the order does not mix blocks.
+Columns are taken in the order of their inputs' energy. Grids are fixed before, so the
+order does not mix blocks.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ from calibration.linear import Grid, Quantised
 __all__ = ["gptq"]
 
 _PANEL = 128
-_DAMPING = (0.01, 0.1, 1.0)  # shares of the mean diagonal, the next taken when the factorisation fails
+_DAMPING = (
+    0.01,
+    0.1,
+    1.0,
+)  # shares of the mean diagonal, the next taken when the factorisation fails
 
 
 def gptq(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid) -> Quantised:
-    """Levels [N, K] that minimise the error of `weight @ x` over inputs whose second moments are `hessian_KK` (the sum of x xᵀ).
+    """Levels [N, K] that minimise the error of `weight @ x` over inputs whose second
+    moments are `hessian_KK` (the sum of x xᵀ).
 
     Columns whose input is always zero are rounded to the nearest.
     """
@@ -31,9 +38,15 @@ def gptq(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid) -> Quantised:
         end = min(start + _PANEL, k)
         errors = torch.empty(n, end - start)
         for column in range(start, end):
-            level = (weight[:, column] / scale[:, column] + zero[:, column]).round_().clamp_(grid.low, grid.high)
+            level = (
+                (weight[:, column] / scale[:, column] + zero[:, column])
+                .round_()
+                .clamp_(grid.low, grid.high)
+            )
             levels[:, column] = level.to(torch.int16)
-            error = (weight[:, column] - (level - zero[:, column]) * scale[:, column]) / inverse[column, column]
+            error = (weight[:, column] - (level - zero[:, column]) * scale[:, column]) / inverse[
+                column, column
+            ]
             weight[:, column + 1 : end].addr_(error, inverse[column, column + 1 : end], alpha=-1)
             errors[:, column - start] = error
         weight[:, end:].addmm_(errors, inverse[start:end, end:], alpha=-1)

@@ -1,7 +1,9 @@
-"""What quantisation does to one linear layer: the scheme as data, weights rounded to a grid, activations rounded as they occur.
+"""What quantisation does to one linear layer: the scheme as data, weights rounded to a
+grid, activations rounded as they occur.
 
-Weights are [N, K] (output, input), as PyTorch keeps them. A grid has one scale per output channel, or one scale and zero point per block of K. The
-arithmetic here is the reference that the integer operators of every target are held against.
+Weights are [N, K] (output, input), as PyTorch keeps them. A grid has one scale per
+output channel, or one scale and zero point per block of K. The arithmetic here is the
+reference that the integer operators of every target are held against.
 """
 
 from __future__ import annotations
@@ -29,14 +31,26 @@ __all__ = [
 
 SIGNED = "int8-signed"
 _INT8 = 127
-_WIDER = (1.0, 1.15, 1.3, 1.45, 1.6, 1.8, 2.0)  # scales tried, against that of 8 bits; the last one is that of 7
+_WIDER = (
+    1.0,
+    1.15,
+    1.3,
+    1.45,
+    1.6,
+    1.8,
+    2.0,
+)  # scales tried, against that of 8 bits; the last one is that of 7
 _PAIR = 128  # what two neighbouring 8-bit levels of one sign may add up to
 _CANDIDATES = 12  # shrunken ranges the MSE search tries
 _SHRINK = 0.45  # the smallest, as a share of the full range
 _TINY = 1e-12
-_ELEMENTS = 1 << 23  # weights worked on at once, so that copies of a vocabulary-sized layer stay small
+_ELEMENTS = (
+    1 << 23
+)  # weights worked on at once, so that copies of a vocabulary-sized layer stay small
 KERNEL_BLOCKS = (16, 32, 64, 128, 256)
-"""Inputs that may share a scale in weight-only layers, as ONNX Runtime's MatMulNBits has them."""
+"""Inputs that may share a scale in weight-only layers, as ONNX Runtime's MatMulNBits
+has them.
+"""
 
 _FULL_BLOCK = 128  # for weight-only layers without a block of their own
 
@@ -45,12 +59,17 @@ _FULL_BLOCK = 128  # for weight-only layers without a block of their own
 class LinearScheme:
     """Where a linear layer's weight and activation go.
 
-    `weight`: fp32, fp16, int8, int4. `activation`: "float"; "int8-row" (a symmetric scale per token, found as it occurs), "int8-tensor" (one range
-    for all tokens of a call, likewise), "int8-static" (one range, calibrated), "int8-signed" (one calibrated range around 0). `block` is the number
-    of inputs that share a scale (0: all, per output channel). `symmetric` 4-bit weights have no zero points, without which kernels are faster;
-    `whole` blocks divide a layer's inputs, smaller ones taken where they must (TensorRT infers a block's size from the number of scales).
-    `rounding`: "nearest", "mse" (ranges shrunk where that lowers the squared error) or "gptq" (data-aware, arXiv 2210.17323). `smooth` moves scales
-    between activations and weights first (SmoothQuant, arXiv 2211.10438; for float activations AWQ's variant, arXiv 2306.00978).
+    `weight`: fp32, fp16, int8, int4. `activation`: "float"; "int8-row" (a symmetric
+    scale per token, found as it occurs), "int8-tensor" (one range for all tokens of a
+    call, likewise), "int8-static" (one range, calibrated), "int8-signed" (one
+    calibrated range around 0). `block` is the number of inputs that share a scale (0:
+    all, per output channel). `symmetric` 4-bit weights have no zero points, without
+    which kernels are faster; `whole` blocks divide a layer's inputs, smaller ones taken
+    where they must (TensorRT infers a block's size from the number of scales).
+    `rounding`: "nearest", "mse" (ranges shrunk where that lowers the squared error) or
+    "gptq" (data-aware, arXiv 2210.17323). `smooth` moves scales between activations and
+    weights first (SmoothQuant, arXiv 2211.10438; for float activations AWQ's variant,
+    arXiv 2306.00978).
     """
 
     weight: str = "fp32"
@@ -83,20 +102,31 @@ class LinearScheme:
 
     @property
     def pairs(self) -> bool:
-        """True where kernels multiply 8-bit weights by unsigned 8-bit activations, and so for `fit_pairs`."""
+        """True where kernels multiply 8-bit weights by unsigned 8-bit activations, and
+        so for `fit_pairs`.
+        """
         return self.weight == "int8" and self.activation not in ("float", SIGNED)
 
     def grid_block(self, inputs: int) -> int:
         """How many inputs share a scale; all of them without blocks."""
         block = min(self.block, inputs) or inputs
         if self.whole and inputs % block:
-            return max((size for size in KERNEL_BLOCKS if size <= block and inputs % size == 0), default=inputs)
+            return max(
+                (size for size in KERNEL_BLOCKS if size <= block and inputs % size == 0),
+                default=inputs,
+            )
         return block
 
     def kernel_block(self, inputs: int) -> int:
-        """How many inputs share a scale where weights alone are quantised: kernels know powers of two, and no block longer than it must be."""
+        """How many inputs share a scale where weights alone are quantised: kernels know
+        powers of two, and no block longer than it must be.
+        """
         block = self.block or _FULL_BLOCK
-        return block if block <= inputs else next((size for size in KERNEL_BLOCKS if size >= inputs), KERNEL_BLOCKS[-1])
+        return (
+            block
+            if block <= inputs
+            else next((size for size in KERNEL_BLOCKS if size >= inputs), KERNEL_BLOCKS[-1])
+        )
 
     def text(self) -> str:
         """For people: "int4/128 gptq smooth"."""
@@ -104,13 +134,20 @@ class LinearScheme:
         parts += [self.activation] if self.activation != "float" else []
         parts += [self.rounding] if self.rounding != "nearest" else []
         return " ".join(
-            [*parts, *(["smooth"] if self.smooth else []), *(["symmetric"] if self.symmetric else []), *(["whole"] if self.whole else [])]
+            [
+                *parts,
+                *(["smooth"] if self.smooth else []),
+                *(["symmetric"] if self.symmetric else []),
+                *(["whole"] if self.whole else []),
+            ]
         )
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The values a weight may take: (level - zero) * scale, level in [low, high]. `scale` and `zero` are [N, blocks]."""
+    """The values a weight may take: (level - zero) * scale, level in [low, high].
+    `scale` and `zero` are [N, blocks].
+    """
 
     scale: Tensor
     zero: Tensor
@@ -120,7 +157,9 @@ class Grid:
 
     def expand(self, columns: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every column, each [N, columns]."""
-        scale, zero = (t.repeat_interleave(self.block, dim=1)[:, :columns] for t in (self.scale, self.zero))
+        scale, zero = (
+            t.repeat_interleave(self.block, dim=1)[:, :columns] for t in (self.scale, self.zero)
+        )
         return scale, zero
 
 
@@ -138,12 +177,18 @@ class Quantised:
 
 
 def grid_for(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
-    """The grid of a scheme: symmetric for 8 bit (-127 to 127 around 0), for 4 bit 0 to 15 around a zero point, 8 if symmetric.
+    """The grid of a scheme: symmetric for 8 bit (-127 to 127 around 0), for 4 bit 0 to
+    15 around a zero point, 8 if symmetric.
 
-    "mse" and "gptq" search each block's range for the least squared rounding error; "nearest" takes the whole range.
+    "mse" and "gptq" search each block's range for the least squared rounding error;
+    "nearest" takes the whole range.
     """
     parts = [_grid_of_rows(rows, scheme) for rows in weight_NK.split(_rows_at_once(weight_NK))]
-    return replace(parts[0], scale=torch.cat([part.scale for part in parts]), zero=torch.cat([part.zero for part in parts]))
+    return replace(
+        parts[0],
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat([part.zero for part in parts]),
+    )
 
 
 def _rows_at_once(weight_NK: Tensor) -> int:
@@ -153,7 +198,9 @@ def _rows_at_once(weight_NK: Tensor) -> int:
 def _grid_of_rows(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
     k = weight_NK.shape[1]
     block = scheme.grid_block(k)
-    padded = torch.nn.functional.pad(weight_NK, (0, -k % block)).unflatten(1, (-1, block))  # zeros are on every grid
+    padded = torch.nn.functional.pad(weight_NK, (0, -k % block)).unflatten(
+        1, (-1, block)
+    )  # zeros are on every grid
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
     grid = _fitted(low, high, scheme, block)
     if scheme.rounding == "nearest":
@@ -165,7 +212,11 @@ def _grid_of_rows(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
         error = _error(padded, trial)
         better = error < best
         best = torch.where(better, error, best)
-        grid = replace(grid, scale=torch.where(better, trial.scale, grid.scale), zero=torch.where(better, trial.zero, grid.zero))
+        grid = replace(
+            grid,
+            scale=torch.where(better, trial.scale, grid.scale),
+            zero=torch.where(better, trial.zero, grid.zero),
+        )
     return grid
 
 
@@ -198,29 +249,45 @@ def round_to(weight_NK: Tensor, grid: Grid) -> Quantised:
     step = _rows_at_once(weight_NK)
     for start in range(0, weight_NK.shape[0], step):
         rows = slice(start, start + step)
-        scale, zero = replace(grid, scale=grid.scale[rows], zero=grid.zero[rows]).expand(weight_NK.shape[1])
-        levels[rows] = (weight_NK[rows] / scale + zero).round_().clamp_(grid.low, grid.high).to(torch.int16)
+        scale, zero = replace(grid, scale=grid.scale[rows], zero=grid.zero[rows]).expand(
+            weight_NK.shape[1]
+        )
+        levels[rows] = (
+            (weight_NK[rows] / scale + zero).round_().clamp_(grid.low, grid.high).to(torch.int16)
+        )
     return Quantised(levels, grid)
 
 
 def round_in_pairs(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
-    """8-bit weights whose products with unsigned 8-bit activations can be added in pairs without leaving 16 bits.
+    """8-bit weights whose products with unsigned 8-bit activations can be added in
+    pairs without leaving 16 bits.
 
-    x86 CPUs without VNNI multiply that way and saturate silently (vpmaddubsw); their exact kernels are a third slower and copy the weights. Two
-    neighbours (inputs 2i and 2i+1) of one sign may add up to 128, for 255 * 128 < 2**15; what exceeds that is taken off both. Each channel gets
-    the scale, between that of 8 bits and that of 7, at which rounding and taking off cost least together.
+    x86 CPUs without VNNI multiply that way and saturate silently (vpmaddubsw); their
+    exact kernels are a third slower and copy the weights. Two neighbours (inputs 2i and
+    2i+1) of one sign may add up to 128, for 255 * 128 < 2**15; what exceeds that is
+    taken off both. Each channel gets the scale, between that of 8 bits and that of 7,
+    at which rounding and taking off cost least together.
     """
     parts = [_paired(rows, scheme) for rows in weight_NK.split(_rows_at_once(weight_NK))]
-    scale, levels = torch.cat([part.grid.scale for part in parts]), torch.cat([part.levels for part in parts])
+    scale, levels = (
+        torch.cat([part.grid.scale for part in parts]),
+        torch.cat([part.levels for part in parts]),
+    )
     return Quantised(levels, replace(parts[0].grid, scale=scale, zero=torch.zeros_like(scale)))
 
 
 def _paired(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
     grid = grid_for(weight_NK, scheme)
     pairs = torch.nn.functional.pad(weight_NK, (0, weight_NK.shape[1] % 2)).unflatten(1, (-1, 2))
-    sums = pairs.sum(2).abs_().div_(grid.scale)  # in levels; more than 127 only where both have one sign
+    sums = (
+        pairs.sum(2).abs_().div_(grid.scale)
+    )  # in levels; more than 127 only where both have one sign
     # In squared levels: rounding costs a twelfth each, an excess shared by two half its square.
-    costs = [factor**2 * (weight_NK.shape[1] / 12 + (sums / factor - _PAIR).clamp_(min=0).square_().sum(1) / 2) for factor in _WIDER]
+    costs = [
+        factor**2
+        * (weight_NK.shape[1] / 12 + (sums / factor - _PAIR).clamp_(min=0).square_().sum(1) / 2)
+        for factor in _WIDER
+    ]
     best = torch.tensor(_WIDER)[torch.stack(costs).argmin(0)]
     return fit_pairs(round_to(weight_NK, replace(grid, scale=grid.scale * best[:, None])))
 
@@ -237,12 +304,16 @@ def fit_pairs(quantised: Quantised) -> Quantised:
     total = pairs.sum(2)
     excess = (total.abs() - _PAIR).clamp_(min=0) * total.sign()
     first = torch.div(excess, 2, rounding_mode="trunc")
-    fitted = (pairs - torch.stack([first, excess - first], 2)).flatten(1)[:, : quantised.levels.shape[1]]
+    fitted = (pairs - torch.stack([first, excess - first], 2)).flatten(1)[
+        :, : quantised.levels.shape[1]
+    ]
     return replace(quantised, levels=fitted.to(torch.int16).contiguous())
 
 
 def fake_activation(x_RK: Tensor, kind: str, static: tuple[float, float] | None = None) -> Tensor:
-    """Rows of activations rounded as the target will round them, back in float32. `static` is the calibrated (low, high)."""
+    """Rows of activations rounded as the target will round them, back in float32.
+    `static` is the calibrated (low, high).
+    """
     if kind == "float":
         return x_RK
     if kind == "int8-row":
@@ -262,7 +333,9 @@ def signed_scale(low: float, high: float) -> float:
 
 
 def activation_grid(low: float, high: float) -> tuple[float, int]:
-    """Scale and zero point of unsigned 8-bit activations that span [low, high] and hold zero exactly."""
+    """Scale and zero point of unsigned 8-bit activations that span [low, high] and hold
+    zero exactly.
+    """
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / 255, _TINY)
     return scale, round(min(max(-low / scale, 0), 255))

@@ -1,6 +1,8 @@
-"""Ranges of activations for static quantisation: what is clipped, and what the rounding then costs.
+"""Ranges of activations for static quantisation: what is clipped, and what the rounding
+then costs.
 
-Four ways from a sample of activation values to (low, high): everything, a percentile, least squared error, least loss of information.
+Four ways from a sample of activation values to (low, high): everything, a percentile,
+least squared error, least loss of information.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ def _percentile(values: Values) -> tuple[float, float]:
 def _mse(values: Values) -> tuple[float, float]:
     """The shrunken range with the least squared error of clipping and rounding."""
     low, high = _min_max(values)
-    return min(((low * share, high * share) for share in _SHARES), key=lambda bounds: _squared_error(values, *bounds))
+    return min(
+        ((low * share, high * share) for share in _SHARES),
+        key=lambda bounds: _squared_error(values, *bounds),
+    )
 
 
 def _squared_error(values: Values, low: float, high: float) -> float:
@@ -41,15 +46,22 @@ def _squared_error(values: Values, low: float, high: float) -> float:
 
 
 def _entropy(values: Values) -> tuple[float, float]:
-    """The shrunken range whose 256-level histogram tells most of the 2048-bin one (least Kullback-Leibler divergence, clipped mass at the ends)."""
+    """The shrunken range whose 256-level histogram tells most of the 2048-bin one
+    (least Kullback-Leibler divergence, clipped mass at the ends).
+    """
     low, high = _min_max(values)
     counts, edges = np.histogram(values, _BINS, (low, high) if high > low else (low, low + 1))
-    found = {(low * share, high * share): _divergence(counts, edges, low * share, high * share) for share in _SHARES}
+    found = {
+        (low * share, high * share): _divergence(counts, edges, low * share, high * share)
+        for share in _SHARES
+    }
     best = min(found, key=lambda bounds: found[bounds])
     return best if np.isfinite(found[best]) else (low, high)  # too few different values to tell
 
 
-def _divergence(counts: NDArray[np.int64], edges: NDArray[np.float64], low: float, high: float) -> float:
+def _divergence(
+    counts: NDArray[np.int64], edges: NDArray[np.float64], low: float, high: float
+) -> float:
     centres = (edges[:-1] + edges[1:]) / 2
     inside = (centres >= low) & (centres <= high)
     if inside.sum() < _LEVELS:
@@ -60,17 +72,26 @@ def _divergence(counts: NDArray[np.int64], edges: NDArray[np.float64], low: floa
     reference[-1] += counts[centres > high].sum()
     level = np.minimum((np.arange(kept.size) * _LEVELS) // kept.size, _LEVELS - 1)
     filled = np.bincount(level, kept > 0, _LEVELS)
-    coarse = np.where(kept > 0, (np.bincount(level, kept, _LEVELS) / np.maximum(filled, 1))[level], 0.0)
+    coarse = np.where(
+        kept > 0, (np.bincount(level, kept, _LEVELS) / np.maximum(filled, 1))[level], 0.0
+    )
     p, q = reference / reference.sum(), coarse / max(coarse.sum(), 1e-12)
     used = p > 0
     return float((p[used] * np.log(p[used] / np.maximum(q[used], 1e-10))).sum())
 
 
 PERCENTILE = "percentile"
-RANGES: dict[str, Callable[[Values], tuple[float, float]]] = {"min-max": _min_max, PERCENTILE: _percentile, "mse": _mse, "entropy": _entropy}
+RANGES: dict[str, Callable[[Values], tuple[float, float]]] = {
+    "min-max": _min_max,
+    PERCENTILE: _percentile,
+    "mse": _mse,
+    "entropy": _entropy,
+}
 
 
 def find_range(values: Values, method: str) -> tuple[float, float]:
-    """(low, high) of activation values by a method of `RANGES`; zero always lies inside, since padding and masks must stay exact."""
+    """(low, high) of activation values by a method of `RANGES`; zero always lies
+    inside, since padding and masks must stay exact.
+    """
     low, high = RANGES[method](values)
     return min(low, 0.0), max(high, 0.0)

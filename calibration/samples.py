@@ -1,6 +1,8 @@
-"""The calibration set: pictures with questions and answers of the kind the model was trained on, drawn by seed, listed and hashed.
+"""The calibration set: pictures with questions and answers of the kind the model was
+trained on, drawn by seed, listed and hashed.
 
-The same set gives the parity cases. It is never random data: ranges and second moments of noise say nothing about what a model will see.
+The same set gives the parity cases. It is never random data: ranges and second moments
+of noise say nothing about what a model will see.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ _FLAT = 4.0  # a picture none of whose channels spans more says nothing, of 255
 
 @dataclass(frozen=True)
 class Case:
-    """One question with its answer, ready to run: pixels [1,3,S,S], pool size, ids around the image and of the answer; `name` for listings."""
+    """One question with its answer, ready to run: pixels [1,3,S,S], pool size, ids
+    around the image and of the answer; `name` for listings.
+    """
 
     name: str
     pixels: NDArray[np.float32]
@@ -46,30 +50,42 @@ class Case:
 
 
 def default_source(card: Mapping[str, Any], calib: str) -> str:
-    """The data argument to draw from: `calib`, or the training mix where it can be made anew. Raises `UsageError` where it cannot."""
+    """The data argument to draw from: `calib`, or the training mix where it can be made
+    anew. Raises `UsageError` where it cannot.
+    """
     if calib:
         return calib
     names = [str(row.get("name")) for row in card.get("data", []) if isinstance(row, Mapping)]
     if SCENES in names:
         return SCENES
     said = f"was trained on {', '.join(names)}" if names else "does not say what it was trained on"
-    raise UsageError(f"calibration needs pictures of the kind the model was trained on, and its card {said}; name some: --calib DATA")
+    raise UsageError(
+        f"calibration needs pictures of the kind the model was trained on, and its card {said}; "
+        f"name some: --calib DATA"
+    )
 
 
 def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Example]:
-    """`count` examples of a data argument, in random order by seed; scenes are drawn fresh. Raises `DataError` below `least`."""
+    """`count` examples of a data argument, in random order by seed; scenes are drawn
+    fresh. Raises `DataError` below `least`.
+    """
     rng = np.random.default_rng(seed)
     if source == SCENES:
         return list(_scenes(count, rng))
     found = _opened(source)
     if len(found) < least:
-        raise DataError(f"data {source!r} has {len(found)} pictures, calibration needs at least {least}; add some")
+        raise DataError(
+            f"data {source!r} has {len(found)} pictures, calibration needs at least {least}; add "
+            f"some"
+        )
     return [found[int(index)] for index in rng.permutation(len(found))[:count]]
 
 
 @lru_cache(maxsize=2)
 def _opened(source: str) -> list[Example]:
-    """Rows that say nothing usable are counted and left out, once; a picture that is drawn must be readable."""
+    """Rows that say nothing usable are counted and left out, once; a picture that is
+    drawn must be readable.
+    """
     return open_examples(source, skip_bad=True)
 
 
@@ -77,30 +93,53 @@ def _scenes(count: int, rng: np.random.Generator) -> Iterator[Example]:
     for index in range(count):
         scene = draw_scene(rng)
         phrase = ground_sample(scene, rng)
-        samples = [caption_sample(scene, rng, "describe"), vqa_sample(scene, rng), *([phrase] if phrase else [])]
+        samples = [
+            caption_sample(scene, rng, "describe"),
+            vqa_sample(scene, rng),
+            *([phrase] if phrase else []),
+        ]
         yield Example(scene.image, tuple(samples), name=f"scene {index}")
 
 
-def draw_cases(examples: Sequence[Example], spec: ModelSpec, tokenizer: Tokenizer, seed: int, least: int = 1) -> list[Case]:
+def draw_cases(
+    examples: Sequence[Example], spec: ModelSpec, tokenizer: Tokenizer, seed: int, least: int = 1
+) -> list[Case]:
     """One case of every example that fits the context, tasks and pool sizes in turn.
 
-    Raises `DataError` naming an unreadable or constant picture, and when fewer than `least` are left.
+    Raises `DataError` naming an unreadable or constant picture, and when fewer than
+    `least` are left.
     """
     rng, cases = np.random.default_rng(seed), []
     for index, example in enumerate(examples):
         try:
             image, samples = example.load()
         except InfMLLMError as error:
-            raise DataError(f"calibration picture {example.name or example.picture} cannot be used: {error}") from None
+            raise DataError(
+                f"calibration picture {example.name or example.picture} cannot be used: {error}"
+            ) from None
         _check_picture(image.convert("RGB"), example.name)
         sample = _pick(samples, index, rng)
         p = spec.pool_sizes[index % len(spec.pool_sizes)]
         before, after = tokenizer.encode_prompt(sample.prompt())
-        answer = answer_ids(tokenizer, sample)[:-1][:MAX_ANSWER]  # a model computes noise after its end-of-sequence id
+        answer = answer_ids(tokenizer, sample)[:-1][
+            :MAX_ANSWER
+        ]  # a model computes noise after its end-of-sequence id
         if len(before) + len(after) + len(answer) + p * p <= spec.decoder.context and answer:
-            cases.append(Case(example.name, to_pixels(image, spec), p, tuple(before), tuple(after), tuple(answer)))
+            cases.append(
+                Case(
+                    example.name,
+                    to_pixels(image, spec),
+                    p,
+                    tuple(before),
+                    tuple(after),
+                    tuple(answer),
+                )
+            )
     if len(cases) < least:
-        raise DataError(f"only {len(cases)} of {len(examples)} questions fit the model's context, calibration needs {least}; use shorter ones")
+        raise DataError(
+            f"only {len(cases)} of {len(examples)} questions fit the model's context, calibration "
+            f"needs {least}; use shorter ones"
+        )
     return cases
 
 
@@ -112,13 +151,23 @@ def _pick(samples: Sequence[Sample], index: int, rng: np.random.Generator) -> Sa
 def _check_picture(image: Image.Image, name: str) -> None:
     values = np.asarray(image, np.float32)
     if float((values.max((0, 1)) - values.min((0, 1))).max()) < _FLAT:
-        raise DataError(f"calibration picture {name or 'without a name'} is one flat colour; ranges from it would be wrong, remove it")
+        raise DataError(
+            f"calibration picture {name or 'without a name'} is one flat colour; ranges from it "
+            f"would be wrong, remove it"
+        )
 
 
 def set_card(source: str, cases: Sequence[Case]) -> dict[str, Any]:
-    """What the manifest says about a set: where from, which pictures, and a hash of all that was run."""
+    """What the manifest says about a set: where from, which pictures, and a hash of all
+    that was run.
+    """
     digest = hashlib.sha256()
     for case in cases:
         digest.update(case.pixels.tobytes())
         digest.update(repr((case.pool_size, case.before, case.after, case.answer)).encode())
-    return {"source": source.split("/")[-1], "count": len(cases), "names": [case.name for case in cases], "sha256": digest.hexdigest()}
+    return {
+        "source": source.split("/")[-1],
+        "count": len(cases),
+        "names": [case.name for case in cases],
+        "sha256": digest.hexdigest(),
+    }

@@ -1,7 +1,9 @@
-"""What rounding one block does to the answers: the float model with a single block rounded, compared with itself.
+"""What rounding one block does to the answers: the float model with a single block
+rounded, compared with itself.
 
-The measure is the mean Kullback-Leibler divergence of next-token distributions over the answers' positions, in nats. It is additive enough over
-blocks to rank mixtures, and needs no generation.
+The measure is the mean Kullback-Leibler divergence of next-token distributions over the
+answers' positions, in nats. It is additive enough over blocks to rank mixtures, and
+needs no generation.
 """
 
 from __future__ import annotations
@@ -27,18 +29,30 @@ Logits = NDArray[np.float32]
 
 
 @contextlib.contextmanager
-def rounded(model: nn.Module, block: Block, calibrated: Calibrated, scheme: LinearScheme) -> Iterator[None]:
-    """A loaded block computing as the target will: weights on their grid, activations rounded in front of every linear layer."""
+def rounded(
+    model: nn.Module, block: Block, calibrated: Calibrated, scheme: LinearScheme
+) -> Iterator[None]:
+    """A loaded block computing as the target will: weights on their grid, activations
+    rounded in front of every linear layer.
+    """
     handles, names = [], [name for feed in block.feeds for name in feed.linears]
     for name in (*block.norms, *names):  # scales may have moved into a norm
         for parameter, _ in model.get_submodule(name).named_parameters():
             full = f"{name}.{parameter}"
             linear = name in names and parameter == "weight" and scheme.quantised
-            value = calibrated.quantised(full, scheme).dequantised() if linear else calibrated.read(full)
+            value = (
+                calibrated.quantised(full, scheme).dequantised()
+                if linear
+                else calibrated.read(full)
+            )
             setattr(model.get_submodule(name), parameter, nn.Parameter(value, requires_grad=False))
     if scheme.activation != "float":
         for name in names:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_round_input, scheme, _range(calibrated, name))))
+            handles.append(
+                model.get_submodule(name).register_forward_pre_hook(
+                    partial(_round_input, scheme, _range(calibrated, name))
+                )
+            )
     try:
         yield
     finally:
@@ -51,7 +65,12 @@ def _range(calibrated: Calibrated, name: str) -> tuple[float, float] | None:
     return None if bounds is None else (float(bounds[0]), float(bounds[1]))
 
 
-def _round_input(scheme: LinearScheme, static: tuple[float, float] | None, module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+def _round_input(
+    scheme: LinearScheme,
+    static: tuple[float, float] | None,
+    module: nn.Module,
+    arguments: tuple[Tensor],
+) -> tuple[Tensor]:
     return (fake_activation(arguments[0], scheme.activation, static),)
 
 
@@ -68,9 +87,11 @@ def sensitivities(
     candidates: Callable[[Block], Mapping[str, LinearScheme]],
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> dict[str, dict[str, float]]:
-    """Divergence of the answers when one block alone goes one of its candidates' ways: {block: {candidate: nats}}.
+    """Divergence of the answers when one block alone goes one of its candidates' ways:
+    {block: {candidate: nats}}.
 
-    Every candidate costs a run of the blocks behind it. What enters each block is kept, so memory grows with blocks times cases.
+    Every candidate costs a run of the blocks behind it. What enters each block is kept,
+    so memory grows with blocks times cases.
     """
     blocks = model.blocks()
     entering: list[list[Trace]] = []
@@ -87,17 +108,30 @@ def sensitivities(
             for name, scheme in candidates(block).items() if block.feeds else ():
                 changed = _rest(model, calibrated, scheme, blocks[index:], entering[index])
                 values = [
-                    divergence(a.logits, b.logits) for a, b in zip(traces, changed, strict=True) if a.logits is not None and b.logits is not None
+                    divergence(a.logits, b.logits)
+                    for a, b in zip(traces, changed, strict=True)
+                    if a.logits is not None and b.logits is not None
                 ]
                 found.setdefault(block.name, {})[name] = float(np.mean(values))
     return found
 
 
-def _rest(model: StreamedModel, calibrated: Calibrated, scheme: LinearScheme, blocks: Sequence[Block], entering: Sequence[Trace]) -> list[Trace]:
+def _rest(
+    model: StreamedModel,
+    calibrated: Calibrated,
+    scheme: LinearScheme,
+    blocks: Sequence[Block],
+    entering: Sequence[Trace],
+) -> list[Trace]:
     """Runs the first of `blocks` rounded and the others as they are."""
     traces = [copy.copy(trace) for trace in entering]
     for position, block in enumerate(blocks):
-        with model.loaded(block), rounded(model.model, block, calibrated, scheme) if position == 0 else contextlib.nullcontext():
+        with (
+            model.loaded(block),
+            rounded(model.model, block, calibrated, scheme)
+            if position == 0
+            else contextlib.nullcontext(),
+        ):
             for trace in traces:
                 block.run(trace)
     return traces

@@ -1,8 +1,12 @@
-"""Scales moved between activations and weights, so that neither has outliers its grid cannot afford.
+"""Scales moved between activations and weights, so that neither has outliers its grid
+cannot afford.
 
-y = W x = (W s)(x / s) for any positive s per input channel; the division is folded into the norm (or the linear layer) that makes x, so the graph
-stays as it is. s = |x|^a / |W|^(1-a) (SmoothQuant, arXiv 2211.10438), where the strength a is the one with the least error of the layers' rounded
-outputs on calibration rows, under each layer's own scheme; with float activations the search is AWQ's (arXiv 2306.00978). Doing nothing counts.
+y = W x = (W s)(x / s) for any positive s per input channel; the division is folded into
+the norm (or the linear layer) that makes x, so the graph stays as it is. s = |x|^a /
+|W|^(1-a) (SmoothQuant, arXiv 2211.10438), where the strength a is the one with the
+least error of the layers' rounded outputs on calibration rows, under each layer's own
+scheme; with float activations the search is AWQ's (arXiv 2306.00978). Doing nothing
+counts.
 """
 
 from __future__ import annotations
@@ -23,19 +27,28 @@ _OUTPUTS = 1024  # output channels of a layer that are enough to rank scales by
 _LIMIT = 1e4  # scales beyond this leave half precision behind
 
 
-def output_error(rows_RK: Tensor, weight_NK: Tensor, scheme: LinearScheme, scales_K: Tensor | None = None) -> float:
-    """Relative squared error of a linear layer's output after smoothing and rounding weight and activation."""
+def output_error(
+    rows_RK: Tensor, weight_NK: Tensor, scheme: LinearScheme, scales_K: Tensor | None = None
+) -> float:
+    """Relative squared error of a linear layer's output after smoothing and rounding
+    weight and activation.
+    """
     exact = rows_RK @ weight_NK.T
     if scales_K is not None:
         rows_RK, weight_NK = rows_RK / scales_K, weight_NK * scales_K
     if scheme.quantised:
-        weight_NK = round_to(weight_NK, grid_for(weight_NK, replace(scheme, rounding="nearest"))).dequantised()  # ranks scales as well, far faster
+        weight_NK = round_to(
+            weight_NK, grid_for(weight_NK, replace(scheme, rounding="nearest"))
+        ).dequantised()  # ranks scales as well, far faster
     found = fake_activation(rows_RK, scheme.activation) @ weight_NK.T
     return float((found - exact).square().sum() / exact.square().sum().clamp(min=1e-30))
 
 
-def search_scales(rows_RK: Tensor, layers: Sequence[tuple[Tensor, Sequence[LinearScheme]]]) -> tuple[Tensor | None, float]:
-    """The scales [K] with the least summed error over layers (weight [N,K], the schemes it will be used with), and their strength.
+def search_scales(
+    rows_RK: Tensor, layers: Sequence[tuple[Tensor, Sequence[LinearScheme]]]
+) -> tuple[Tensor | None, float]:
+    """The scales [K] with the least summed error over layers (weight [N,K], the schemes
+    it will be used with), and their strength.
 
     None and 0 when leaving everything as it is does best.
     """
@@ -44,7 +57,9 @@ def search_scales(rows_RK: Tensor, layers: Sequence[tuple[Tensor, Sequence[Linea
     sampled = [(w[:: -(-len(w) // _OUTPUTS)], schemes) for w, schemes in layers]
 
     def error(scales: Tensor | None) -> float:
-        return sum(output_error(rows_RK, w, scheme, scales) for w, schemes in sampled for scheme in schemes)
+        return sum(
+            output_error(rows_RK, w, scheme, scales) for w, schemes in sampled for scheme in schemes
+        )
 
     best, chosen, strength = error(None), None, 0.0
     for share in STRENGTHS:

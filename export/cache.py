@@ -1,6 +1,8 @@
-"""What a build has finished, kept until the bundle is in place: a killed build goes on where it stopped, an identical one is not repeated.
+"""What a build has finished, kept until the bundle is in place: a killed build goes on
+where it stopped, an identical one is not repeated.
 
-Everything is filed under a hash of all that decides the result, our own source files included, so a stale piece can never be taken for a fresh one.
+Everything is filed under a hash of all that decides the result, our own source files
+included, so a stale piece can never be taken for a fresh one.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _KEEP_SECONDS = 7 * 24 * 3600  # what an abandoned build left is removed after t
 
 
 def source_digest() -> str:
-    """SHA-256 of our own source files: whatever changed, a result made before is not taken for one made after."""
+    """SHA-256 of our own source files: whatever changed, a result made before is not
+    taken for one made after.
+    """
     digest = hashlib.sha256()
     for package in (runtime, trainer, calibration, export):
         root = Path(str(package.__file__)).parent
@@ -41,12 +45,15 @@ def source_digest() -> str:
 
 def build_key(parts: Mapping[str, Any]) -> str:
     """SHA-256 of everything that decides a result, with the compiler's source."""
-    return hashlib.sha256(json.dumps({**parts, "source": source_digest()}, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({**parts, "source": source_digest()}, sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 @contextlib.contextmanager
 def workspace(key: str) -> Iterator[Path]:
-    """The folder where the pieces of this build lie; removed after a clean exit, kept after anything else.
+    """The folder where the pieces of this build lie; removed after a clean exit, kept
+    after anything else.
 
     A second process that builds the same at the same time works in a folder of its own.
     """
@@ -57,7 +64,10 @@ def workspace(key: str) -> Iterator[Path]:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        raise BuildError(f"cannot write {root} ({error.strerror}), where a build keeps its pieces; set INFMLLM_CACHE to a writable folder") from None
+        raise BuildError(
+            f"cannot write {root} ({error.strerror}), where a build keeps its pieces; set "
+            f"INFMLLM_CACHE to a writable folder"
+        ) from None
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(folder))

@@ -1,9 +1,12 @@
-"""Capture: a PyTorch model becomes the two canonical ONNX graphs (opset 23, standard operators, parameter names kept).
+"""Capture: a PyTorch model becomes the two canonical ONNX graphs (opset 23, standard
+operators, parameter names kept).
 
-`optimum`'s dummy-input generators are not needed for two graphs; shapes and dynamic axes are described once, here. The decoder graph is the model's
-own `Decoder.step`: static-capacity caches in, updated caches out, logits of the last position.
+`optimum`'s dummy-input generators are not needed for two graphs; shapes and dynamic
+axes are described once, here. The decoder graph is the model's own `Decoder.step`:
+static-capacity caches in, updated caches out, logits of the last position.
 
-The model is traced without weights; each parameter is bound to a reader and read when the graph is written, so size costs time and no memory.
+The model is traced without weights; each parameter is bound to a reader and read when
+the graph is written, so size costs time and no memory.
 """
 
 from __future__ import annotations
@@ -66,27 +69,35 @@ class _DecoderGraph(nn.Module):
         super().__init__()
         self.decoder = model.decoder
 
-    def forward(self, inputs_embeds: Tensor, position_ids: Tensor, *caches: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, inputs_embeds: Tensor, position_ids: Tensor, *caches: Tensor
+    ) -> tuple[Tensor, ...]:
         pairs = list(zip(caches[::2], caches[1::2], strict=True))
         logits, updated = self.decoder.step(inputs_embeds, position_ids, pairs, _rotary)
         return (logits, *(cache for pair in updated for cache in pair))
 
 
 def capture(spec: ModelSpec, read: Callable[[str], Tensor]) -> Graphs:
-    """Exports both graphs of a spec; `read` supplies a parameter as float32 whenever its tensor is asked for."""
+    """Exports both graphs of a spec; `read` supplies a parameter as float32 whenever
+    its tensor is asked for.
+    """
     graphs = Graphs(*(graph.clone() for graph in _captured(spec)))
     tables = dict(zip(_TABLES, rotary_tables(spec.decoder), strict=True))
     for graph in (graphs.vision, graphs.decoder):
         for name, value in graph.graph.initializers.items():
             if value.const_value is not None and "." in name:
                 source = tables[name].clone if name in tables else partial(read, name)
-                value.const_value = lazy_tensor(name, _numpy(source), value.const_value.dtype, value.const_value.shape.numpy())
+                value.const_value = lazy_tensor(
+                    name, _numpy(source), value.const_value.dtype, value.const_value.shape.numpy()
+                )
     return graphs
 
 
 @lru_cache(maxsize=4)
 def _captured(spec: ModelSpec) -> tuple[ir.Model, ir.Model]:
-    """Both graphs without weights. Several builds of one process share them: tracing takes ten times as long as all the rest of a small build."""
+    """Both graphs without weights. Several builds of one process share them: tracing
+    takes ten times as long as all the rest of a small build.
+    """
     with torch.device("meta"):
         model = InfMLLM(spec).eval()
         return _capture_vision(model), _capture_decoder(model)
@@ -96,7 +107,13 @@ def _numpy(source: Callable[[], Tensor]) -> Callable[[], NDArray[np.float32]]:
     return lambda: source().numpy()
 
 
-def _export(module: nn.Module, arguments: tuple[Tensor, ...], dynamic: tuple[object, ...], inputs: list[str], outputs: list[str]) -> ir.Model:
+def _export(
+    module: nn.Module,
+    arguments: tuple[Tensor, ...],
+    dynamic: tuple[object, ...],
+    inputs: list[str],
+    outputs: list[str],
+) -> ir.Model:
     with torch.no_grad():
         program = torch.onnx.export(
             module,
@@ -124,10 +141,21 @@ def _capture_vision(model: InfMLLM) -> ir.Model:
 def _capture_decoder(model: InfMLLM) -> ir.Model:
     spec = model.spec.decoder
     embeds, positions = torch.zeros(2, 3, spec.hidden), torch.arange(3).expand(2, -1)
-    caches = [torch.zeros(2, spec.kv_heads, _TRACE_CAPACITY, spec.head_dim) for _ in range(2 * spec.layers)]
+    caches = [
+        torch.zeros(2, spec.kv_heads, _TRACE_CAPACITY, spec.head_dim)
+        for _ in range(2 * spec.layers)
+    ]
     batch, length, capacity = Dim("B"), Dim("L"), Dim("C")
-    dynamic = ({0: batch, 1: length}, {0: batch, 1: length}, tuple({0: batch, 2: capacity} for _ in caches))
+    dynamic = (
+        {0: batch, 1: length},
+        {0: batch, 1: length},
+        tuple({0: batch, 2: capacity} for _ in caches),
+    )
     names = spec.cache_names
     return _export(
-        _DecoderGraph(model), (embeds, positions, *caches), dynamic, [INPUTS_EMBEDS, POSITION_IDS, *names], [LOGITS, *(present(n) for n in names)]
+        _DecoderGraph(model),
+        (embeds, positions, *caches),
+        dynamic,
+        [INPUTS_EMBEDS, POSITION_IDS, *names],
+        [LOGITS, *(present(n) for n in names)],
     )

@@ -1,4 +1,6 @@
-"""`infmllm-export`: build a bundle from a checkpoint, compare one with PyTorch, look inside one, and see what this machine can run."""
+"""`infmllm-export`: build a bundle from a checkpoint, compare one with PyTorch, look
+inside one, and see what this machine can run.
+"""
 
 from __future__ import annotations
 
@@ -20,38 +22,100 @@ app = command_app("Compile InfMLLM checkpoints into verified bundles.")
 
 @app.command(
     epilog="Examples:\n\n    infmllm-export build --precision int8"
-    "\n\n    infmllm-export build checkpoints/mine --precision int4 --block 64 --calib train.jsonl -o mine.bundle"
-    "\n\n    infmllm-export build checkpoints/mine --precision int4 --keep decoder.layers.0=int8 --calib train.jsonl"
+    "\n\n    infmllm-export build checkpoints/mine --precision int4 --block 64 --calib "
+    "train.jsonl -o mine.bundle"
+    "\n\n    infmllm-export build checkpoints/mine --precision int4 --keep decoder.layers.0=int8 "
+    "--calib train.jsonl"
 )
 def build(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder. Default: the demo checkpoint.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16, int8, int8-static, int8-weights, int4, int4-hybrid, int4-all, or auto.")] = "int8",
-    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu, cuda, tensorrt or rtx.")] = "cpu",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")] = Path("infmllm-bundle"),
-    calib: Annotated[str, typer.Option(help="Data to calibrate and compare with, as infmllm-eval takes them. Default: the training mix.")] = "",
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Checkpoint folder. Default: the demo checkpoint.")
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="fp32, fp16, int8, int8-static, int8-weights, int4, int4-hybrid, int4-all, or "
+            "auto."
+        ),
+    ] = "int8",
+    target: Annotated[
+        str, typer.Option(help="Where the bundle runs: cpu, cuda, tensorrt or rtx.")
+    ] = "cpu",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder to write.")] = Path(
+        "infmllm-bundle"
+    ),
+    calib: Annotated[
+        str,
+        typer.Option(
+            help="Data to calibrate and compare with, as infmllm-eval takes them. Default: the "
+            "training mix."
+        ),
+    ] = "",
     samples: Annotated[int, typer.Option(min=4, help="Pictures to calibrate with.")] = 32,
-    ranges: Annotated[str, typer.Option(help="How static ranges are found: min-max, percentile, mse or entropy.")] = "mse",
+    ranges: Annotated[
+        str, typer.Option(help="How static ranges are found: min-max, percentile, mse or entropy.")
+    ] = "mse",
     block: Annotated[
         int | None,
-        typer.Option(help="Inputs that share a scale in 4-bit weights: 16 to 256. Default: the precision's (cpu: 32)."),
+        typer.Option(
+            help="Inputs that share a scale in 4-bit weights: 16 to 256. Default: the precision's "
+            "(cpu: 32)."
+        ),
     ] = None,
-    rounding: Annotated[str | None, typer.Option(help="How 4-bit weights are rounded: nearest, mse or gptq. Default: gptq.")] = None,
-    kv: Annotated[str | None, typer.Option(help="Keys and values (cpu): fp32 or int8. Default: fp32; fp16 on GPUs.")] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="How 4-bit weights are rounded: nearest, mse or gptq. Default: gptq."),
+    ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option(help="Keys and values (cpu): fp32 or int8. Default: fp32; fp16 on GPUs."),
+    ] = None,
     keep: Annotated[
-        list[str] | None, typer.Option(help="BLOCK=SCHEME: another scheme for a block, such as decoder.layers.0=fp16. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="BLOCK=SCHEME: another scheme for a block, such as decoder.layers.0=fp16. "
+            "Repeatable."
+        ),
     ] = None,
-    max_drop: Annotated[float, typer.Option(help="auto: points of accuracy that may be lost.")] = 0.5,
+    max_drop: Annotated[
+        float, typer.Option(help="auto: points of accuracy that may be lost.")
+    ] = 0.5,
     metric: Annotated[
-        str, typer.Option(help="auto: what counts: accuracy (mean, caption, vqa, ground, chat), or answers that stay the same (same).")
+        str,
+        typer.Option(
+            help="auto: what counts: accuracy (mean, caption, vqa, ground, chat), or answers that "
+            "stay the same (same)."
+        ),
     ] = "mean",
-    auto_questions: Annotated[int, typer.Option(min=1, help="auto: pictures whose questions measure a mixture.")] = 150,
-    questions: Annotated[int, typer.Option(min=0, help="Pictures the bundle answers against PyTorch; 0 leaves this check out.")] = 16,
-    context: Annotated[int | None, typer.Option(min=1, help="tensorrt: rows of the key/value cache. Default: the model's context.")] = None,
-    dump: Annotated[Path | None, typer.Option(help="Write each graph after every step to this folder.")] = None,
-    allow_unverified: Annotated[bool, typer.Option("--allow-unverified", help="Keep a bundle that fails parity, marked UNVERIFIED.")] = False,
+    auto_questions: Annotated[
+        int, typer.Option(min=1, help="auto: pictures whose questions measure a mixture.")
+    ] = 150,
+    questions: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Pictures the bundle answers against PyTorch; 0 leaves this check out."
+        ),
+    ] = 16,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="tensorrt: rows of the key/value cache. Default: the model's context."
+        ),
+    ] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="Write each graph after every step to this folder.")
+    ] = None,
+    allow_unverified: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unverified", help="Keep a bundle that fails parity, marked UNVERIFIED."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Calibrates, captures, simplifies, lowers, quantises and packs a checkpoint, and proves the result equal to PyTorch."""
+    """Calibrates, captures, simplifies, lowers, quantises and packs a checkpoint, and
+    proves the result equal to PyTorch.
+    """
     from export.commands import run_auto, run_build
     from export.mixed_precision import Budget
     from export.schemes import choose_scheme
@@ -59,11 +123,30 @@ def build(
     from trainer.checkpoint import DEMO
 
     if precision == "auto" and (block or rounding):
-        raise UsageError("--precision auto chooses blocks and rounding itself; leave out --block and --rounding")
+        raise UsageError(
+            "--precision auto chooses blocks and rounding itself; leave out --block and --rounding"
+        )
     if precision == "auto" and target != "cpu":
-        raise UsageError(f"--precision auto measures with the cpu's kernels and serves no other target; choose a precision for {target}")
-    scheme = choose_scheme("int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [], target)
-    options = BuildOptions(checkpoint or DEMO, scheme, target, out, dump, allow_unverified, calib, samples, ranges, questions, context)
+        raise UsageError(
+            f"--precision auto measures with the cpu's kernels and serves no other target; choose "
+            f"a precision for {target}"
+        )
+    scheme = choose_scheme(
+        "int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [], target
+    )
+    options = BuildOptions(
+        checkpoint or DEMO,
+        scheme,
+        target,
+        out,
+        dump,
+        allow_unverified,
+        calib,
+        samples,
+        ranges,
+        questions,
+        context,
+    )
     if precision == "auto":
         run_auto(options, Budget(max_drop, metric, auto_questions), as_json)
     else:
@@ -72,13 +155,22 @@ def build(
 
 @app.command(epilog="Example:\n\n    infmllm-export parity infmllm-bundle")
 def parity(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle.")] = None,
-    checkpoint: Annotated[Path | None, typer.Argument(help="Its checkpoint. Default: the demo checkpoint.")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="Its checkpoint. Default: the demo checkpoint.")
+    ] = None,
     cases: Annotated[int, typer.Option(min=1, help="How many fresh cases PyTorch computes.")] = 8,
-    calib: Annotated[str, typer.Option(help="Data the cases come from. Default: the training mix.")] = "",
+    calib: Annotated[
+        str, typer.Option(help="Data the cases come from. Default: the training mix.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
 ) -> None:
-    """Compares a bundle with its PyTorch checkpoint on fresh inputs; exit code 1 if it drifts."""
+    """Compares a bundle with its PyTorch checkpoint on fresh inputs; exit code 1 if it
+    drifts.
+    """
     from calibration.samples import default_source
     from export.commands import print_stages
     from export.parity.cpu_reference import open_session
@@ -94,39 +186,78 @@ def parity(
         print_stages(stages)
     failed = [stage.stage for stage in stages if not stage.passed]
     if failed:
-        raise ParityError(f"{', '.join(failed)} out of tolerance; rebuild the bundle from this checkpoint")
+        raise ParityError(
+            f"{', '.join(failed)} out of tolerance; rebuild the bundle from this checkpoint"
+        )
 
 
 @app.command(
-    epilog="Examples:\n\n    infmllm-export plan --preset 7b --precision int4 --device orin-nano-8gb"
+    epilog="Examples:\n\n    infmllm-export plan --preset 7b --precision int4 --device "
+    "orin-nano-8gb"
     "\n\n    infmllm-export plan checkpoints/mine --precision int8 --context 512 --json"
 )
 def plan(
-    checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint folder (only its config.json is read). Default: the demo checkpoint.")] = None,
-    preset: Annotated[str | None, typer.Option(help="A shape instead of a checkpoint: nano, edge or 7b.")] = None,
-    precision: Annotated[str, typer.Option(help="A scheme of build (not auto); all of them if left out.")] = "",
-    target: Annotated[str, typer.Option(help="Where the bundle runs: cpu, cuda, tensorrt or rtx.")] = "cpu",
-    device: Annotated[str | None, typer.Option(help="orin-nano-8gb, orin-agx-64gb, rtx4090 or a JSON file. Default: this machine.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Checkpoint folder (only its config.json is read). Default: the demo checkpoint."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A shape instead of a checkpoint: nano, edge or 7b.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="A scheme of build (not auto); all of them if left out.")
+    ] = "",
+    target: Annotated[
+        str, typer.Option(help="Where the bundle runs: cpu, cuda, tensorrt or rtx.")
+    ] = "cpu",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="orin-nano-8gb, orin-agx-64gb, rtx4090 or a JSON file. Default: this machine."
+        ),
+    ] = None,
     block: Annotated[int | None, typer.Option(help="Block size of 4-bit weights.")] = None,
-    kv: Annotated[str | None, typer.Option(help="Keys and values (cpu): fp32 or int8. Default: fp32; fp16 on GPUs.")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Rows of the key/value cache. Default: the model's context.")] = None,
-    samples: Annotated[int, typer.Option(min=4, help="Pictures the build would calibrate with.")] = 32,
+    kv: Annotated[
+        str | None,
+        typer.Option(help="Keys and values (cpu): fp32 or int8. Default: fp32; fp16 on GPUs."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of the key/value cache. Default: the model's context."),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=4, help="Pictures the build would calibrate with.")
+    ] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Predicts disk, memory and latency from the shape alone, in seconds; says what does not fit and what to change."""
+    """Predicts disk, memory and latency from the shape alone, in seconds; says what
+    does not fit and what to change.
+    """
     from export.commands import run_plan
 
     run_plan(checkpoint, preset, precision, target, device, block, kv, context, samples, as_json)
 
 
-@app.command(epilog="Examples:\n\n    infmllm-export inspect infmllm-bundle --json\n\n    infmllm-export inspect infmllm-bundle --html bundle.html")
+@app.command(
+    epilog="Examples:\n\n    infmllm-export inspect infmllm-bundle --json\n\n    infmllm-export "
+    "inspect infmllm-bundle --html bundle.html"
+)
 def inspect(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle.")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle."),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with a picture of every block.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with a picture of every block.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Shows operators, parameters, bytes, schemes per block, parity, and what passes changed or refused."""
+    """Shows operators, parameters, bytes, schemes per block, parity, and what passes
+    changed or refused.
+    """
     from export.inspection.describe import describe_bundle, format_description
     from export.inspection.html_picture import block_page
     from runtime.contract.bundle import read_bundle
@@ -143,42 +274,87 @@ def inspect(
 
 @app.command(
     "import",
-    epilog="Examples:\n\n    infmllm-export import InfMLLM_7B.pth --tokenizer vicuna-7b-v1.5 -o checkpoints/infmllm-7b"
-    "\n\n    infmllm-export import vicuna-7b-v1.5 --vision blip2-vision --image-size 448 -o checkpoints/start",
+    epilog="Examples:\n\n    infmllm-export import InfMLLM_7B.pth --tokenizer vicuna-7b-v1.5 -o "
+    "checkpoints/infmllm-7b"
+    "\n\n    infmllm-export import vicuna-7b-v1.5 --vision blip2-vision --image-size 448 -o "
+    "checkpoints/start",
 )
 def import_(
-    source: Annotated[Path, typer.Argument(help="Raw InfMLLM file (.pth, .bin, .safetensors), or a LLaMA folder in Hugging Face layout.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Raw InfMLLM file (.pth, .bin, .safetensors), or a LLaMA folder in Hugging Face "
+            "layout."
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Checkpoint folder to write.")],
-    vision: Annotated[Path | None, typer.Option(help="Vision tower: raw BLIP-2/EVA file or a Hugging Face BLIP-2 folder.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder or file with tokenizer.json. Default: beside the source.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the square picture; positions are resized. Default: the tower's.")] = None,
-    image_mode: Annotated[str, typer.Option(help="stretch (multitask models) or pad (chat models).")] = "stretch",
-    vision_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a raw tower that is not EVA ViT-g.")] = None,
-    decoder_heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of a raw decoder whose head is not 128 wide.")] = None,
+    vision: Annotated[
+        Path | None,
+        typer.Option(help="Vision tower: raw BLIP-2/EVA file or a Hugging Face BLIP-2 folder."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder or file with tokenizer.json. Default: beside the source."),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Side of the square picture; positions are resized. Default: the tower's."
+        ),
+    ] = None,
+    image_mode: Annotated[
+        str, typer.Option(help="stretch (multitask models) or pad (chat models).")
+    ] = "stretch",
+    vision_heads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Attention heads of a raw tower that is not EVA ViT-g."),
+    ] = None,
+    decoder_heads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Attention heads of a raw decoder whose head is not 128 wide."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
 ) -> None:
-    """Turns published or Hugging Face weights into a checkpoint, strictly and tensor by tensor."""
+    """Turns published or Hugging Face weights into a checkpoint, strictly and tensor by
+    tensor.
+    """
     from trainer.imports.convert import ImportOptions, import_checkpoint
 
-    options = ImportOptions(source, out, vision, tokenizer, image_size, vision_heads, decoder_heads, image_mode, dtype)
+    options = ImportOptions(
+        source, out, vision, tokenizer, image_size, vision_heads, decoder_heads, image_mode, dtype
+    )
     spec, new = import_checkpoint(options)
     if new:
         parts = ", ".join(sorted({name.rsplit(".", 2)[0] for name in new}))
-        note(f"new, because the source has none: {parts}; train it: infmllm-train --start-from {out} --stage alignment")
+        note(
+            f"new, because the source has none: {parts}; train it: infmllm-train --start-from "
+            f"{out} --stage alignment"
+        )
     tower, decoder = spec.vision, spec.decoder
-    print(f"{out}: tower {tower.layers} x {tower.width}, decoder {decoder.layers} x {decoder.hidden}, S = {tower.image_size}")
+    print(
+        f"{out}: tower {tower.layers} x {tower.width}, decoder {decoder.layers} x "
+        f"{decoder.hidden}, S = {tower.image_size}"
+    )
 
 
 @app.command(
-    epilog="Examples:\n\n    infmllm-export doctor\n\n    infmllm-export doctor --target tensorrt --html doctor.html"
+    epilog="Examples:\n\n    infmllm-export doctor\n\n    infmllm-export doctor --target tensorrt "
+    "--html doctor.html"
     "\n\n    infmllm-export doctor --json"
 )
 def doctor(
-    target: Annotated[str | None, typer.Option(help="cpu, cuda, tensorrt or rtx. Default: the CPU, and what this machine is set up for.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, tensorrt or rtx. Default: the CPU, and what this machine is set up "
+            "for."
+        ),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Looks at GPU, driver, CUDA, TensorRT, ONNX Runtime, JetPack, memory and power mode. What does not fit gets a cause and a fix.
+    """Looks at GPU, driver, CUDA, TensorRT, ONNX Runtime, JetPack, memory and power
+    mode. What does not fit gets a cause and a fix.
 
     Exit code 1 if something keeps the target from running.
     """

@@ -1,4 +1,6 @@
-"""How a build tells the person what it is doing and what came of it: a bar with the time left, then parity, or one JSON object."""
+"""How a build tells the person what it is doing and what came of it: a bar with the
+time left, then parity, or one JSON object.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +30,26 @@ __all__ = ["print_stages", "run_auto", "run_build", "run_plan"]
 
 
 def run_auto(options: BuildOptions, budget: Budget, as_json: bool) -> Build:
-    """Finds the cheapest mixture within a budget, prints what was measured on the way, and builds it."""
+    """Finds the cheapest mixture within a budget, prints what was measured on the way,
+    and builds it.
+    """
     with step_bar(1) as bar:
         bar.step("choosing a mixture")
         scheme, rows = choose_mixture(options, budget, bar.detail)
     for row in rows:
         nats = f"{row.predicted:.2e}" if row.predicted is not None else "-"
         scores = "  ".join(f"{task} {value:.1f}" for task, value in (row.scores or {}).items())
-        note(f"{'*' if row.chosen else ' '} {row.name:40} {row.bytes / 1e6:8.2f} MB  predicted {nats:>9} nats  {scores}  lost {row.drop:+.2f}")
-    notes = {"auto": {"max_drop": budget.max_drop, "metric": budget.metric, "table": [row.to_json() for row in rows]}}
+        note(
+            f"{'*' if row.chosen else ' '} {row.name:40} {row.bytes / 1e6:8.2f} MB  predicted "
+            f"{nats:>9} nats  {scores}  lost {row.drop:+.2f}"
+        )
+    notes = {
+        "auto": {
+            "max_drop": budget.max_drop,
+            "metric": budget.metric,
+            "table": [row.to_json() for row in rows],
+        }
+    }
     return run_build(replace(options, scheme=scheme, notes=notes), as_json)
 
 
@@ -49,7 +62,11 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
     size = sum(file.stat().st_size for file in options.out.iterdir())
     engines = _engines(options)
     if as_json:
-        data: dict[str, Any] = {"bundle": str(options.out), "verdict": result.verdict, "stages": [asdict(stage) for stage in result.stages]}
+        data: dict[str, Any] = {
+            "bundle": str(options.out),
+            "verdict": result.verdict,
+            "stages": [asdict(stage) for stage in result.stages],
+        }
         data |= {
             "metrics": result.metrics.to_json(),
             "bytes": size,
@@ -61,19 +78,28 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
         print(json.dumps(data))
         return result
     for graph, step, outcome in result.counts:
-        note(f"  {graph:8} {step:22} changed {outcome.modified}" + "".join(f"; {reason}" for reason in outcome.refused))
+        note(
+            f"  {graph:8} {step:22} changed {outcome.modified}"
+            + "".join(f"; {reason}" for reason in outcome.refused)
+        )
     print_stages(result.stages)
     if result.metrics.skipped and not result.reused:
         note(f"answers not compared: {result.metrics.skipped}")
     for task, (torch, found) in result.metrics.scores.items():
         note(f"answers {task:8} PyTorch {torch:.1f} %, bundle {found:.1f} %")
-    already = ", the same build was already there" if result.reused else f", {seconds:.0f} s, at most {peak:.0f} MiB of memory"
+    already = (
+        ", the same build was already there"
+        if result.reused
+        else f", {seconds:.0f} s, at most {peak:.0f} MiB of memory"
+    )
     print(f"{result.verdict}: {options.out} ({size / 1e6:.1f} MB{already})")
     return result
 
 
 def _engines(options: BuildOptions) -> str:
-    """What became of engines that are built where they run: nothing is left to do, or what is, in words."""
+    """What became of engines that are built where they run: nothing is left to do, or
+    what is, in words.
+    """
     if not find_lowering(options.target).referenced:
         return ""
     try:
@@ -88,9 +114,15 @@ def _engines(options: BuildOptions) -> str:
 def print_stages(stages: Iterable[StageError]) -> None:
     """One line per parity stage, on standard error."""
     for stage in stages:
-        agreement = f", same token {100 * stage.agreement:.0f} %" if stage.agreement is not None else ""
+        agreement = (
+            f", same token {100 * stage.agreement:.0f} %" if stage.agreement is not None else ""
+        )
         verdict = "ok" if stage.passed else "FAILED"
-        print(f"parity {stage.stage:8} {stage.error:.3g} of {stage.tolerance:.3g} allowed{agreement}  {verdict}", file=sys.stderr)
+        print(
+            f"parity {stage.stage:8} {stage.error:.3g} of {stage.tolerance:.3g} "
+            f"allowed{agreement}  {verdict}",
+            file=sys.stderr,
+        )
 
 
 def run_plan(
@@ -105,26 +137,54 @@ def run_plan(
     samples: int,
     as_json: bool,
 ) -> None:
-    """Prints the plan of one scheme in full, or of all in a table. Raises `UsageError` for unknown names."""
+    """Prints the plan of one scheme in full, or of all in a table. Raises `UsageError`
+    for unknown names.
+    """
     find_lowering(target)
     spec = find_preset(preset).spec if preset else read_spec(checkpoint or DEMO)
     chosen = find_device(device)
     names = [precision] if precision else list(TARGET_SCHEMES[target])
     if not precision and block:
         raise UsageError("--block needs a --precision with 4-bit weights, for example int4")
-    plans = {name: make_plan(spec, choose_scheme(name, block, None, kv, target=target), chosen, context, samples) for name in names}
+    plans = {
+        name: make_plan(
+            spec, choose_scheme(name, block, None, kv, target=target), chosen, context, samples
+        )
+        for name in names
+    }
     if as_json:
         print(json.dumps({name: plan.to_json() for name, plan in plans.items()}))
         return
-    print(f"{spec.name} ({spec.parameters / 1e6:.1f} M parameters), visual tokens {', '.join(str(p * p) for p in spec.pool_sizes)}, on {chosen.name}")
-    print(f"{'precision':14} {'disk MB':>9} {'build MB':>9} {'run MB':>9} {'first token ms':>15} {'tokens/s':>9}  fits")
+    print(
+        f"{spec.name} ({spec.parameters / 1e6:.1f} M parameters), visual tokens "
+        f"{', '.join(str(p * p) for p in spec.pool_sizes)}, on {chosen.name}"
+    )
+    print(
+        f"{'precision':14} {'disk MB':>9} {'build MB':>9} {'run MB':>9} {'first token ms':>15} "
+        f"{'tokens/s':>9}  fits"
+    )
     for name, plan in plans.items():
         times = plan.latency
-        figures = f"{plan.disk_bytes / 1e6:>9.1f} {plan.build_peak / 1e6:>9.0f} {plan.run_bytes / 1e6:>9.0f}"
-        print(f"{name:14} {figures} {times['first_token_ms']:>15.1f} {times['tokens_per_second']:>9.1f}  {'yes' if plan.fits else 'NO'}")
+        figures = (
+            f"{plan.disk_bytes / 1e6:>9.1f} {plan.build_peak / 1e6:>9.0f} "
+            f"{plan.run_bytes / 1e6:>9.0f}"
+        )
+        print(
+            f"{name:14} {figures} {times['first_token_ms']:>15.1f} "
+            f"{times['tokens_per_second']:>9.1f}  {'yes' if plan.fits else 'NO'}"
+        )
         for line in plan.advice:
             print(f"{'':14} {line}")
         if precision:
             for title, parts in (("disk", plan.disk), ("running", plan.run)):
-                print(f"  {title}: " + ", ".join(f"{part} {size / 1e6:.1f}" for part, size in parts.items()) + " MB")
-            print("  at best: " + ", ".join(f"{stage.replace('_', ' ')} {value:.1f}" for stage, value in times.items()))
+                print(
+                    f"  {title}: "
+                    + ", ".join(f"{part} {size / 1e6:.1f}" for part, size in parts.items())
+                    + " MB"
+                )
+            print(
+                "  at best: "
+                + ", ".join(
+                    f"{stage.replace('_', ' ')} {value:.1f}" for stage, value in times.items()
+                )
+            )

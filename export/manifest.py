@@ -1,4 +1,6 @@
-"""The manifest of a build: what was made from what, how it compares with PyTorch, and what was predicted of it."""
+"""The manifest of a build: what was made from what, how it compares with PyTorch, and
+what was predicted of it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from export.planning.devices import DEVICES
 from export.planning.plan import MIB, make_plan
 from export.state import Build, tools
 from export.targets import find_lowering
-from runtime.contract.bundle import CAPACITY, FIT_16_BITS, MANIFEST, PRODUCTS, ROWS, VERIFIED, read_bundle, write_manifest
+from runtime.contract.bundle import (
+    CAPACITY,
+    FIT_16_BITS,
+    MANIFEST,
+    PRODUCTS,
+    ROWS,
+    VERIFIED,
+    read_bundle,
+    write_manifest,
+)
 from runtime.contract.errors import BundleError
 from runtime.parity import StageError
 
@@ -21,7 +32,9 @@ _ANY_DEVICE = DEVICES["rtx4090"]  # bytes and memory of a build do not depend on
 
 
 def existing(build: Build) -> Build | None:
-    """The bundle at the target, if it is whole, came from an equal build, and may be kept."""
+    """The bundle at the target, if it is whole, came from an equal build, and may be
+    kept.
+    """
     try:
         bundle = read_bundle(build.options.out)
         same = bundle.provenance.get("build_key") == build.key and not build.options.dump
@@ -30,10 +43,15 @@ def existing(build: Build) -> Build | None:
         bundle.verify()
     except BundleError:
         return None
-    stages = tuple(StageError(row["stage"], row["error"], row["tolerance"], row["agreement"]) for row in bundle.parity["stages"])
+    stages = tuple(
+        StageError(row["stage"], row["error"], row["tolerance"], row["agreement"])
+        for row in bundle.parity["stages"]
+    )
     known = bundle.parity.get("metrics", {})
     scores = {task: (row["pytorch"], row["bundle"]) for task, row in known.get("tasks", {}).items()}
-    metrics = MetricCheck(scores, known.get("count", 0), known.get("allowed", 0.0), known.get("skipped", ""))
+    metrics = MetricCheck(
+        scores, known.get("count", 0), known.get("allowed", 0.0), known.get("skipped", "")
+    )
     return replace(build, stages=stages, metrics=metrics, verdict=bundle.verdict, reused=True)
 
 
@@ -41,14 +59,30 @@ def write(build: Build) -> None:
     """Writes the manifest of a build's folder, as far as the build is."""
     (build.folder / MANIFEST).unlink(missing_ok=True)
     scheme, tolerance = build.options.scheme, dict(build.options.scheme.tolerance)
-    passes = [{"graph": g, "pass": p, "modified": r.modified, "refused": list(r.refused)} for g, p, r in build.counts]
-    provenance: dict[str, Any] = {"checkpoint": build.checkpoint.path.name, "checkpoint_sha256": build.checkpoint.sha256, "build_key": build.key}
-    provenance |= {"goldens": set_card(build.source, build.goldens), "calibration": set_card(build.source, build.cases) if build.cases else None}
-    provenance["linears"] = {prefix or "rest": linear.text() for prefix, linear in scheme.parts.items()}
+    passes = [
+        {"graph": g, "pass": p, "modified": r.modified, "refused": list(r.refused)}
+        for g, p, r in build.counts
+    ]
+    provenance: dict[str, Any] = {
+        "checkpoint": build.checkpoint.path.name,
+        "checkpoint_sha256": build.checkpoint.sha256,
+        "build_key": build.key,
+    }
+    provenance |= {
+        "goldens": set_card(build.source, build.goldens),
+        "calibration": set_card(build.source, build.cases) if build.cases else None,
+    }
+    provenance["linears"] = {
+        prefix or "rest": linear.text() for prefix, linear in scheme.parts.items()
+    }
     if scheme.prefill is not None:
-        provenance["linears_prefill"] = {prefix or "rest": linear.text() for prefix, linear in scheme.prefill.items()}
+        provenance["linears_prefill"] = {
+            prefix or "rest": linear.text() for prefix, linear in scheme.prefill.items()
+        }
     if build.cases and build.calibrated:
-        provenance["smoothing"] = {name: round(value, 3) for name, value in build.calibrated.strengths().items()}
+        provenance["smoothing"] = {
+            name: round(value, 3) for name, value in build.calibrated.strengths().items()
+        }
     schemes = {
         "vision": scheme.name,
         "decoder": scheme.name,
@@ -64,13 +98,31 @@ def write(build: Build) -> None:
     provenance |= {"tools": tools(), "passes": passes, "steps": build.costs, **build.options.notes}
     provenance["plan"] = _predicted(build)
     write_manifest(
-        build.folder, build.checkpoint.spec, build.options.target, schemes, provenance, verdict_json(build.stages, build.metrics, tolerance)
+        build.folder,
+        build.checkpoint.spec,
+        build.options.target,
+        schemes,
+        provenance,
+        verdict_json(build.stages, build.metrics, tolerance),
     )
 
 
 def _predicted(build: Build) -> dict[str, Any]:
-    """What the plan said of this build, and what came: bytes on disk (without the manifest) and peak memory of the process."""
-    plan = make_plan(build.checkpoint.spec, build.options.scheme, _ANY_DEVICE, samples=len(build.cases), questions=build.options.questions > 0)
+    """What the plan said of this build, and what came: bytes on disk (without the
+    manifest) and peak memory of the process.
+    """
+    plan = make_plan(
+        build.checkpoint.spec,
+        build.options.scheme,
+        _ANY_DEVICE,
+        samples=len(build.cases),
+        questions=build.options.questions > 0,
+    )
     actual = sum(file.stat().st_size for file in build.folder.iterdir())
     peak = max((row["peak_mib"] for row in build.costs.values()), default=0.0)
-    return {"disk": plan.disk_bytes, "disk_actual": actual, "build_peak_mib": round(plan.build_peak / MIB), "build_peak_mib_actual": peak}
+    return {
+        "disk": plan.disk_bytes,
+        "disk_actual": actual,
+        "build_peak_mib": round(plan.build_peak / MIB),
+        "build_peak_mib_actual": peak,
+    }

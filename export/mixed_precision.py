@@ -1,8 +1,10 @@
-"""`--precision auto`: the cheapest mixture of schemes per block that keeps the answers, measured rather than guessed.
+"""`--precision auto`: the cheapest mixture of schemes per block that keeps the answers,
+measured rather than guessed.
 
-Each block's sensitivity to each candidate is measured alone; from the cheapest mixture a path of upgrades is followed, the one that saves the most
-divergence per cost first; bisection over the path finds the first mixture whose measured answers lose no more than allowed. Uniform schemes are
-measured beside it, so the table shows what mixing bought.
+Each block's sensitivity to each candidate is measured alone; from the cheapest mixture
+a path of upgrades is followed, the one that saves the most divergence per cost first;
+bisection over the path finds the first mixture whose measured answers lose no more than
+allowed. Uniform schemes are measured beside it, so the table shows what mixing bought.
 """
 
 from __future__ import annotations
@@ -38,9 +40,16 @@ __all__ = ["CANDIDATES", "METRICS", "Budget", "Mixture", "choose_mixture", "upgr
 MEAN = "mean"
 SAME = "same"
 METRICS = (MEAN, "caption", "vqa", "ground", "chat", SAME)
-"""Accuracy over all tasks or of one, or the share of answers that are PyTorch's word for word, which sees far smaller changes."""
+"""Accuracy over all tasks or of one, or the share of answers that are PyTorch's word
+for word, which sees far smaller changes.
+"""
 
-_SENSITIVITY_CASES, _CALIBRATION_SEED, _SENSITIVITY_SEED, _QUESTIONS_SEED = 16, 20240, 20241, 20242  # no picture serves two ends
+_SENSITIVITY_CASES, _CALIBRATION_SEED, _SENSITIVITY_SEED, _QUESTIONS_SEED = (
+    16,
+    20240,
+    20241,
+    20242,
+)  # no picture serves two ends
 _UNIFORM = ("int8", "int4-all")
 CANDIDATES: Mapping[str, Mapping[str, LinearScheme]] = {
     # 128 inputs a scale are smaller and faster, 32 more exact.
@@ -65,7 +74,9 @@ Choice = dict[str, str]
 
 @dataclass(frozen=True)
 class Budget:
-    """How many points of a metric may be lost, on answers to questions about how many pictures."""
+    """How many points of a metric may be lost, on answers to questions about how many
+    pictures.
+    """
 
     max_drop: float = 0.5
     metric: str = MEAN
@@ -80,7 +91,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A row of the table: graph bytes, predicted divergence in nats (None for uniform schemes), accuracy in percent per task, points lost.
+    """A row of the table: graph bytes, predicted divergence in nats (None for uniform
+    schemes), accuracy in percent per task, points lost.
 
     `scores` also has the share of answers equal to PyTorch's, "same".
     """
@@ -103,22 +115,36 @@ class Mixture:
             "drop": self.drop,
             "chosen": self.chosen,
         }
-        return row | {"linears": {prefix or "rest": linear.text() for prefix, linear in self.scheme.parts.items()}}
+        return row | {
+            "linears": {
+                prefix or "rest": linear.text() for prefix, linear in self.scheme.parts.items()
+            }
+        }
 
 
 def _table(block: Block) -> Mapping[str, LinearScheme]:
     return CANDIDATES["decoder" if block.name.startswith(DECODER) else "vision"]
 
 
-def upgrade_path(nats: Mapping[str, Mapping[str, float]], cost: Mapping[str, Mapping[str, float]]) -> list[Choice]:
-    """Mixtures from the cheapest to the most exact, each one upgrade apart: the one that saves the most divergence per added cost."""
-    choice = {block: min(row, key=lambda name, block=block: (cost[block][name], nats[block][name])) for block, row in nats.items()}  # type: ignore[misc]
+def upgrade_path(
+    nats: Mapping[str, Mapping[str, float]], cost: Mapping[str, Mapping[str, float]]
+) -> list[Choice]:
+    """Mixtures from the cheapest to the most exact, each one upgrade apart: the one
+    that saves the most divergence per added cost.
+    """
+    choice = {
+        block: min(row, key=lambda name, block=block: (cost[block][name], nats[block][name]))
+        for block, row in nats.items()
+    }  # type: ignore[misc]
     path = [dict(choice)]
     while True:
         steps = []
         for block, current in choice.items():
             for name, value in nats[block].items():
-                saved, added = nats[block][current] - value, cost[block][name] - cost[block][current]
+                saved, added = (
+                    nats[block][current] - value,
+                    cost[block][name] - cost[block][current],
+                )
                 if saved > 0:
                     steps.append((saved / max(added, 1e-12), block, name))
         if not steps:
@@ -128,35 +154,70 @@ def upgrade_path(nats: Mapping[str, Mapping[str, float]], cost: Mapping[str, Map
         path.append(dict(choice))
 
 
-def choose_mixture(options: BuildOptions, budget: Budget, detail: Detail = lambda done, total, text: None) -> tuple[Scheme, list[Mixture]]:
-    """The cheapest mixture within the budget, and all that were measured, cheapest first. Raises `ParityError` if none keeps it."""
+def choose_mixture(
+    options: BuildOptions, budget: Budget, detail: Detail = lambda done, total, text: None
+) -> tuple[Scheme, list[Mixture]]:
+    """The cheapest mixture within the budget, and all that were measured, cheapest
+    first. Raises `ParityError` if none keeps it.
+    """
     uniform = SCHEMES["int4-all"]
-    kept = {prefix: linear for prefix, linear in options.scheme.parts.items() if prefix not in uniform.parts}  # what --keep asked for
+    kept = {
+        prefix: linear
+        for prefix, linear in options.scheme.parts.items()
+        if prefix not in uniform.parts
+    }  # what --keep asked for
     drop = uniform.drop if budget.metric == SAME else max(uniform.drop, budget.max_drop)
     base = replace(options.scheme, name="auto", parts={}, drop=drop)
     state = open_build(replace(options, scheme=SCHEMES["int4"]))
     checkpoint = state.checkpoint
-    blocks = {block.name: block for block in StreamedModel(checkpoint.spec, checkpoint.read).blocks() if block.feeds}
+    blocks = {
+        block.name: block
+        for block in StreamedModel(checkpoint.spec, checkpoint.read).blocks()
+        if block.feeds
+    }
     with tempfile.TemporaryDirectory(prefix="infmllm-auto-") as folder:
         nats = _measure_blocks(checkpoint, state.source, options.samples, Path(folder), detail)
         shapes = linears(checkpoint.spec)
         cost = {
             name: {
-                kind: float(sum(linear_bytes(*shapes[f"{x}.weight"], s) for feed in block.feeds for x in feed.linears))
+                kind: float(
+                    sum(
+                        linear_bytes(*shapes[f"{x}.weight"], s)
+                        for feed in block.feeds
+                        for x in feed.linears
+                    )
+                )
                 for kind, s in _table(block).items()
             }
             for name, block in blocks.items()
         }
         path = upgrade_path(nats, cost)
-        meter = _Meter(checkpoint, draw_examples(state.source, budget.pictures, _QUESTIONS_SEED), options, budget, Path(folder), detail)
-        rows = [meter.measure(Mixture(name, SCHEMES[name], _total(checkpoint, SCHEMES[name]))) for name in _UNIFORM]
+        meter = _Meter(
+            checkpoint,
+            draw_examples(state.source, budget.pictures, _QUESTIONS_SEED),
+            options,
+            budget,
+            Path(folder),
+            detail,
+        )
+        rows = [
+            meter.measure(Mixture(name, SCHEMES[name], _total(checkpoint, SCHEMES[name])))
+            for name in _UNIFORM
+        ]
 
         def mixture(position: int) -> Mixture:
             choice = path[position]
-            parts = {f"{x}.weight": _table(blocks[name])[kind] for name, kind in choice.items() for feed in blocks[name].feeds for x in feed.linears}
+            parts = {
+                f"{x}.weight": _table(blocks[name])[kind]
+                for name, kind in choice.items()
+                for feed in blocks[name].feeds
+                for x in feed.linears
+            }
             scheme = replace(base, parts={**parts, **kept})
             predicted = sum(nats[name][kind] for name, kind in choice.items())
-            return meter.measure(Mixture(_summary(choice), scheme, _total(checkpoint, scheme), predicted))
+            return meter.measure(
+                Mixture(_summary(choice), scheme, _total(checkpoint, scheme), predicted)
+            )
 
         low, high, found = -1, len(path) - 1, dict[int, Mixture]()
         found[0] = mixture(0)
@@ -166,7 +227,8 @@ def choose_mixture(options: BuildOptions, budget: Budget, detail: Detail = lambd
             low, found[high] = 0, mixture(high)
             if _lost(found[high]) > budget.max_drop:
                 raise ParityError(
-                    f"no mixture keeps within {budget.max_drop} points of {budget.metric}: the best loses {_lost(found[high]):.2f}; raise --max-drop"
+                    f"no mixture keeps within {budget.max_drop} points of {budget.metric}: the "
+                    f"best loses {_lost(found[high]):.2f}; raise --max-drop"
                 )
         while high - low > 1 and low >= 0:
             middle = (low + high) // 2
@@ -176,7 +238,9 @@ def choose_mixture(options: BuildOptions, budget: Budget, detail: Detail = lambd
     return found[high].scheme, sorted(rows, key=lambda row: row.bytes)
 
 
-def _measure_blocks(checkpoint: StoredCheckpoint, source: str, samples: int, folder: Path, detail: Detail) -> dict[str, dict[str, float]]:
+def _measure_blocks(
+    checkpoint: StoredCheckpoint, source: str, samples: int, folder: Path, detail: Detail
+) -> dict[str, dict[str, float]]:
     """Nats of every block and candidate."""
     draw: Callable[[int, int, int], Any] = lambda count, seed, least: draw_cases(  # noqa: E731
         draw_examples(source, count, seed, least), checkpoint.spec, checkpoint.tokenizer, seed
@@ -184,7 +248,11 @@ def _measure_blocks(checkpoint: StoredCheckpoint, source: str, samples: int, fol
     model = StreamedModel(checkpoint.spec, checkpoint.read)
 
     def wanted(name: str) -> Sequence[LinearScheme]:
-        return [s for s in CANDIDATES["decoder" if name.startswith(DECODER) else "vision"].values() if s.quantised]
+        return [
+            s
+            for s in CANDIDATES["decoder" if name.startswith(DECODER) else "vision"].values()
+            if s.quantised
+        ]
 
     total = len(model.blocks())
     calibrate(
@@ -196,12 +264,16 @@ def _measure_blocks(checkpoint: StoredCheckpoint, source: str, samples: int, fol
         progress=lambda b: detail(0, total, f"calibrating {b.name}"),
     )
     cases = draw(_SENSITIVITY_CASES, _SENSITIVITY_SEED, 1)
-    return sensitivities(model, Calibrated(checkpoint.read, folder / "blocks"), cases, _table, detail)
+    return sensitivities(
+        model, Calibrated(checkpoint.read, folder / "blocks"), cases, _table, detail
+    )
 
 
 @dataclass
 class _Meter:
-    """Builds mixtures in a scratch folder and asks them the questions PyTorch was asked once."""
+    """Builds mixtures in a scratch folder and asks them the questions PyTorch was asked
+    once.
+    """
 
     checkpoint: StoredCheckpoint
     examples: Sequence[Example]
@@ -216,23 +288,43 @@ class _Meter:
     def measure(self, mixture: Mixture) -> Mixture:
         self.detail(self.built, self.built + 1, f"measuring {mixture.name}")
         if self.reference is None:
-            self.reference = self._ask(CheckpointAnswerer(self.checkpoint.path, load_checkpoint(self.checkpoint.path)))
+            self.reference = self._ask(
+                CheckpointAnswerer(self.checkpoint.path, load_checkpoint(self.checkpoint.path))
+            )
             if self.budget.metric not in (MEAN, *self.reference):
-                raise UsageError(f"--metric {self.budget.metric}: the data have no such questions, only {', '.join(self.reference)}")
+                raise UsageError(
+                    f"--metric {self.budget.metric}: the data have no such questions, only "
+                    f"{', '.join(self.reference)}"
+                )
         self.built += 1
         out = self.folder / f"mixture-{self.built}"
-        result = build(replace(self.options, scheme=mixture.scheme, out=out, questions=0, allow_unverified=True, dump=None))
+        result = build(
+            replace(
+                self.options,
+                scheme=mixture.scheme,
+                out=out,
+                questions=0,
+                allow_unverified=True,
+                dump=None,
+            )
+        )
         scores = self._ask(BundleAnswerer(out))
         shutil.rmtree(out)
         lost = {task: self.reference[task] - scores[task] for task in scores}
         tasks = [points for task, points in lost.items() if task != SAME]
         drop = sum(tasks) / len(tasks) if self.budget.metric == MEAN else lost[self.budget.metric]
-        return replace(mixture, scores=scores, drop=drop if result.verdict == VERIFIED else math.inf)  # what the gate refuses is no choice
+        return replace(
+            mixture, scores=scores, drop=drop if result.verdict == VERIFIED else math.inf
+        )  # what the gate refuses is no choice
 
     def _ask(self, answerer: Answerer) -> dict[str, float]:
         figures, _, rows = evaluate(answerer, self.examples, faults=Faults(True))
         self.answers = self.answers or [row.answer for row in rows]
-        same = 100 * sum(row.answer == answer for row, answer in zip(rows, self.answers, strict=True)) / len(rows)
+        same = (
+            100
+            * sum(row.answer == answer for row, answer in zip(rows, self.answers, strict=True))
+            / len(rows)
+        )
         return {task: row["accuracy"] for task, row in figures.figures().items()} | {SAME: same}
 
 

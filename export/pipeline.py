@@ -1,7 +1,9 @@
-"""The exporter as one list: calibrate, capture, simplify, lower, quantise, pack, verify. Each step takes a build and returns it further along.
+"""The exporter as one list: calibrate, capture, simplify, lower, quantise, pack,
+verify. Each step takes a build and returns it further along.
 
-Weights stay in the checkpoint's files until the packing step writes them, one tensor at a time. Everything is written to a staging folder; the bundle
-appears under its name only after the parity gate has passed.
+Weights stay in the checkpoint's files until the packing step writes them, one tensor at
+a time. Everything is written to a staging folder; the bundle appears under its name
+only after the parity gate has passed.
 """
 
 from __future__ import annotations
@@ -34,7 +36,17 @@ from export.planning.plan import LARGE_BYTES
 from export.shared_weights import refer_to
 from export.state import Build, BuildOptions, Detail, open_build
 from export.targets import find_lowering
-from runtime.contract.bundle import EMBEDDINGS, GOLDENS, MANIFEST, TOKENIZER, UNVERIFIED, VERIFIED, graph_file, read_bundle, weights_file
+from runtime.contract.bundle import (
+    EMBEDDINGS,
+    GOLDENS,
+    MANIFEST,
+    TOKENIZER,
+    UNVERIFIED,
+    VERIFIED,
+    graph_file,
+    read_bundle,
+    weights_file,
+)
 from runtime.contract.errors import BuildError, ParityError
 from runtime.contract.files import staged_folder
 from runtime.output.console import peak_memory_mib
@@ -54,7 +66,16 @@ def _calibrate(build: Build) -> Build:
         def tell(block: Block) -> None:
             build.detail(blocks.index(block.name), len(blocks), block.name)
 
-        traces = calibrate(model, build.goldens, build.cases, scheme.wanted, work / "blocks", build.options.ranges, scheme.cache == "int8", tell)
+        traces = calibrate(
+            model,
+            build.goldens,
+            build.cases,
+            scheme.wanted,
+            work / "blocks",
+            build.options.ranges,
+            scheme.cache == "int8",
+            tell,
+        )
         partial_file = work / "goldens.partial.npz"
         write_goldens(partial_file, goldens_of(traces))
         partial_file.rename(finished)
@@ -89,21 +110,32 @@ def _simplify(build: Build) -> Build:
 def _lower(build: Build) -> Build:
     lowering = find_lowering(build.options.target)
     plans, scheme = lowering.graphs, build.options.scheme
-    build = replace(build, graphs={name: build.graphs[plan.base].clone() for name, plan in plans.items()})
+    build = replace(
+        build, graphs={name: build.graphs[plan.base].clone() for name, plan in plans.items()}
+    )
     capacity = build.options.context or build.checkpoint.spec.decoder.context
     build = _passes(build, lambda name: lowering.form(name, scheme, capacity))
     for name, plan in plans.items():
         if plan.opset:
             build.graphs[name].opset_imports[""] = plan.opset
     steps = {step.name for name in plans for step in lowering.form(name, scheme, capacity)}
-    refused = [reason for _, step, result in build.counts for reason in result.refused if step in steps]
+    refused = [
+        reason for _, step, result in build.counts for reason in result.refused if step in steps
+    ]
     if refused:
-        raise BuildError(f"target {build.options.target} cannot run this graph: {refused[0]}; report it with --dump")
+        raise BuildError(
+            f"target {build.options.target} cannot run this graph: {refused[0]}; report it with "
+            f"--dump"
+        )
     return build
 
 
 def _apply_scheme(build: Build) -> Build:
-    scheme, calibrated, lowering = build.options.scheme, build.calibrated, find_lowering(build.options.target)
+    scheme, calibrated, lowering = (
+        build.options.scheme,
+        build.calibrated,
+        find_lowering(build.options.target),
+    )
     assert calibrated, "calibrated before"
     if scheme.prefill is not None:
         build = replace(build, graphs={**build.graphs, "prefill": build.graphs["decoder"].clone()})
@@ -111,7 +143,11 @@ def _apply_scheme(build: Build) -> Build:
 
 
 def _pack(build: Build) -> Build:
-    folder, checkpoint, plans = build.folder, build.checkpoint, find_lowering(build.options.target).graphs
+    folder, checkpoint, plans = (
+        build.folder,
+        build.checkpoint,
+        find_lowering(build.options.target).graphs,
+    )
     for name, graph in build.graphs.items():
         file, source = graph_file(name), plans[name].weights_of if name in plans else ""
         if not (build.work / file).is_file():
@@ -119,7 +155,9 @@ def _pack(build: Build) -> Build:
             if source:
                 refer_to(graph, build.work / graph_file(source))
             tell = partial(_tell_tensor, build.detail, name)
-            ir.save(graph, written, external_data=None if source else weights_file(name), callback=tell)
+            ir.save(
+                graph, written, external_data=None if source else weights_file(name), callback=tell
+            )
             written.rename(build.work / file)
     for name in build.graphs:
         for file in (graph_file(name), weights_file(name)):
@@ -128,7 +166,9 @@ def _pack(build: Build) -> Build:
     dtype = np.float16 if build.options.scheme.embeddings == "fp16" else np.float32
     table = checkpoint.read("decoder.embed_tokens.weight").numpy()
     if np.abs(table).max() > np.finfo(dtype).max:
-        raise BuildError(f"token embeddings exceed what {np.dtype(dtype)} holds; build with --precision fp32")
+        raise BuildError(
+            f"token embeddings exceed what {np.dtype(dtype)} holds; build with --precision fp32"
+        )
     np.save(folder / EMBEDDINGS, table.astype(dtype))
     shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)
     shutil.copyfile(build.work / GOLDENS, folder / GOLDENS)
@@ -146,58 +186,106 @@ def _verify(build: Build) -> Build:
     passed = all(stage.passed for stage in stages) and metrics.passed
     if not passed and not options.allow_unverified:
         raise ParityError(_failure(build, stages, metrics))
-    build = replace(build, stages=tuple(stages), metrics=metrics, verdict=VERIFIED if passed else UNVERIFIED)
+    build = replace(
+        build, stages=tuple(stages), metrics=metrics, verdict=VERIFIED if passed else UNVERIFIED
+    )
     return build
 
 
 def _compare(build: Build) -> tuple[list[StageError], MetricCheck]:
-    """Parity and answers of the packed bundle; graphs too large to load beside PyTorch are replayed part by part, and asked nothing."""
+    """Parity and answers of the packed bundle; graphs too large to load beside PyTorch
+    are replayed part by part, and asked nothing.
+    """
     options, tolerance = build.options, dict(build.options.scheme.tolerance)
     if find_lowering(options.target).referenced:
         bundle = read_bundle(build.folder)
-        asked = measure_answers(reference_session(bundle), build.checkpoint, build.source, options.questions, options.scheme.drop)
+        asked = measure_answers(
+            reference_session(bundle),
+            build.checkpoint,
+            build.source,
+            options.questions,
+            options.scheme.drop,
+        )
         return replay_forms(bundle, tolerance), asked
     weights = sum(file.stat().st_size for file in build.folder.glob("*.weights"))
     if weights > LARGE_BYTES:
         table = np.load(build.folder / EMBEDDINGS, mmap_mode="r")
-        stages = replay_in_pieces(build.folder, build.checkpoint.spec, table, read_goldens(build.folder / GOLDENS), tolerance)
-        return stages, MetricCheck(skipped=f"{weights / 1e9:.1f} GB of weights are compared part by part; run infmllm-eval where they fit")
+        stages = replay_in_pieces(
+            build.folder,
+            build.checkpoint.spec,
+            table,
+            read_goldens(build.folder / GOLDENS),
+            tolerance,
+        )
+        return stages, MetricCheck(
+            skipped=f"{weights / 1e9:.1f} GB of weights are compared part by part; run "
+            f"infmllm-eval where they fit"
+        )
     session = load(build.folder, engine_cache=False)
-    return replay(session, tolerance), measure_answers(session, build.checkpoint, build.source, options.questions, options.scheme.drop)
+    return replay(session, tolerance), measure_answers(
+        session, build.checkpoint, build.source, options.questions, options.scheme.drop
+    )
 
 
 def _failure(build: Build, stages: Sequence[StageError], metrics: MetricCheck) -> str:
     """What drifted, where it begins, and what to try."""
     failed = [stage for stage in stages if not stage.passed]
     if not failed:
-        tasks = ", ".join(f"{task} {found:.1f} of {torch:.1f} %" for task, (torch, found) in metrics.scores.items())
-        worse = f"answers got worse by {metrics.drop:.1f} points on {metrics.count} questions, {metrics.allowed:.1f} are allowed ({tasks})"
+        tasks = ", ".join(
+            f"{task} {found:.1f} of {torch:.1f} %"
+            for task, (torch, found) in metrics.scores.items()
+        )
+        worse = (
+            f"answers got worse by {metrics.drop:.1f} points on {metrics.count} questions, "
+            f"{metrics.allowed:.1f} are allowed ({tasks})"
+        )
         return f"{worse}; nothing was written. {_REMEDY}"
     worst = max(failed, key=lambda stage: stage.error / stage.tolerance)
     differs = (
-        f"{worst.stage} differs from PyTorch by {worst.error:.3g} (relative RMS), the scheme allows {worst.tolerance:.3g}; nothing was written. "
+        f"{worst.stage} differs from PyTorch by {worst.error:.3g} (relative RMS), the "
+        f"scheme allows {worst.tolerance:.3g}; nothing was written. "
     )
     return f"{differs}{_location(build, worst.stage)}. {_REMEDY}"
 
 
 def _location(build: Build, stage: str) -> str:
-    """Where the worst golden case leaves PyTorch, in words. Never an error: the verdict must reach the person."""
+    """Where the worst golden case leaves PyTorch, in words. Never an error: the verdict
+    must reach the person.
+    """
     tolerance = dict(build.options.scheme.tolerance)
     if sum(file.stat().st_size for file in build.folder.glob("*.weights")) > LARGE_BYTES:
         return "The graphs are too large to search for the place"
     if find_lowering(build.options.target).referenced:
         return "Build with --target cpu to learn the place if it drifts there too"
     try:
-        session, goldens = load(build.folder, engine_cache=False), read_goldens(build.folder / GOLDENS)
-        errors = [next(row.error for row in replay_goldens(session, [golden], tolerance) if row.stage == stage) for golden in goldens]
-        drift = find_drift(build.folder, build.checkpoint, build.goldens[int(np.argmax(errors))], tolerance)
+        session, goldens = (
+            load(build.folder, engine_cache=False),
+            read_goldens(build.folder / GOLDENS),
+        )
+        errors = [
+            next(
+                row.error
+                for row in replay_goldens(session, [golden], tolerance)
+                if row.stage == stage
+            )
+            for golden in goldens
+        ]
+        drift = find_drift(
+            build.folder, build.checkpoint, build.goldens[int(np.argmax(errors))], tolerance
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         return f"The place was not found ({' '.join(str(error).split())[:120]})"
-    return str(drift) if drift else "The picture and the prompt alone are within bounds: it is the steps after them that drift"
+    return (
+        str(drift)
+        if drift
+        else "The picture and the prompt alone are within bounds: it is the steps after them that "
+        "drift"
+    )
 
 
 _REMEDY = (
-    "Try --calib with pictures of the kind the model was trained on, --keep for that block, or a higher --precision; "
+    "Try --calib with pictures of the kind the model was trained on, --keep for that block, or a "
+    "higher --precision; "
     "--allow-unverified keeps it, marked"
 )
 
@@ -212,10 +300,16 @@ STEPS: tuple[tuple[str, Callable[[Build], Build]], ...] = (
 )
 
 
-def build(options: BuildOptions, progress: Callable[[str], None] = lambda step: None, detail: Detail = lambda done, total, text: None) -> Build:
-    """Builds a bundle at `options.out`, or finds the very same already there. On any error the previous bundle is untouched.
+def build(
+    options: BuildOptions,
+    progress: Callable[[str], None] = lambda step: None,
+    detail: Detail = lambda done, total, text: None,
+) -> Build:
+    """Builds a bundle at `options.out`, or finds the very same already there. On any
+    error the previous bundle is untouched.
 
-    `progress` hears each step's name, `detail` what a long step is at. Raises `BuildError`s and `CheckpointError`s.
+    `progress` hears each step's name, `detail` what a long step is at. Raises
+    `BuildError`s and `CheckpointError`s.
     """
     state = replace(open_build(options), detail=detail)
     if found := manifest.existing(state):
@@ -226,7 +320,10 @@ def build(options: BuildOptions, progress: Callable[[str], None] = lambda step: 
             progress(name)
             started = time.monotonic()
             state = step(state)
-            cost = {"seconds": round(time.monotonic() - started, 1), "peak_mib": round(peak_memory_mib())}
+            cost = {
+                "seconds": round(time.monotonic() - started, 1),
+                "peak_mib": round(peak_memory_mib()),
+            }
             state = replace(state, costs={**state.costs, name: cost})
         manifest.write(state)
     return state
@@ -235,7 +332,11 @@ def build(options: BuildOptions, progress: Callable[[str], None] = lambda step: 
 def _dump_graph(build: Build, name: str, model: ir.Model, step: str) -> None:
     if build.options.dump:
         build.options.dump.mkdir(parents=True, exist_ok=True)
-        ir.save(model, build.options.dump / f"{name}.{step}.onnx", external_data=f"{name}.{step}.weights")
+        ir.save(
+            model,
+            build.options.dump / f"{name}.{step}.onnx",
+            external_data=f"{name}.{step}.weights",
+        )
 
 
 @contextlib.contextmanager

@@ -1,8 +1,10 @@
-"""Precision schemes as data: where each linear layer's weight and activation go in each part, and how far results may drift from PyTorch.
+"""Precision schemes as data: where each linear layer's weight and activation go in each
+part, and how far results may drift from PyTorch.
 
-Tolerances are relative root-mean-square errors against PyTorch fp32 (norm of the difference over norm of the reference), the largest of all golden
-cases. They sit above what a correct build shows (docs/benchmarks.md) and below what a broken kernel or a wrong scale produces (saturating
-products: 0.24; a wrong scale: 1 or more).
+Tolerances are relative root-mean-square errors against PyTorch fp32 (norm of the
+difference over norm of the reference), the largest of all golden cases. They sit above
+what a correct build shows (docs/benchmarks.md) and below what a broken kernel or a
+wrong scale produces (saturating products: 0.24; a wrong scale: 1 or more).
 """
 
 from __future__ import annotations
@@ -15,7 +17,16 @@ from calibration.linear import KERNEL_BLOCKS, SIGNED, LinearScheme
 from runtime.contract.bundle import ALONE, TOGETHER
 from runtime.contract.errors import UsageError
 
-__all__ = ["CACHES", "ROUNDINGS", "SCHEMES", "TARGET_SCHEMES", "Scheme", "choose_scheme", "find_scheme", "mixed"]
+__all__ = [
+    "CACHES",
+    "ROUNDINGS",
+    "SCHEMES",
+    "TARGET_SCHEMES",
+    "Scheme",
+    "choose_scheme",
+    "find_scheme",
+    "mixed",
+]
 
 ROUNDINGS = ("nearest", "mse", "gptq")
 """How 4-bit weights are rounded, the cheapest first."""
@@ -23,8 +34,9 @@ ROUNDINGS = ("nearest", "mse", "gptq")
 CACHES = ("fp32", "int8")
 FLOAT = LinearScheme()
 HALF = LinearScheme("fp16")
-# The tower sees many tokens in every call and takes a scale per token. The decoder's hot call is one token, where one range is a scale per token
-# already and a single fused operator; smoothing first keeps its prefill accurate.
+# The tower sees many tokens in every call and takes a scale per token. The decoder's hot call
+# is one token, where one range is a scale per token already and a single fused operator;
+# smoothing first keeps its prefill accurate.
 ROWS = LinearScheme("int8", "int8-row", smooth=True)
 TENSOR = LinearScheme("int8", "int8-tensor", smooth=True)
 STATIC = LinearScheme("int8", "int8-static", smooth=True)
@@ -32,7 +44,8 @@ WEIGHTS8 = LinearScheme("int8", block=64)
 FAST4 = LinearScheme("int4", block=128, rounding="gptq", smooth=True, symmetric=True)
 WEIGHTS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True)
 BLOCKS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True, symmetric=True)
-# TensorRT multiplies signed bytes with one calibrated scale per tensor of activations and one per output channel of weights.
+# TensorRT multiplies signed bytes with one calibrated scale per tensor of activations and one
+# per output channel of weights.
 W8A8 = LinearScheme("int8", SIGNED, smooth=True)
 CHANNELS8 = LinearScheme("int8")
 WHOLE4 = replace(FAST4, whole=True)
@@ -41,10 +54,13 @@ DECODER, VISION = "decoder.", "vision_tower."
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named precision. `parts` maps prefixes of parameter names to their linear scheme, the longest match counting.
+    """A named precision. `parts` maps prefixes of parameter names to their linear
+    scheme, the longest match counting.
 
-    `prefill`, where given, does the same for a second decoder graph that serves calls of more than one token. `cache` is what keys and values are
-    kept in (fp32, fp16 or int8), `compute` what other activations are (fp32, fp16); `drop` is how many points of task accuracy may be lost.
+    `prefill`, where given, does the same for a second decoder graph that serves calls
+    of more than one token. `cache` is what keys and values are kept in (fp32, fp16 or
+    int8), `compute` what other activations are (fp32, fp16); `drop` is how many points
+    of task accuracy may be lost.
     """
 
     name: str
@@ -58,9 +74,15 @@ class Scheme:
     drop: float = 0.5
 
     def entry(self, parameter: str, prefill: bool = False) -> str | None:
-        """The prefix that decides a parameter: the longest that ends where a part of its name does, the later one of equals."""
+        """The prefix that decides a parameter: the longest that ends where a part of
+        its name does, the later one of equals.
+        """
         table = self.prefill if prefill and self.prefill is not None else self.parts
-        found = [(len(prefix.rstrip(".")), place, prefix) for place, prefix in enumerate(table) if _covers(prefix, parameter)]
+        found = [
+            (len(prefix.rstrip(".")), place, prefix)
+            for place, prefix in enumerate(table)
+            if _covers(prefix, parameter)
+        ]
         return max(found)[2] if found else None
 
     def linear(self, parameter: str, prefill: bool = False) -> LinearScheme:
@@ -70,26 +92,45 @@ class Scheme:
         return FLOAT if prefix is None else table[prefix]
 
     def half(self, parameter: str, dimensions: int) -> bool:
-        """True for a tensor stored in fp16: weights of that scheme, and with half-precision embeddings also what the patches are embedded with."""
-        return self.linear(parameter).weight == "fp16" or (self.embeddings == "fp16" and parameter.startswith(VISION) and dimensions > 2)
+        """True for a tensor stored in fp16: weights of that scheme, and with
+        half-precision embeddings also what the patches are embedded with.
+        """
+        return self.linear(parameter).weight == "fp16" or (
+            self.embeddings == "fp16" and parameter.startswith(VISION) and dimensions > 2
+        )
 
     def wanted(self, parameter: str) -> tuple[LinearScheme, ...]:
         """All schemes a weight is stored in."""
-        both = (self.linear(parameter), *([self.linear(parameter, True)] if self.prefill and parameter.startswith(DECODER) else ()))
+        both = (
+            self.linear(parameter),
+            *(
+                [self.linear(parameter, True)]
+                if self.prefill and parameter.startswith(DECODER)
+                else ()
+            ),
+        )
         return tuple(dict.fromkeys(both))
 
     @property
     def rows(self) -> str:
-        """Whether what the decoder makes of a position depends on which others are computed with it: `ALONE` or `TOGETHER`."""
+        """Whether what the decoder makes of a position depends on which others are
+        computed with it: `ALONE` or `TOGETHER`.
+        """
         together = self.compute == "fp16" or any(  # a GPU's kernels differ with the number of rows
-            linear.activation == "int8-tensor" for prefix, linear in self.parts.items() if not prefix.startswith((VISION, "pool_adapter."))
+            linear.activation == "int8-tensor"
+            for prefix, linear in self.parts.items()
+            if not prefix.startswith((VISION, "pool_adapter."))
         )
         return TOGETHER if together else ALONE
 
     @property
     def byte_weights(self) -> bool:
         """True if a layer of the decoder may have 8-bit weights and float activations."""
-        decoder = (linear for prefix, linear in self.parts.items() if not prefix.startswith((VISION, "vision_tower", "pool_adapter")))
+        decoder = (
+            linear
+            for prefix, linear in self.parts.items()
+            if not prefix.startswith((VISION, "vision_tower", "pool_adapter"))
+        )
         return any(linear.weight == "int8" and linear.activation == "float" for linear in decoder)
 
     @property
@@ -110,18 +151,43 @@ _FOUR = {"vision": 0.2, "prefill": 0.3, "decode": 0.3}
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme("fp32", {"": FLOAT}, "fp32", {"vision": 2e-5, "prefill": 5e-5, "decode": 5e-5}, "exact: the same tokens as PyTorch"),
-        Scheme("fp16", {"": HALF}, "fp16", {"vision": 3e-3, "prefill": 5e-3, "decode": 5e-3}, "half-size weights, float arithmetic"),
-        Scheme("int8", {"": ROWS, DECODER: TENSOR}, "fp16", _INTEGER, "8-bit weights and activations (W8A8), ranges found as they occur"),
+        Scheme(
+            "fp32",
+            {"": FLOAT},
+            "fp32",
+            {"vision": 2e-5, "prefill": 5e-5, "decode": 5e-5},
+            "exact: the same tokens as PyTorch",
+        ),
+        Scheme(
+            "fp16",
+            {"": HALF},
+            "fp16",
+            {"vision": 3e-3, "prefill": 5e-3, "decode": 5e-3},
+            "half-size weights, float arithmetic",
+        ),
+        Scheme(
+            "int8",
+            {"": ROWS, DECODER: TENSOR},
+            "fp16",
+            _INTEGER,
+            "8-bit weights and activations (W8A8), ranges found as they occur",
+        ),
         Scheme("int8-static", {"": STATIC}, "fp16", _STATIC, "W8A8 with calibrated ranges"),
         Scheme("int8-weights", {"": WEIGHTS8}, "fp16", _INTEGER, "8-bit weights in blocks"),
-        Scheme("int4", {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": TENSOR}, "fp16", _FOUR, "4-bit decoder (GPTQ), W8A8 tower and head"),
+        Scheme(
+            "int4",
+            {"": ROWS, DECODER: WEIGHTS4, "decoder.lm_head": TENSOR},
+            "fp16",
+            _FOUR,
+            "4-bit decoder (GPTQ), W8A8 tower and head",
+        ),
         Scheme(
             "int4-hybrid",
             {"": ROWS, DECODER: FAST4, "decoder.lm_head": TENSOR},
             "fp16",
             _FOUR,
-            "the fastest 4 bits: symmetric blocks of 128, and a second, W8A8 decoder for prefill; larger",
+            "the fastest 4 bits: symmetric blocks of 128, and a second, W8A8 decoder for prefill; "
+            "larger",
             {DECODER: TENSOR},
         ),
         Scheme("int4-all", {"": WEIGHTS4}, "fp16", _FOUR, "4-bit weights everywhere (GPTQ)"),
@@ -131,21 +197,34 @@ SCHEMES: dict[str, Scheme] = {
 _FLOAT16 = {"vision": 1e-2, "prefill": 2e-2, "decode": 2e-2}
 
 
-def _halves(name: str, parts: Mapping[str, LinearScheme], tolerance: Mapping[str, float], help: str) -> Scheme:
+def _halves(
+    name: str, parts: Mapping[str, LinearScheme], tolerance: Mapping[str, float], help: str
+) -> Scheme:
     """A scheme of a GPU: activations, keys and values in fp16."""
     return Scheme(name, parts, "fp16", tolerance, help, cache="fp16", compute="fp16")
 
 
 TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
     "cpu": SCHEMES,
-    # Its kernels multiply floats by weights in blocks; the tower has enough rows in a call for weights to cost it little.
+    # Its kernels multiply floats by weights in blocks; the tower has enough rows in a call for
+    # weights to cost it little.
     "cuda": {
         scheme.name: scheme
         for scheme in (
             _halves("fp16", {"": HALF}, _FLOAT16, "half precision; sums and logits in fp32"),
-            _halves("int8", {"": HALF, DECODER: WEIGHTS8}, _INTEGER, "8-bit weights in the decoder, fp16 tower"),
+            _halves(
+                "int8",
+                {"": HALF, DECODER: WEIGHTS8},
+                _INTEGER,
+                "8-bit weights in the decoder, fp16 tower",
+            ),
             _halves("int8-weights", {"": WEIGHTS8}, _INTEGER, "8-bit weights everywhere"),
-            _halves("int4", {"": HALF, DECODER: BLOCKS4, "decoder.lm_head": WEIGHTS8}, _FOUR, "4-bit decoder (GPTQ), 8-bit head, fp16 tower"),
+            _halves(
+                "int4",
+                {"": HALF, DECODER: BLOCKS4, "decoder.lm_head": WEIGHTS8},
+                _FOUR,
+                "4-bit decoder (GPTQ), 8-bit head, fp16 tower",
+            ),
             _halves("int4-all", {"": BLOCKS4}, _FOUR, "4-bit weights everywhere (GPTQ)"),
         )
     },
@@ -154,13 +233,22 @@ TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
         for scheme in (
             _halves("fp16", {"": HALF}, _FLOAT16, "half precision; norms and softmax in fp32"),
             _halves("int8", {"": W8A8}, _STATIC, "W8A8 with calibrated ranges (SmoothQuant)"),
-            _halves("int8-weights", {"": CHANNELS8}, _INTEGER, "8-bit weights, one scale per channel"),
-            _halves("int4", {"": W8A8, DECODER: WHOLE4, "decoder.lm_head": W8A8}, _FOUR, "4-bit decoder (GPTQ), W8A8 tower and head"),
+            _halves(
+                "int8-weights", {"": CHANNELS8}, _INTEGER, "8-bit weights, one scale per channel"
+            ),
+            _halves(
+                "int4",
+                {"": W8A8, DECODER: WHOLE4, "decoder.lm_head": W8A8},
+                _FOUR,
+                "4-bit decoder (GPTQ), W8A8 tower and head",
+            ),
         )
     },
 }
 TARGET_SCHEMES["rtx"] = TARGET_SCHEMES["tensorrt"]
-"""Per target, its schemes by name: the same name asks for the nearest thing its engine has kernels for."""
+"""Per target, its schemes by name: the same name asks for the nearest thing its engine
+has kernels for.
+"""
 
 
 def find_scheme(name: str, target: str = "cpu") -> Scheme:
@@ -175,11 +263,18 @@ def find_scheme(name: str, target: str = "cpu") -> Scheme:
 
 
 def choose_scheme(
-    name: str, block: int | None = None, rounding: str | None = None, cache: str | None = None, keep: Sequence[str] = (), target: str = "cpu"
+    name: str,
+    block: int | None = None,
+    rounding: str | None = None,
+    cache: str | None = None,
+    keep: Sequence[str] = (),
+    target: str = "cpu",
 ) -> Scheme:
-    """A named scheme of a target with what the command line changed about it. Raises `UsageError` naming the choices.
+    """A named scheme of a target with what the command line changed about it. Raises
+    `UsageError` naming the choices.
 
-    `block` and `rounding` apply to its 4-bit weights, `cache` to keys and values, `keep` lists "PREFIX=SCHEME" for blocks that go another way.
+    `block` and `rounding` apply to its 4-bit weights, `cache` to keys and values,
+    `keep` lists "PREFIX=SCHEME" for blocks that go another way.
     """
     scheme = find_scheme(name, target)
     cache = cache or scheme.cache
@@ -189,20 +284,38 @@ def choose_scheme(
     for text in keep:
         prefix, equals, other = text.partition("=")
         if not equals or not prefix:
-            raise UsageError(f"--keep {text!r}: write BLOCK=SCHEME, for example decoder.layers.0=fp16")
+            raise UsageError(
+                f"--keep {text!r}: write BLOCK=SCHEME, for example decoder.layers.0=fp16"
+            )
         kept = find_scheme(other, target)
-        scheme = replace(mixed(scheme, {prefix: kept.linear(f"{prefix.rstrip('.')}.weight")}), tolerance=_loosest(scheme.tolerance, kept.tolerance))
+        scheme = replace(
+            mixed(scheme, {prefix: kept.linear(f"{prefix.rstrip('.')}.weight")}),
+            tolerance=_loosest(scheme.tolerance, kept.tolerance),
+        )
     four = [prefix for prefix, linear in scheme.parts.items() if linear.bits == 4]
     if (block or rounding) and not four:
-        raise UsageError(f"precision {name} has no 4-bit weights, so --block and --rounding do not apply; leave them out")
+        raise UsageError(
+            f"precision {name} has no 4-bit weights, so --block and --rounding do not apply; "
+            f"leave them out"
+        )
     if block is not None and block not in KERNEL_BLOCKS:
-        raise UsageError(f"blocks of {block} are not supported; choose one of: {', '.join(map(str, KERNEL_BLOCKS))}")
+        raise UsageError(
+            f"blocks of {block} are not supported; choose one of: "
+            f"{', '.join(map(str, KERNEL_BLOCKS))}"
+        )
     if rounding is not None and rounding not in ROUNDINGS:
         raise UsageError(f"unknown rounding {rounding!r}; choose one of: {', '.join(ROUNDINGS)}")
     changed = {
-        prefix: replace(linear, **_given(block=block, rounding=rounding)) if prefix in four else linear for prefix, linear in scheme.parts.items()
+        prefix: replace(linear, **_given(block=block, rounding=rounding))
+        if prefix in four
+        else linear
+        for prefix, linear in scheme.parts.items()
     }
-    tolerance = _loosest(scheme.tolerance, {**_INTEGER, "vision": 0.0}) if cache == "int8" else scheme.tolerance
+    tolerance = (
+        _loosest(scheme.tolerance, {**_INTEGER, "vision": 0.0})
+        if cache == "int8"
+        else scheme.tolerance
+    )
     return replace(scheme, parts=changed, cache=cache, tolerance=tolerance)
 
 

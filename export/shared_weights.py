@@ -1,4 +1,6 @@
-"""Several graphs over one file of weights: a second graph refers to the tensors the first one stored."""
+"""Several graphs over one file of weights: a second graph refers to the tensors the
+first one stored.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ _SMALL = 4096  # bytes a graph may hold itself
 
 
 def refer_to(graph: ir.Model, stored: Path) -> int:
-    """Replaces a graph's tensors by references to those of equal name in the saved graph `stored`; returns the bytes that are not stored twice.
+    """Replaces a graph's tensors by references to those of equal name in the saved
+    graph `stored`; returns the bytes that are not stored twice.
 
-    Every tensor above a few kilobytes must be there, with the same type and shape: both graphs come from the same passes.
+    Every tensor above a few kilobytes must be there, with the same type and shape: both
+    graphs come from the same passes.
     """
     there = {name: value.const_value for name, value in ir.load(stored).graph.initializers.items()}
     saved = 0
@@ -22,7 +26,9 @@ def refer_to(graph: ir.Model, stored: Path) -> int:
         known, own = there.get(name), value.const_value
         assert own is not None, "initializers hold tensors"
         if isinstance(known, ir.ExternalTensor):
-            assert (known.dtype, known.shape) == (own.dtype, own.shape), f"{name} differs between graphs that share weights"
+            assert (known.dtype, known.shape) == (own.dtype, own.shape), (
+                f"{name} differs between graphs that share weights"
+            )
             value.const_value = known
             saved += known.nbytes
         else:

@@ -1,6 +1,8 @@
-"""What a build is made of: its options, and the value that the pipeline's steps pass on.
+"""What a build is made of: its options, and the value that the pipeline's steps pass
+on.
 
-A build is named by the hash of all that decides its result, so that pieces and bundles made before can be told from others.
+A build is named by the hash of all that decides its result, so that pieces and bundles
+made before can be told from others.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ import onnxruntime as ort
 
 from calibration.calibrate import Calibrated
 from calibration.ranges import RANGES
-from calibration.samples import MIN_IMAGES, Case, default_source, draw_cases, draw_examples, set_card
+from calibration.samples import (
+    MIN_IMAGES,
+    Case,
+    default_source,
+    draw_cases,
+    draw_examples,
+    set_card,
+)
 from export.cache import build_key
 from export.parity.references import METRIC_SEED, MetricCheck, golden_count
 from export.passes import PassResult
@@ -41,12 +50,14 @@ Detail = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build and where. `dump` receives each graph after every step; `allow_unverified` keeps a bundle that fails parity, marked.
+    """What to build and where. `dump` receives each graph after every step;
+    `allow_unverified` keeps a bundle that fails parity, marked.
 
-    `calib` names the data that calibration, golden cases and questions come from (empty: the training mix), `samples` how many pictures calibrate,
-    `ranges` how static ranges are found, `questions` on how many pictures the bundle answers against PyTorch; `context` is the
-    length of caches that have a fixed one (default: the model's); `notes` go into the
-    manifest's provenance as they are.
+    `calib` names the data that calibration, golden cases and questions come from
+    (empty: the training mix), `samples` how many pictures calibrate, `ranges` how
+    static ranges are found, `questions` on how many pictures the bundle answers against
+    PyTorch; `context` is the length of caches that have a fixed one (default: the
+    model's); `notes` go into the manifest's provenance as they are.
     """
 
     checkpoint: Path
@@ -65,7 +76,9 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Build:
-    """The value the steps pass on. `counts` lists (graph, pass, result) in order; `work` keeps finished pieces; `key` names what is built."""
+    """The value the steps pass on. `counts` lists (graph, pass, result) in order;
+    `work` keeps finished pieces; `key` names what is built.
+    """
 
     options: BuildOptions
     checkpoint: StoredCheckpoint
@@ -87,13 +100,17 @@ class Build:
 
 
 def open_build(options: BuildOptions) -> Build:
-    """Opens the checkpoint, draws the calibration set, and names the build by the hash of all that decides its result."""
+    """Opens the checkpoint, draws the calibration set, and names the build by the hash
+    of all that decides its result.
+    """
     find_lowering(options.target)
     if options.dump is not None:
         try:
             options.dump.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cannot write --dump {options.dump} ({error.strerror}); choose another folder") from None
+            raise UsageError(
+                f"cannot write --dump {options.dump} ({error.strerror}); choose another folder"
+            ) from None
     if options.ranges not in RANGES:
         raise UsageError(f"unknown --ranges {options.ranges!r}; choose one of: {', '.join(RANGES)}")
     checkpoint, scheme = open_checkpoint(options.checkpoint), options.scheme
@@ -102,34 +119,76 @@ def open_build(options: BuildOptions) -> Build:
     idle = [prefix for prefix in scheme.parts if prefix not in used]
     if idle:
         raise UsageError(
-            f"{checkpoint.spec.name} has no linear layers under {idle[0]!r}; blocks are called like decoder.layers.0, vision_tower.blocks.0"
+            f"{checkpoint.spec.name} has no linear layers under {idle[0]!r}; blocks are called "
+            f"like decoder.layers.0, vision_tower.blocks.0"
         )
     source = default_source(checkpoint.card, options.calib)
     draw = partial(draw_cases, spec=checkpoint.spec, tokenizer=checkpoint.tokenizer)
-    goldens = draw(draw_examples(source, golden_count(checkpoint.spec), _GOLDEN_SEED), seed=_GOLDEN_SEED)
+    goldens = draw(
+        draw_examples(source, golden_count(checkpoint.spec), _GOLDEN_SEED), seed=_GOLDEN_SEED
+    )
     cases = (
-        draw(draw_examples(source, options.samples, _CALIBRATION_SEED, MIN_IMAGES), seed=_CALIBRATION_SEED, least=MIN_IMAGES)
+        draw(
+            draw_examples(source, options.samples, _CALIBRATION_SEED, MIN_IMAGES),
+            seed=_CALIBRATION_SEED,
+            least=MIN_IMAGES,
+        )
         if scheme.calibrates
         else []
     )
-    decides: dict[str, Any] = {"checkpoint": checkpoint.sha256, "scheme": scheme, "target": options.target, "questions": options.questions}
-    decides |= {"goldens": set_card(source, goldens), "calibration": set_card(source, cases), "ranges": options.ranges, "tools": tools()}
-    asked = [(example.name, example.samples) for example in draw_examples(source, options.questions, METRIC_SEED)] if options.questions else []
-    decides |= {"context": options.context, "source": source, "asked": repr(asked), "notes": options.notes}
+    decides: dict[str, Any] = {
+        "checkpoint": checkpoint.sha256,
+        "scheme": scheme,
+        "target": options.target,
+        "questions": options.questions,
+    }
+    decides |= {
+        "goldens": set_card(source, goldens),
+        "calibration": set_card(source, cases),
+        "ranges": options.ranges,
+        "tools": tools(),
+    }
+    asked = (
+        [
+            (example.name, example.samples)
+            for example in draw_examples(source, options.questions, METRIC_SEED)
+        ]
+        if options.questions
+        else []
+    )
+    decides |= {
+        "context": options.context,
+        "source": source,
+        "asked": repr(asked),
+        "notes": options.notes,
+    }
     return Build(options, checkpoint, source, build_key(decides), goldens, cases)
 
 
 def _check_context(options: BuildOptions, checkpoint: StoredCheckpoint) -> None:
-    """Raises `UsageError` unless a context was asked for where it is fixed, and the longest usual question fits it."""
+    """Raises `UsageError` unless a context was asked for where it is fixed, and the
+    longest usual question fits it.
+    """
     if options.context is None:
         return
     if not any(plan.fixed for plan in find_lowering(options.target).graphs.values()):
-        raise UsageError(f"bundles for {options.target} take any context when they run; leave --context out and give it to infmllm-run")
+        raise UsageError(
+            f"bundles for {options.target} take any context when they run; leave --context out "
+            f"and give it to infmllm-run"
+        )
     least, most = max(checkpoint.spec.pool_sizes) ** 2 + LEAST_TEXT, checkpoint.spec.decoder.context
     if not least <= options.context <= most:
-        raise UsageError(f"--context {options.context} does not suit {checkpoint.spec.name}; choose {least} (picture and text) to {most}")
+        raise UsageError(
+            f"--context {options.context} does not suit {checkpoint.spec.name}; choose {least} "
+            f"(picture and text) to {most}"
+        )
 
 
 def tools() -> dict[str, str]:
-    """Versions of what a result depends on. ONNX Runtime says its own: its package may be called onnxruntime-gpu."""
-    return {name: version(name) for name in _TOOLS} | {"onnxruntime": ort.__version__, "python": platform.python_version()}
+    """Versions of what a result depends on. ONNX Runtime says its own: its package may
+    be called onnxruntime-gpu.
+    """
+    return {name: version(name) for name in _TOOLS} | {
+        "onnxruntime": ort.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,4 +1,6 @@
-"""Targets as data: which graphs a bundle for it carries, and how each is made from a canonical one."""
+"""Targets as data: which graphs a bundle for it carries, and how each is made from a
+canonical one.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,11 @@ __all__ = ["LOWERING", "GraphPlan", "Lowering", "find_lowering"]
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """One graph of a bundle: the canonical one it comes from, its passes, its opset (0: as captured), and whether its cache has a fixed length.
+    """One graph of a bundle: the canonical one it comes from, its passes, its opset (0:
+    as captured), and whether its cache has a fixed length.
 
-    `weights_of` names the graph whose weights it refers to; its own are stored where there is none.
+    `weights_of` names the graph whose weights it refers to; its own are stored where
+    there is none.
     """
 
     base: str
@@ -44,11 +48,13 @@ class GraphPlan:
 
 @dataclass(frozen=True)
 class Lowering:
-    """A target's graphs by name, in the order they are packed, its kernels of integer layers, and graph values that stay fp32 in a half graph.
+    """A target's graphs by name, in the order they are packed, its kernels of integer
+    layers, and graph values that stay fp32 in a half graph.
 
-    `byte_weights` are passes that decoders with 8-bit weights and float activations get first; `packs` is whether projections of one
-    input are one product. `referenced` tells that a build is compared with
-    PyTorch through `export.parity.cpu_reference`: the target's engine runs on other machines.
+    `byte_weights` are passes that decoders with 8-bit weights and float activations get
+    first; `packs` is whether projections of one input are one product. `referenced`
+    tells that a build is compared with PyTorch through `export.parity.cpu_reference`:
+    the target's engine runs on other machines.
     """
 
     graphs: Mapping[str, GraphPlan]
@@ -59,13 +65,17 @@ class Lowering:
     referenced: bool = False
 
     def form(self, graph: str, scheme: Scheme, capacity: int) -> list[GraphPass]:
-        """What turns the canonical graph into this one, but for its precision; `capacity` is the length of fixed caches."""
+        """What turns the canonical graph into this one, but for its precision;
+        `capacity` is the length of fixed caches.
+        """
         plan = self.graphs[graph]
         first = self.byte_weights if plan.base == "decoder" and scheme.byte_weights else ()
         return [*first, *plan.passes, *([fixed_capacity(capacity)] if plan.fixed else [])]
 
     def precision(self, graph: str, scheme: Scheme, calibrated: Calibrated) -> list[GraphPass]:
-        """What gives the graph called so (also "prefill", a second decoder) its precision."""
+        """What gives the graph called so (also "prefill", a second decoder) its
+        precision.
+        """
         linear = partial(scheme.linear, prefill=graph == "prefill")
         decoder = not graph.startswith("vision")
         pack = [pack_projections(linear)] if decoder and self.packs else []
@@ -78,29 +88,47 @@ class Lowering:
 
 _FULL_VALUES = frozenset({PIXELS, POOL, IMAGE_EMBEDS, LOGITS, LOGITS_MASS})
 LOWERING: dict[str, Lowering] = {
-    "cpu": Lowering({"vision": GraphPlan("vision"), "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, KEEP_LOGITS))}, INTEGER_KERNELS),
-    # Operators and opset for which ONNX Runtime's CUDA provider has kernels (export/passes/cuda_kernels.py): what has none would run on the CPU, unseen.
+    "cpu": Lowering(
+        {
+            "vision": GraphPlan("vision"),
+            "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, KEEP_LOGITS)),
+        },
+        INTEGER_KERNELS,
+    ),
+    # Operators and opset for which ONNX Runtime's CUDA provider has kernels
+    # (export/passes/cuda_kernels.py): what has none would run on the CPU, unseen.
     "cuda": Lowering(
         {
             "vision": GraphPlan("vision", (ONE_PICTURE, MULTI_HEAD_ATTENTION), 20),
-            "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, SIMPLIFIED_NORMS, TOKEN_OUTPUTS), 20),
+            "decoder": GraphPlan(
+                "decoder", (GROUP_QUERY_ATTENTION, SIMPLIFIED_NORMS, TOKEN_OUTPUTS), 20
+            ),
         },
         BLOCK_KERNELS,
         _FULL_VALUES,
         referenced=True,
     ),
-    # What TensorRT 10.3 parses, at the first opset with blocks of 4-bit weights; and with what 10.15 brought, at the first opset that has it.
+    # What TensorRT 10.3 parses, at the first opset with blocks of 4-bit weights; and with what
+    # 10.15 brought, at the first opset that has it.
     "tensorrt": Lowering(
         {
             "vision": GraphPlan("vision", (PLAIN_GELU, PLAIN_ATTENTION), 21),
             "vision-fused": GraphPlan("vision", (PLAIN_GELU,), 24, weights_of="vision"),
             "decoder": GraphPlan("decoder", (PLAIN_CACHE, PLAIN_NORMS, FIRST_TOKEN_OUTPUTS), 21),
-            "decoder-fused": GraphPlan("decoder", (FUSED_CACHE, PLAIN_NORMS, FIRST_TOKEN_OUTPUTS), 24, fixed=True, weights_of="decoder"),
+            "decoder-fused": GraphPlan(
+                "decoder",
+                (FUSED_CACHE, PLAIN_NORMS, FIRST_TOKEN_OUTPUTS),
+                24,
+                fixed=True,
+                weights_of="decoder",
+            ),
         },
         EXPLICIT_KERNELS,
         _FULL_VALUES,
         (COMPANION_ROW,),
-        packs=False,  # the compiler merges projections itself; packed 8-bit ones it takes apart again, at every step
+        # the compiler merges projections itself; packed 8-bit ones it takes apart again, at
+        # every step
+        packs=False,
         referenced=True,
     ),
 }

@@ -1,4 +1,6 @@
-"""The torch-free runtime. `from runtime import load; load("bundle").ask("image.jpg", "describe")`."""
+"""The torch-free runtime. `from runtime import load; load("bundle").ask("image.jpg",
+"describe")`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads what is asked for on first use, so that `runtime.contract` stays light to import."""
+    """Loads what is asked for on first use, so that `runtime.contract` stays light to
+    import.
+    """
     if name in _PLACES:
         return getattr(importlib.import_module(f"runtime.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'runtime' has no attribute {name!r}")

@@ -1,6 +1,8 @@
-"""Golden inputs and outputs: PyTorch's results stored in the bundle, replayed through the engine, compared stage by stage. Torch-free.
+"""Golden inputs and outputs: PyTorch's results stored in the bundle, replayed through
+the engine, compared stage by stage. Torch-free.
 
-The build uses this as its parity gate; `infmllm-run --self-test` repeats it on the device, where kernels differ.
+The build uses this as its parity gate; `infmllm-run --self-test` repeats it on the
+device, where kernels differ.
 """
 
 from __future__ import annotations
@@ -22,16 +24,27 @@ from runtime.generation.kv_cache import CacheBudget
 from runtime.output.console import note
 from runtime.session import Session
 
-__all__ = ["Golden", "StageError", "read_goldens", "replay", "replay_goldens", "stage_errors", "try_engine", "write_goldens"]
+__all__ = [
+    "Golden",
+    "StageError",
+    "read_goldens",
+    "replay",
+    "replay_goldens",
+    "stage_errors",
+    "try_engine",
+    "write_goldens",
+]
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Golden:
-    """One case: pixels [1,3,S,S], pool size, ids around the image, and PyTorch's results.
+    """One case: pixels [1,3,S,S], pool size, ids around the image, and PyTorch's
+    results.
 
-    `image_embeds` [T,H]; `prefill` logits [V]; `tokens` [n] fed one by one; `steps` logits [n,V] after each.
+    `image_embeds` [T,H]; `prefill` logits [V]; `tokens` [n] fed one by one; `steps`
+    logits [n,V] after each.
     """
 
     pixels: Array
@@ -46,7 +59,8 @@ class Golden:
 
 @dataclass(frozen=True)
 class StageError:
-    """The largest relative RMS error of a stage over all cases (decoding: all steps of a case in one), and its bound.
+    """The largest relative RMS error of a stage over all cases (decoding: all steps of
+    a case in one), and its bound.
 
     `agreement` is how often the most likely token was the same (decoder stages).
     """
@@ -64,7 +78,11 @@ class StageError:
 
 def write_goldens(path: Path, goldens: Sequence[Golden]) -> None:
     """Stores cases as a plain .npz."""
-    arrays = {f"{index}.{name}": np.asarray(value) for index, golden in enumerate(goldens) for name, value in vars(golden).items()}
+    arrays = {
+        f"{index}.{name}": np.asarray(value)
+        for index, golden in enumerate(goldens)
+        for name, value in vars(golden).items()
+    }
     np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
@@ -73,9 +91,22 @@ def read_goldens(path: Path) -> list[Golden]:
     try:
         with np.load(path, allow_pickle=False) as data:
             count = len({name.split(".")[0] for name in data.files})
-            cases = [{name: data[f"{i}.{name}"] for name in Golden.__dataclass_fields__} for i in range(count)]
+            cases = [
+                {name: data[f"{i}.{name}"] for name in Golden.__dataclass_fields__}
+                for i in range(count)
+            ]
             goldens = [Golden(**case | {"pool_size": int(case["pool_size"])}) for case in cases]
-    except (OSError, ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        TypeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+        NotImplementedError,
+    ) as error:
         raise BundleError(f"{path} is damaged ({error}); re-export the bundle") from None
     if not goldens:
         raise BundleError(f"{path} holds no golden cases; re-export the bundle")
@@ -83,7 +114,9 @@ def read_goldens(path: Path) -> list[Golden]:
 
 
 def _check(golden: Golden, spec: ModelSpec, where: Path) -> None:
-    """Raises `BundleError` unless a case fits the model and holds at least one decoding step."""
+    """Raises `BundleError` unless a case fits the model and holds at least one decoding
+    step.
+    """
     size, hidden, vocabulary = spec.vision.image_size, spec.decoder.hidden, spec.decoder.vocab_size
     steps, p = len(np.atleast_1d(golden.tokens)), golden.pool_size
     shapes = {
@@ -94,18 +127,35 @@ def _check(golden: Golden, spec: ModelSpec, where: Path) -> None:
         "tokens": (steps,),
     }
     wrong = [name for name, shape in shapes.items() if getattr(golden, name).shape != shape]
-    wrong += [name for name in ("pixels", "image_embeds", "prefill", "steps") if getattr(golden, name).dtype != np.float32]
+    wrong += [
+        name
+        for name in ("pixels", "image_embeds", "prefill", "steps")
+        if getattr(golden, name).dtype != np.float32
+    ]
     for name in ("before", "after", "tokens"):
         ids = getattr(golden, name)
-        if ids.ndim != 1 or ids.dtype != np.int64 or (ids.size and not 0 <= ids.min() <= ids.max() < vocabulary):
+        if (
+            ids.ndim != 1
+            or ids.dtype != np.int64
+            or (ids.size and not 0 <= ids.min() <= ids.max() < vocabulary)
+        ):
             wrong.append(name)
     if wrong or p not in spec.pool_sizes or steps == 0:
-        raise BundleError(f"{where}: golden case does not fit the model ({', '.join(wrong) or 'pool size or steps'}); re-export the bundle")
+        raise BundleError(
+            f"{where}: golden case does not fit the model "
+            f"({', '.join(wrong) or 'pool size or steps'}); re-export the bundle"
+        )
 
 
 def relative_error(found: Array, expected: Array) -> float:
-    """Norm of the difference over the norm of the reference; infinity when anything is not finite or shapes differ."""
-    if found.shape != expected.shape or not np.isfinite(found).all() or not np.isfinite(expected).all():
+    """Norm of the difference over the norm of the reference; infinity when anything is
+    not finite or shapes differ.
+    """
+    if (
+        found.shape != expected.shape
+        or not np.isfinite(found).all()
+        or not np.isfinite(expected).all()
+    ):
         return float("inf")
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
 
@@ -120,9 +170,11 @@ def replay(session: Session, tolerance: Mapping[str, float]) -> list[StageError]
 
 
 def try_engine(session: Session) -> None:
-    """Replays the goldens through an engine that is on trial, until it has passed. Raises `EngineError` if no form of it does.
+    """Replays the goldens through an engine that is on trial, until it has passed.
+    Raises `EngineError` if no form of it does.
 
-    A bundle that drifted from PyTorch when it was built, and a cache too short for the goldens, leave nothing to try: a notice says so.
+    A bundle that drifted from PyTorch when it was built, and a cache too short for the
+    goldens, leave nothing to try: a notice says so.
     """
     bundle, engine = session.bundle, session.engine
     while (trial := engine.trial) is not None:
@@ -134,35 +186,70 @@ def try_engine(session: Session) -> None:
         except ContextError as error:
             note(f"the engines of {bundle.path} answer untried: {error}")
             return
-        trial.judge({s.stage: f"{s.stage} error {s.error:.3g}, allowed {s.tolerance:.3g}" for s in stages if not s.passed})
+        trial.judge(
+            {
+                s.stage: f"{s.stage} error {s.error:.3g}, allowed {s.tolerance:.3g}"
+                for s in stages
+                if not s.passed
+            }
+        )
 
 
-def replay_goldens(session: Session, goldens: Sequence[Golden], tolerance: Mapping[str, float]) -> list[StageError]:
-    """Runs golden cases through the engine, each stage fed PyTorch's inputs, and returns the errors of vision, prefill and decode."""
+def replay_goldens(
+    session: Session, goldens: Sequence[Golden], tolerance: Mapping[str, float]
+) -> list[StageError]:
+    """Runs golden cases through the engine, each stage fed PyTorch's inputs, and
+    returns the errors of vision, prefill and decode.
+    """
     found = []
     session.forget()  # its cache rows are about to be others'
     for golden in goldens:
-        embeds = session.engine.embed_image(golden.pixels, pool_matrix(session.spec.vision.grid, golden.pool_size))[0]
+        embeds = session.engine.embed_image(
+            golden.pixels, pool_matrix(session.spec.vision.grid, golden.pool_size)
+        )[0]
         text = len(golden.before) + len(golden.after)
-        CacheBudget(session.engine.capacity, text + len(golden.tokens), golden.pool_size**2).allow(1)
-        inputs = session.embed_prompt(golden.before.tolist(), golden.image_embeds, golden.after.tolist())
+        CacheBudget(session.engine.capacity, text + len(golden.tokens), golden.pool_size**2).allow(
+            1
+        )
+        inputs = session.embed_prompt(
+            golden.before.tolist(), golden.image_embeds, golden.after.tolist()
+        )
         prefill = session.engine.forward(inputs, 0).copy()
         steps = np.empty_like(golden.steps)
         for index, token in enumerate(golden.tokens.tolist()):
-            steps[index] = session.engine.forward(session.embed_prompt([token], golden.image_embeds[:0], []), inputs.shape[1] + index)
+            steps[index] = session.engine.forward(
+                session.embed_prompt([token], golden.image_embeds[:0], []), inputs.shape[1] + index
+            )
         found.append((embeds, prefill, steps))
     return stage_errors(goldens, found, tolerance)
 
 
-def stage_errors(goldens: Sequence[Golden], found: Sequence[tuple[Array, Array, Array]], tolerance: Mapping[str, float]) -> list[StageError]:
-    """The errors of results (image embeddings, prefill logits, logits of every step) against golden ones."""
+def stage_errors(
+    goldens: Sequence[Golden],
+    found: Sequence[tuple[Array, Array, Array]],
+    tolerance: Mapping[str, float],
+) -> list[StageError]:
+    """The errors of results (image embeddings, prefill logits, logits of every step)
+    against golden ones.
+    """
     rows: dict[str, list[tuple[Array, Array]]] = {"vision": [], "prefill": [], "decode": []}
     for golden, results in zip(goldens, found, strict=True):
-        for stage, result, expected in zip(rows, results, (golden.image_embeds, golden.prefill, golden.steps), strict=True):
+        for stage, result, expected in zip(
+            rows, results, (golden.image_embeds, golden.prefill, golden.steps), strict=True
+        ):
             rows[stage].append((result, expected))
     errors = []
     for stage, pairs in rows.items():
-        same = np.concatenate([np.atleast_1d(result.argmax(-1) == expected.argmax(-1)) for result, expected in pairs])
+        same = np.concatenate(
+            [np.atleast_1d(result.argmax(-1) == expected.argmax(-1)) for result, expected in pairs]
+        )
         worst = max(relative_error(result, expected) for result, expected in pairs)
-        errors.append(StageError(stage, worst, float(tolerance.get(stage, 0.0)), None if stage == "vision" else float(same.mean())))
+        errors.append(
+            StageError(
+                stage,
+                worst,
+                float(tolerance.get(stage, 0.0)),
+                None if stage == "vision" else float(same.mean()),
+            )
+        )
     return errors

@@ -1,4 +1,6 @@
-"""What a question comes back as: `Answer` with its boxes, and `Stream`, which yields the text while it is generated."""
+"""What a question comes back as: `Answer` with its boxes, and `Stream`, which yields
+the text while it is generated.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ __all__ = ["Answer", "AnswerText", "FoundBox", "Stream"]
 
 @dataclass(frozen=True)
 class FoundBox:
-    """A box the answer contains: what it stands for, in pixels of the displayed picture and in [0, 1]."""
+    """A box the answer contains: what it stands for, in pixels of the displayed picture
+    and in [0, 1].
+    """
 
     phrase: str
     box: Box
@@ -25,10 +29,12 @@ class FoundBox:
 class Answer:
     """The outcome of one question.
 
-    `finish_reason` is "stop" (the model ended it, or a stop text), "length" (token limit or full cache) or "cancelled". `tokens` are the generated
-    ids, `cached_tokens` how many of `prompt_tokens` were in the cache already. `timings` are milliseconds per stage, `step_ms` of each call of the
-    decoder after the prompt. `drafted_tokens` were looked up, `accepted_tokens` of them right; the first `kept_tokens` of the answer stay in
-    the cache.
+    `finish_reason` is "stop" (the model ended it, or a stop text), "length" (token
+    limit or full cache) or "cancelled". `tokens` are the generated ids, `cached_tokens`
+    how many of `prompt_tokens` were in the cache already. `timings` are milliseconds
+    per stage, `step_ms` of each call of the decoder after the prompt. `drafted_tokens`
+    were looked up, `accepted_tokens` of them right; the first `kept_tokens` of the
+    answer stay in the cache.
     """
 
     text: str
@@ -48,7 +54,9 @@ class Answer:
 
 @dataclass
 class Stream:
-    """Iterate to receive the text in pieces of whole code points; afterwards `answer` holds the result."""
+    """Iterate to receive the text in pieces of whole code points; afterwards `answer`
+    holds the result.
+    """
 
     pieces: Iterator[str]
     answer: Answer | None = None
@@ -58,7 +66,9 @@ class Stream:
         return self.pieces
 
     def cancel(self) -> None:
-        """Ends the answer at the next token, from this thread or another; `answer` then holds what there is, its finish reason "cancelled"."""
+        """Ends the answer at the next token, from this thread or another; `answer` then
+        holds what there is, its finish reason "cancelled".
+        """
         self.cancelled = True
 
     def finish(self) -> Answer:
@@ -71,7 +81,9 @@ class Stream:
 
 
 class AnswerText:
-    """The text of an answer as it grows: whole code points, without the separator answers begin with, up to the first stop text."""
+    """The text of an answer as it grows: whole code points, without the separator
+    answers begin with, up to the first stop text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self._words, self._stop = TextStream(tokenizer), tuple(stop)
@@ -101,4 +113,12 @@ class AnswerText:
 
     def _undecided(self, text: str) -> int:
         """Length of the longest end of `text` that a stop text may begin with."""
-        return max((size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+        return max(
+            (
+                size
+                for stop in self._stop
+                for size in range(1, len(stop))
+                if text.endswith(stop[:size])
+            ),
+            default=0,
+        )

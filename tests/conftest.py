@@ -1,4 +1,6 @@
-"""Small real things shared by the tests: a two-layer model with grouped-query attention, its checkpoint, and bundles built from it once."""
+"""Small real things shared by the tests: a two-layer model with grouped-query
+attention, its checkpoint, and bundles built from it once.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,18 @@ from trainer.tokenize import build_tokenizer
 TINY = ModelSpec(
     name="tiny",
     vision=VisionSpec(image_size=32, patch_size=8, width=32, layers=2, heads=4, mlp_width=64),
-    decoder=DecoderSpec(vocab_size=960, hidden=64, layers=2, heads=4, kv_heads=2, mlp_width=96, context=128),
+    decoder=DecoderSpec(
+        vocab_size=960, hidden=64, layers=2, heads=4, kv_heads=2, mlp_width=96, context=128
+    ),
     pool_sizes=(4, 2),
 )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither read nor write the user's cache, and leave a core for the rest of the machine."""
+    """Tests neither read nor write the user's cache, and leave a core for the rest of
+    the machine.
+    """
     os.environ["INFMLLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     torch.set_num_threads(2)
     yield
@@ -45,13 +51,22 @@ def tokenizer_json() -> str:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: str) -> Path:
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    save_checkpoint(path, InfMLLM(TINY, torch.Generator().manual_seed(5)), tokenizer_json, {"recipe": "random", "data": [{"name": "synthetic"}]})
+    save_checkpoint(
+        path,
+        InfMLLM(TINY, torch.Generator().manual_seed(5)),
+        tokenizer_json,
+        {"recipe": "random", "data": [{"name": "synthetic"}]},
+    )
     return path
 
 
 @pytest.fixture(scope="session")
-def built_for(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """`built_for(target, scheme)` is the tiny checkpoint's bundle for it, built once. Do not change it."""
+def built_for(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """`built_for(target, scheme)` is the tiny checkpoint's bundle for it, built once.
+    Do not change it.
+    """
     done: dict[tuple[str, str], Path] = {}
 
     def get(target: str, scheme: str) -> Path:

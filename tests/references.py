@@ -1,4 +1,6 @@
-"""The independent implementations our model is held to: `transformers`' BLIP-2 tower and LLaMA, in the shape of one of our specs."""
+"""The independent implementations our model is held to: `transformers`' BLIP-2 tower
+and LLaMA, in the shape of one of our specs.
+"""
 
 from __future__ import annotations
 

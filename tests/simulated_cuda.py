@@ -1,7 +1,9 @@
-"""A CUDA runtime over host memory, stricter than a real one, behind the names of cuda-python.
+"""A CUDA runtime over host memory, stricter than a real one, behind the names of
+cuda-python.
 
-Work is queued and runs when the stream is waited for; new device memory is full of NaN; every copy must lie within one allocation, of the side it
-says; captured work runs only when its graph is launched; calls that may not be captured spoil the capture.
+Work is queued and runs when the stream is waited for; new device memory is full of NaN;
+every copy must lie within one allocation, of the side it says; captured work runs only
+when its graph is launched; calls that may not be captured spoil the capture.
 """
 
 from __future__ import annotations
@@ -52,10 +54,16 @@ class _Stream:
 class Cuda(ModuleType):
     """The module `cuda.bindings.runtime`.
 
-    `fails` maps a call's name to errors its next calls give; `lost` is given by every call. `brought` are the sizes of copies to the host.
+    `fails` maps a call's name to errors its next calls give; `lost` is given by every
+    call. `brought` are the sizes of copies to the host.
     """
 
-    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode, cudaStreamNonBlocking = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode, 1
+    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode, cudaStreamNonBlocking = (
+        cudaError_t,
+        cudaMemcpyKind,
+        cudaStreamCaptureMode,
+        1,
+    )
 
     def __init__(self, total: int = 64 << 20) -> None:
         super().__init__("cuda.bindings.runtime")
@@ -84,7 +92,14 @@ class Cuda(ModuleType):
             if (
                 not fault
                 and self.captured is not None
-                and name in ("cudaMalloc", "cudaFree", "cudaMallocHost", "cudaFreeHost", "cudaStreamSynchronize")
+                and name
+                in (
+                    "cudaMalloc",
+                    "cudaFree",
+                    "cudaMallocHost",
+                    "cudaFreeHost",
+                    "cudaStreamSynchronize",
+                )
             ):
                 self.spoilt, fault = True, cudaError_t.cudaErrorStreamCaptureUnsupported
             if fault:
@@ -92,7 +107,15 @@ class Cuda(ModuleType):
                     self.captured = None  # over, even where it failed
                 return (fault, None)
             value = found(*arguments)
-            return value if isinstance(value, tuple) else (OK,) if value is None else (value,) if isinstance(value, cudaError_t) else (OK, value)
+            return (
+                value
+                if isinstance(value, tuple)
+                else (OK,)
+                if value is None
+                else (value,)
+                if isinstance(value, cudaError_t)
+                else (OK, value)
+            )
 
         return call
 
@@ -164,30 +187,55 @@ class Cuda(ModuleType):
     def cudaMemsetAsync(self, address: int, value: int, size: int, stream: _Stream) -> None:
         self.submit(lambda: self.view(address, size, "device").fill(value))
 
-    def cudaMemset2DAsync(self, address: int, pitch: int, value: int, width: int, rows: int, stream: _Stream) -> None:
+    def cudaMemset2DAsync(
+        self, address: int, pitch: int, value: int, width: int, rows: int, stream: _Stream
+    ) -> None:
         def work() -> None:
             for row in range(rows):
                 self.view(address + row * pitch, width, "device").fill(value)
 
         self.submit(work)
 
-    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: cudaMemcpyKind, stream: _Stream) -> None:
+    def cudaMemcpyAsync(
+        self, to: int, source: int, size: int, kind: cudaMemcpyKind, stream: _Stream
+    ) -> None:
         self._copy(to, size, source, size, size, 1, kind)
 
-    def cudaMemcpy2DAsync(self, to: int, to_pitch: int, source: int, pitch: int, width: int, rows: int, kind: cudaMemcpyKind, stream: _Stream) -> Any:
+    def cudaMemcpy2DAsync(
+        self,
+        to: int,
+        to_pitch: int,
+        source: int,
+        pitch: int,
+        width: int,
+        rows: int,
+        kind: cudaMemcpyKind,
+        stream: _Stream,
+    ) -> Any:
         if width > min(to_pitch, pitch):
             return BAD
         self._copy(to, to_pitch, source, pitch, width, rows, kind)
         return None
 
-    def _copy(self, to: int, to_pitch: int, source: int, pitch: int, width: int, rows: int, kind: cudaMemcpyKind) -> None:
+    def _copy(
+        self,
+        to: int,
+        to_pitch: int,
+        source: int,
+        pitch: int,
+        width: int,
+        rows: int,
+        kind: cudaMemcpyKind,
+    ) -> None:
         origin, target = _SIDES[kind]
 
         def work() -> None:
             if target == "host":
                 self.brought.append(width)
             for row in range(rows):
-                self.view(to + row * to_pitch, width, target)[...] = self.view(source + row * pitch, width, origin)
+                self.view(to + row * to_pitch, width, target)[...] = self.view(
+                    source + row * pitch, width, origin
+                )
 
         self.submit(work)
 

@@ -1,8 +1,10 @@
-"""A TensorRT that computes with ONNX Runtime on the simulated GPU, and insists on what the real one insists on.
+"""A TensorRT that computes with ONNX Runtime on the simulated GPU, and insists on what
+the real one insists on.
 
-Engines are built from ONNX files with optimization profiles, serialized, and read again only by the same version on the same GPU. Contexts check
-shapes against their profile, alignment, that everything is bound, that aliased outputs share their input's memory, and that they ran before being
-captured.
+Engines are built from ONNX files with optimization profiles, serialized, and read again
+only by the same version on the same GPU. Contexts check shapes against their profile,
+alignment, that everything is bound, that aliased outputs share their input's memory,
+and that they ran before being captured.
 """
 
 from __future__ import annotations
@@ -19,20 +21,29 @@ import onnxruntime as ort
 
 from tests.simulated_cuda import Cuda, array_at
 
-_TYPES = {onnx.TensorProto.FLOAT: np.float32, onnx.TensorProto.FLOAT16: np.float16, onnx.TensorProto.INT64: np.int64}
+_TYPES = {
+    onnx.TensorProto.FLOAT: np.float32,
+    onnx.TensorProto.FLOAT16: np.float16,
+    onnx.TensorProto.INT64: np.int64,
+}
 Shape = tuple[int, ...]
 
 
 def _shape(value: onnx.ValueInfoProto) -> Shape:
-    return tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in value.type.tensor_type.shape.dim)
+    return tuple(
+        dim.dim_value if dim.HasField("dim_value") else -1
+        for dim in value.type.tensor_type.shape.dim
+    )
 
 
 class Simulation:
     """What a test may set and look at.
 
-    `plant` may change a network while it is built, `unknown` are operators the parser lacks, builds of files whose name has `build_fault` in it fail,
-    `during_build` runs in the middle of one, `unreadable` engines cannot be read again, `copies_caches` has outputs apart from their inputs,
-    `refuses_to_run` is why no network runs. `built`, `read`, `workspaces` and `timings` tell what happened.
+    `plant` may change a network while it is built, `unknown` are operators the parser
+    lacks, builds of files whose name has `build_fault` in it fail, `during_build` runs
+    in the middle of one, `unreadable` engines cannot be read again, `copies_caches` has
+    outputs apart from their inputs, `refuses_to_run` is why no network runs. `built`,
+    `read`, `workspaces` and `timings` tell what happened.
     """
 
     def __init__(self, cuda: Cuda, version: str, fuses: bool) -> None:
@@ -70,7 +81,9 @@ class _Network:
         self.file = ""
 
     def _tensor(self, value: onnx.ValueInfoProto) -> SimpleNamespace:
-        return SimpleNamespace(name=value.name, dtype=value.type.tensor_type.elem_type, shape=_shape(value))
+        return SimpleNamespace(
+            name=value.name, dtype=value.type.tensor_type.elem_type, shape=_shape(value)
+        )
 
     num_inputs = property(lambda self: len(self.model.graph.input))
     num_outputs = property(lambda self: len(self.model.graph.output))
@@ -86,7 +99,12 @@ class _Config:
     """Has no precision flags: setting one fails."""
 
     def __init__(self, simulation: Simulation) -> None:
-        self._simulation, self.profiles, self.progress_monitor, self.workspace = simulation, [], None, 0
+        self._simulation, self.profiles, self.progress_monitor, self.workspace = (
+            simulation,
+            [],
+            None,
+            0,
+        )
         self._timing = b""
 
     def set_memory_pool_limit(self, pool: str, size: int) -> None:
@@ -115,7 +133,12 @@ class _Profile:
         self.shapes: dict[str, list[Shape]] = {}
 
     def set_shape(self, name: str, least: Shape, usual: Shape, most: Shape) -> None:
-        assert all(0 < a <= b <= c for a, b, c in zip(least, usual, most, strict=True)), (name, least, usual, most)
+        assert all(0 < a <= b <= c for a, b, c in zip(least, usual, most, strict=True)), (
+            name,
+            least,
+            usual,
+            most,
+        )
         self.shapes[name] = [least, usual, most]
 
 
@@ -135,12 +158,23 @@ class _Builder:
         return _Profile()
 
     def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
-        assert network.model is not None and config.workspace and config.profiles and config.progress_monitor
+        assert (
+            network.model is not None
+            and config.workspace
+            and config.profiles
+            and config.progress_monitor
+        )
         for value in network.model.graph.input:
             for shapes in config.profiles:
                 for shape in shapes.get(value.name, [_shape(value)]):
-                    assert -1 not in shape, f"{value.name} varies, and a profile says nothing about it"
-                    assert all(d in (-1, s) for d, s in zip(_shape(value), shape, strict=True)), (value.name, _shape(value), shape)
+                    assert -1 not in shape, (
+                        f"{value.name} varies, and a profile says nothing about it"
+                    )
+                    assert all(d in (-1, s) for d, s in zip(_shape(value), shape, strict=True)), (
+                        value.name,
+                        _shape(value),
+                        shape,
+                    )
         config.progress_monitor.phase_start("Building", None, 2)
         config.progress_monitor.phase_start("Tactics", "Building", 9)
         self._simulation.during_build()
@@ -148,13 +182,19 @@ class _Builder:
             return None
         config.progress_monitor.phase_finish("Building")
         if self._simulation.build_fault and self._simulation.build_fault in network.file:
-            self._logger.log(_Severity.ERROR, "Could not find any implementation\nfor node Attention_7")
+            self._logger.log(
+                _Severity.ERROR, "Could not find any implementation\nfor node Attention_7"
+            )
             return None
         self._simulation.built.append(network.file)
         model = onnx.ModelProto()
         model.CopyFrom(network.model)
         self._simulation.plant(model)
-        head = {"version": self._simulation.version, "gpu": self._simulation.cuda.name.decode(), "profiles": config.profiles}
+        head = {
+            "version": self._simulation.version,
+            "gpu": self._simulation.cuda.name.decode(),
+            "profiles": config.profiles,
+        }
         return json.dumps(head).encode() + b"\n" + model.SerializeToString()
 
 
@@ -167,7 +207,9 @@ class _Parser:
 
     def parse_from_file(self, path: str) -> bool:
         model = onnx.load(path)
-        found = [node.op_type for node in model.graph.node if not self.supports_operator(node.op_type)]
+        found = [
+            node.op_type for node in model.graph.node if not self.supports_operator(node.op_type)
+        ]
         if found:
             self._logger.log(_Severity.ERROR, f"No importer registered for op: {found[0]}")
             return False
@@ -176,8 +218,14 @@ class _Parser:
 
 
 class _Engine:
-    def __init__(self, simulation: Simulation, profiles: list[dict[str, list[Shape]]], model: bytes) -> None:
-        self.simulation, self.profiles, self.model = simulation, profiles, onnx.load_from_string(model)
+    def __init__(
+        self, simulation: Simulation, profiles: list[dict[str, list[Shape]]], model: bytes
+    ) -> None:
+        self.simulation, self.profiles, self.model = (
+            simulation,
+            profiles,
+            onnx.load_from_string(model),
+        )
         settings = ort.SessionOptions()
         settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         settings.intra_op_num_threads, settings.log_severity_level = 1, 3
@@ -185,11 +233,17 @@ class _Engine:
         graph = self.model.graph
         self.values = {value.name: value for value in (*graph.input, *graph.output)}
         self._inputs = {value.name for value in graph.input}
-        scattered = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "TensorScatter"}
-        self.aliases = {output: source for output, source in scattered.items() if output in self.values}
+        scattered = {
+            node.output[0]: node.input[0] for node in graph.node if node.op_type == "TensorScatter"
+        }
+        self.aliases = {
+            output: source for output, source in scattered.items() if output in self.values
+        }
 
     num_io_tensors = property(lambda self: len(self.values))
-    device_memory_size_v2 = property(lambda self: max(map(self.get_device_memory_size_for_profile_v2, range(len(self.profiles)))))
+    device_memory_size_v2 = property(
+        lambda self: max(map(self.get_device_memory_size_for_profile_v2, range(len(self.profiles))))
+    )
 
     def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
         return 4096 * (profile + 1)
@@ -219,7 +273,11 @@ class _Context:
         self._engine, self._cuda = engine, engine.simulation.cuda
         self._profile, self._memory = 0, (0, 0)
         self._addresses: dict[str, int] = {}
-        self._shapes = {name: engine.get_tensor_shape(name) for name in engine.values if engine.get_tensor_mode(name) == "input"}
+        self._shapes = {
+            name: engine.get_tensor_shape(name)
+            for name in engine.values
+            if engine.get_tensor_mode(name) == "input"
+        }
         self._warm = False
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
@@ -227,7 +285,9 @@ class _Context:
         return 0 <= profile < len(self._engine.profiles) and stream == 0x57
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert address % 256 == 0 and size >= self._engine.get_device_memory_size_for_profile_v2(self._profile)
+        assert address % 256 == 0 and size >= self._engine.get_device_memory_size_for_profile_v2(
+            self._profile
+        )
         self._memory = (address, size)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -235,8 +295,12 @@ class _Context:
         return name in self._engine.values and address % 256 == 0
 
     def set_input_shape(self, name: str, shape: Shape) -> bool:
-        least, _, most = self._engine.profiles[self._profile].get(name, [self._engine.get_tensor_shape(name)] * 3)
-        fits = len(shape) == len(least) and all(a <= d <= b for a, d, b in zip(least, shape, most, strict=True))
+        least, _, most = self._engine.profiles[self._profile].get(
+            name, [self._engine.get_tensor_shape(name)] * 3
+        )
+        fits = len(shape) == len(least) and all(
+            a <= d <= b for a, d, b in zip(least, shape, most, strict=True)
+        )
         if fits and self._shapes[name] != tuple(shape):
             self._shapes[name], self._warm = tuple(shape), False
         return fits
@@ -244,11 +308,18 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 0x57 and self._memory[0], "memory to compute in was given"
         if self._engine.simulation.refuses_to_run:
-            self._engine.simulation.loggers[-1].log(_Severity.ERROR, self._engine.simulation.refuses_to_run)
+            self._engine.simulation.loggers[-1].log(
+                _Severity.ERROR, self._engine.simulation.refuses_to_run
+            )
             return False
-        assert set(self._addresses) == set(self._engine.values), f"not bound: {set(self._engine.values) - set(self._addresses)}"
+        assert set(self._addresses) == set(self._engine.values), (
+            f"not bound: {set(self._engine.values) - set(self._addresses)}"
+        )
         assert all(-1 not in shape for shape in self._shapes.values()), self._shapes
-        assert all(self._addresses[output] == self._addresses[source] for output, source in self._engine.aliases.items())
+        assert all(
+            self._addresses[output] == self._addresses[source]
+            for output, source in self._engine.aliases.items()
+        )
         if self._cuda.captured is not None and not self._warm:
             return False
         self._warm = True
@@ -257,9 +328,14 @@ class _Context:
         return True
 
     def _run(self, addresses: dict[str, int], shapes: dict[str, Shape]) -> None:
-        self._cuda.view(*self._memory, "device").fill(0xFF)  # activations of another context do not outlive this one's
+        self._cuda.view(*self._memory, "device").fill(
+            0xFF
+        )  # activations of another context do not outlive this one's
         types = {name: _TYPES[self._engine.get_tensor_dtype(name)] for name in addresses}
-        feed = {name: array_at(self._cuda, addresses[name], types[name], shape).copy() for name, shape in shapes.items()}
+        feed = {
+            name: array_at(self._cuda, addresses[name], types[name], shape).copy()
+            for name, shape in shapes.items()
+        }
         outputs = [name for name in addresses if name not in shapes]
         for name, found in zip(outputs, self._engine.session.run(outputs, feed), strict=True):
             array_at(self._cuda, addresses[name], types[name], found.shape)[...] = found
@@ -269,7 +345,10 @@ def _module(simulation: Simulation) -> ModuleType:
     """The module `tensorrt`."""
     module: Any = ModuleType("tensorrt")
     module.__version__ = simulation.version
-    module.ILogger, module.IProgressMonitor = _ILogger, type("IProgressMonitor", (), {"__init__": lambda self: None})
+    module.ILogger, module.IProgressMonitor = (
+        _ILogger,
+        type("IProgressMonitor", (), {"__init__": lambda self: None}),
+    )
     layers = {"add_kv_cache_update": None, "add_attention": None} if simulation.fuses else {}
     module.INetworkDefinition = type("INetworkDefinition", (_Network,), layers)
     module.NetworkDefinitionCreationFlag = SimpleNamespace(STRONGLY_TYPED=1)
@@ -280,7 +359,9 @@ def _module(simulation: Simulation) -> ModuleType:
     module.nptype = lambda dtype: _TYPES[dtype]
     module.Builder = lambda logger: _Builder(simulation, logger)
     module.OnnxParser = lambda network, logger: _Parser(simulation, network, logger)
-    module.Runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda content: _deserialized(simulation, logger, content))
+    module.Runtime = lambda logger: SimpleNamespace(
+        deserialize_cuda_engine=lambda content: _deserialized(simulation, logger, content)
+    )
     return module
 
 
@@ -290,8 +371,16 @@ def _deserialized(simulation: Simulation, logger: Any, content: Any) -> _Engine 
     head, _, model = bytes(content).partition(b"\n")
     told = json.loads(head)
     simulation.unreadable -= 1
-    if simulation.unreadable >= 0 or (told["version"], told["gpu"]) != (simulation.version, simulation.cuda.name.decode()):
-        logger.log(_Severity.ERROR, "The engine plan file is not compatible with this version of TensorRT")
+    if simulation.unreadable >= 0 or (told["version"], told["gpu"]) != (
+        simulation.version,
+        simulation.cuda.name.decode(),
+    ):
+        logger.log(
+            _Severity.ERROR, "The engine plan file is not compatible with this version of TensorRT"
+        )
         return None
-    profiles = [{name: [tuple(shape) for shape in shapes] for name, shapes in profile.items()} for profile in told["profiles"]]
+    profiles = [
+        {name: [tuple(shape) for shape in shapes] for name, shapes in profile.items()}
+        for profile in told["profiles"]
+    ]
     return _Engine(simulation, profiles, model)

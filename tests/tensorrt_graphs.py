@@ -1,4 +1,6 @@
-"""Graphs of the `tensorrt` target for any shape, with made-up weights that cost no time: what the compiler does with them depends on shapes alone."""
+"""Graphs of the `tensorrt` target for any shape, with made-up weights that cost no
+time: what the compiler does with them depends on shapes alone.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,11 @@ def short(preset: str) -> ModelSpec:
     spec = PRESETS[preset].spec
     if preset == "nano":
         return spec
-    return replace(spec, vision=replace(spec.vision, layers=_LAYERS), decoder=replace(spec.decoder, layers=_LAYERS))
+    return replace(
+        spec,
+        vision=replace(spec.vision, layers=_LAYERS),
+        decoder=replace(spec.decoder, layers=_LAYERS),
+    )
 
 
 class _MadeUp(Calibrated):
@@ -49,7 +55,9 @@ class _MadeUp(Calibrated):
         shape = self._model.get_parameter(name).shape
         if len(shape) == 1:
             return torch.ones(shape)
-        tile = torch.empty(_TILE, int(np.prod(shape[1:]))).uniform_(-0.05, 0.05, generator=torch.Generator().manual_seed(len(name)))
+        tile = torch.empty(_TILE, int(np.prod(shape[1:]))).uniform_(
+            -0.05, 0.05, generator=torch.Generator().manual_seed(len(name))
+        )
         return tile.repeat(-(-shape[0] // _TILE), 1)[: shape[0]].reshape(shape)
 
     def get(self, key: str) -> NDArray[Any] | None:
@@ -67,16 +75,30 @@ class _MadeUp(Calibrated):
 
 def write_graphs(spec: ModelSpec, precision: str, folder: Path) -> list[str]:
     """Writes all graphs of the target as a bundle has them; returns their names."""
-    scheme, lowering, weights = TARGET_SCHEMES["tensorrt"][precision], LOWERING["tensorrt"], _MadeUp(spec)
+    scheme, lowering, weights = (
+        TARGET_SCHEMES["tensorrt"][precision],
+        LOWERING["tensorrt"],
+        _MadeUp(spec),
+    )
     with _quiet():
         captured = capture(spec, weights.read)
         for model in vars(captured).values():
             run_passes(model, SIMPLIFY)
     for name, plan in lowering.graphs.items():
         model: ir.Model = getattr(captured, plan.base).clone()
-        run_passes(model, [*lowering.form(name, scheme, spec.decoder.context), *lowering.precision(name, scheme, weights)])
+        run_passes(
+            model,
+            [
+                *lowering.form(name, scheme, spec.decoder.context),
+                *lowering.precision(name, scheme, weights),
+            ],
+        )
         model.opset_imports[""] = plan.opset
         if plan.weights_of:
             refer_to(model, folder / f"{plan.weights_of}.onnx")
-        ir.save(model, folder / f"{name}.onnx", external_data=None if plan.weights_of else f"{name}.weights")
+        ir.save(
+            model,
+            folder / f"{name}.onnx",
+            external_data=None if plan.weights_of else f"{name}.weights",
+        )
     return list(lowering.graphs)

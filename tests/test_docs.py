@@ -1,4 +1,6 @@
-"""The documentation's examples run as they stand: shell lines and Python blocks, in a folder with a bundle and a picture."""
+"""The documentation's examples run as they stand: shell lines and Python blocks, in a
+folder with a bundle and a picture.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def workplace(built: Callable[[str], Path], scene_png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(
+    built: Callable[[str], Path], scene_png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     shutil.copytree(built("fp32"), tmp_path / "infmllm-bundle")
     shutil.copyfile(scene_png, tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
@@ -24,7 +28,9 @@ def workplace(built: Callable[[str], Path], scene_png: Path, tmp_path: Path, mon
 
 
 def blocks(page: str, language: str) -> list[str]:
-    found = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE
+    )
     assert found, f"{page} has {language} examples"
     return found
 
@@ -39,13 +45,17 @@ def test_python_examples(workplace: Path) -> None:
 def test_shell_examples(workplace: Path) -> None:
     commands = workplace / "bin"
     commands.mkdir()
-    (commands / "infmllm-run").write_text(f'#!/bin/sh\nexec {sys.executable} -c "from runtime.cli.run import main; main()" "$@"\n')
+    (commands / "infmllm-run").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -c "from runtime.cli.run import main; main()" "$@"\n'
+    )
     (commands / "infmllm-run").chmod(0o755)
     environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     script = "set -e\n" + "\n".join(blocks("asking.md", "sh"))
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    assert (workplace / "found.png").exists() and len((workplace / "answers.jsonl").read_text().splitlines()) == 2
+    assert (workplace / "found.png").exists() and len(
+        (workplace / "answers.jsonl").read_text().splitlines()
+    ) == 2
 
 
 def test_quoted_plans_are_what_the_command_prints() -> None:
@@ -53,8 +63,12 @@ def test_quoted_plans_are_what_the_command_prints() -> None:
 
     from export.cli import app
 
-    quoted = re.split(r"^\$ infmllm-export ", blocks("jetson.md", "text")[0], flags=re.MULTILINE)[1:]
+    quoted = re.split(r"^\$ infmllm-export ", blocks("jetson.md", "text")[0], flags=re.MULTILINE)[
+        1:
+    ]
     assert len(quoted) == 4
     for command, _, output in (part.partition("\n") for part in quoted):
         printed = CliRunner().invoke(app, command.split()).stdout
-        assert [line.rstrip() for line in printed.rstrip().splitlines()] == output.rstrip().splitlines(), command
+        assert [
+            line.rstrip() for line in printed.rstrip().splitlines()
+        ] == output.rstrip().splitlines(), command

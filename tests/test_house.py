@@ -1,4 +1,6 @@
-"""The rules of the house: who may import whom, a light runtime, a true file tree, honest `__all__`s."""
+"""The rules of the house: who may import whom, a light runtime, a true file tree,
+honest `__all__`s.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def imported(path: Path) -> set[str]:
 def breaches(room: str, modules: set[str]) -> list[str]:
     wrong = [m for m in modules if m.split(".")[0] in ROOMS[ROOMS.index(room) + 1 :]]
     if room == "trainer":
-        wrong += [m for m in modules if m.startswith("runtime") and not m.startswith("runtime.contract")]
+        wrong += [
+            m for m in modules if m.startswith("runtime") and not m.startswith("runtime.contract")
+        ]
     if room == "runtime":
         wrong += [m for m in modules if m.split(".")[0] in HEAVY]
     return wrong
@@ -44,7 +48,11 @@ def test_rooms_import_only_from_their_left(path: Path) -> None:
 
 
 def test_the_rule_sees_a_breach() -> None:
-    assert breaches("runtime", {"torch.nn"}) and breaches("trainer", {"runtime.session"}) and breaches("trainer", {"export.cli"})
+    assert (
+        breaches("runtime", {"torch.nn"})
+        and breaches("trainer", {"runtime.session"})
+        and breaches("trainer", {"export.cli"})
+    )
 
 
 def test_runtime_imports_and_answers_help_with_heavy_packages_blocked() -> None:
@@ -79,10 +87,19 @@ def test_readme_tree_names_what_there_is() -> None:
         depth = (len(name) - len(name.lstrip())) // 2
         folders[depth:] = [name.strip()]
         listed.add("".join(folders))
-    tracked = subprocess.run(["git", "ls-files", *ROOMS, "tests", "benchmarks", "docs"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", *ROOMS, "tests", "benchmarks", "docs"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout.split()
     wanted = {path for path in tracked if not path.endswith("__init__.py")}
-    wanted |= {f"{folder}/" for path in tracked for folder in map(str, Path(path).parents) if folder != "."}
-    shown = {path for path in listed if path.split("/")[0] in (*ROOMS, "tests", "benchmarks", "docs")}
+    wanted |= {
+        f"{folder}/" for path in tracked for folder in map(str, Path(path).parents) if folder != "."
+    }
+    shown = {
+        path for path in listed if path.split("/")[0] in (*ROOMS, "tests", "benchmarks", "docs")
+    }
     assert shown == wanted
 
 

@@ -1,8 +1,11 @@
-"""Packing: several question-answer pairs behind one image, each seeing only the image and itself, become one training row.
+"""Packing: several question-answer pairs behind one image, each seeing only the image
+and itself, become one training row.
 
-Positions restart for every pair and a block mask keeps pairs apart, so a packed row is exactly single-turn training at a fraction of the cost
-(the image prefix is computed once). Loss falls on answer tokens and the end-of-sequence id; an answer of n tokens weighs n^0.5 in all (square
-averaging, InternVL 2.5, arXiv 2412.05271), so that a yes is not drowned by a caption.
+Positions restart for every pair and a block mask keeps pairs apart, so a packed row is
+exactly single-turn training at a fraction of the cost (the image prefix is computed
+once). Loss falls on answer tokens and the end-of-sequence id; an answer of n tokens
+weighs n^0.5 in all (square averaging, InternVL 2.5, arXiv 2412.05271), so that a yes is
+not drowned by a caption.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ _MAX_ROW = 1024
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row before padding: equally long lists. Ids are -1 where visual embeddings go; segment 0 is the shared prefix."""
+    """One row before padding: equally long lists. Ids are -1 where visual embeddings
+    go; segment 0 is the shared prefix.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -41,7 +46,9 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one micro-batch: pixels [B,3,S,S]; ids, labels, weights, segments, positions [B,L]; p; optional dense labels [B,s*s,D]."""
+    """Tensors of one micro-batch: pixels [B,3,S,S]; ids, labels, weights, segments,
+    positions [B,L]; p; optional dense labels [B,s*s,D].
+    """
 
     pixels: Tensor
     ids: Tensor
@@ -55,7 +62,9 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch with all tensors on a device."""
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
 
@@ -73,26 +82,48 @@ def answer_ids(tokenizer: Tokenizer, sample: Sample) -> list[int]:
 def positions(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int) -> int:
     """How many positions the samples take when packed behind one picture."""
     before = len(tokenizer.encode_prompt(samples[0].prompt())[0]) + visual_tokens
-    return before + sum(len(tokenizer.encode(sample.prompt().after)) + len(answer_ids(tokenizer, sample)) - 1 for sample in samples)
+    return before + sum(
+        len(tokenizer.encode(sample.prompt().after)) + len(answer_ids(tokenizer, sample)) - 1
+        for sample in samples
+    )
 
 
-def pack(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int, context: int, where: str = "data") -> PackedRow:
-    """Packs samples that share one picture and one text before the image; `where` names them in errors.
+def pack(
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    visual_tokens: int,
+    context: int,
+    where: str = "data",
+) -> PackedRow:
+    """Packs samples that share one picture and one text before the image; `where` names
+    them in errors.
 
-    Samples after the first are left out once the row would pass the model's context or 1024 positions, whichever is more, so that long
-    conversations cannot fill the memory. Raises `DataError` for a sample that is by itself longer than the context.
+    Samples after the first are left out once the row would pass the model's context or
+    1024 positions, whichever is more, so that long conversations cannot fill the
+    memory. Raises `DataError` for a sample that is by itself longer than the context.
     """
     prompts = [sample.prompt() for sample in samples]
-    assert len({prompt.before for prompt in prompts}) == 1, "packed samples must share the text before the image"
+    assert len({prompt.before for prompt in prompts}) == 1, (
+        "packed samples must share the text before the image"
+    )
     prefix = [*tokenizer.encode_prompt(prompts[0])[0], *[_SLOT] * visual_tokens]
     size = len(prefix)
-    ids, labels, weights, segments, places = list(prefix), [IGNORE] * size, [0.0] * size, [0] * size, list(range(size))
+    ids, labels, weights, segments, places = (
+        list(prefix),
+        [IGNORE] * size,
+        [0.0] * size,
+        [0] * size,
+        list(range(size)),
+    )
     for index, (sample, prompt) in enumerate(zip(samples, prompts, strict=True), 1):
         question, answer = tokenizer.encode(prompt.after), answer_ids(tokenizer, sample)
         inputs = [*question, *answer[:-1]]
         if len(prefix) + len(inputs) > context:
             total = len(prefix) + len(inputs)
-            raise DataError(f"{where}: {sample.text!r:.40} with its answer takes {total} positions, the model's context has {context}; shorten it")
+            raise DataError(
+                f"{where}: {sample.text!r:.40} with its answer takes {total} positions, the "
+                f"model's context has {context}; shorten it"
+            )
         if index > 1 and len(ids) + len(inputs) > max(context, _MAX_ROW):
             break
         ids += inputs
@@ -103,12 +134,19 @@ def pack(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int, co
     return PackedRow(ids, labels, weights, segments, places)
 
 
-def collate(rows: Sequence[PackedRow], pixels: Sequence[np.ndarray], p: int, dense: Sequence[np.ndarray] | None = None) -> Batch:
+def collate(
+    rows: Sequence[PackedRow],
+    pixels: Sequence[np.ndarray],
+    p: int,
+    dense: Sequence[np.ndarray] | None = None,
+) -> Batch:
     """Pads rows on the right to the longest and stacks them."""
     length = max(len(row.ids) for row in rows)
 
     def stack(lists: Sequence[list[int]], fill: int) -> Tensor:
-        return torch.tensor([values + [fill] * (length - len(values)) for values in lists], dtype=torch.long)
+        return torch.tensor(
+            [values + [fill] * (length - len(values)) for values in lists], dtype=torch.long
+        )
 
     return Batch(
         pixels=torch.from_numpy(np.concatenate(pixels)),
@@ -123,7 +161,9 @@ def collate(rows: Sequence[PackedRow], pixels: Sequence[np.ndarray], p: int, den
 
 
 def block_mask(segments_BL: Tensor) -> Tensor:
-    """[B, 1, L, L] bool: causal, and only within the own segment or the prefix. Padding sees itself, so that no row is empty."""
+    """[B, 1, L, L] bool: causal, and only within the own segment or the prefix. Padding
+    sees itself, so that no row is empty.
+    """
     length = segments_BL.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
     query, key = segments_BL[:, :, None], segments_BL[:, None, :]

@@ -1,4 +1,6 @@
-"""The card: what a checkpoint was trained on, for how long, and how good it is, written with the weights it speaks of."""
+"""The card: what a checkpoint was trained on, for how long, and how good it is, written
+with the weights it speaks of.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,17 @@ from trainer.model import InfMLLM
 __all__ = ["data_card", "save_scored", "time_card"]
 
 
-def save_scored(out: Path, model: InfMLLM, tokenizer_json: str, card: Mapping[str, Any], examples: Sequence[Example], skip_bad: bool) -> None:
-    """Saves the checkpoint, scores what was saved for every number of visual tokens, and saves it again with the figures."""
+def save_scored(
+    out: Path,
+    model: InfMLLM,
+    tokenizer_json: str,
+    card: Mapping[str, Any],
+    examples: Sequence[Example],
+    skip_bad: bool,
+) -> None:
+    """Saves the checkpoint, scores what was saved for every number of visual tokens,
+    and saves it again with the figures.
+    """
     save_checkpoint(out, model, tokenizer_json, card)
     checkpoint = load_checkpoint(out)
     answerer, figures = CheckpointAnswerer(out, checkpoint), {}
@@ -33,23 +44,38 @@ def save_scored(out: Path, model: InfMLLM, tokenizer_json: str, card: Mapping[st
     save_checkpoint(out, checkpoint.model, tokenizer_json, {**card, **measured})
 
 
-def time_card(minutes: float, start_from: Path | None, start_card: Mapping[str, Any]) -> dict[str, Any]:
+def time_card(
+    minutes: float, start_from: Path | None, start_card: Mapping[str, Any]
+) -> dict[str, Any]:
     """Minutes of this run, and with those of the checkpoint it started from."""
-    row: dict[str, Any] = {"training_minutes": round(minutes, 1), "total_minutes": round(minutes, 1), "start_from": None}
+    row: dict[str, Any] = {
+        "training_minutes": round(minutes, 1),
+        "total_minutes": round(minutes, 1),
+        "start_from": None,
+    }
     if start_from:
         before = start_card.get("total_minutes", start_card.get("training_minutes", 0.0))
-        row["start_from"] = {"name": start_from.name, "weights_sha256": start_card.get("weights_sha256"), "total_minutes": before}
+        row["start_from"] = {
+            "name": start_from.name,
+            "weights_sha256": start_card.get("weights_sha256"),
+            "total_minutes": before,
+        }
         row["total_minutes"] = round(minutes + before, 1)
     return row
 
 
 def data_card(texts: Sequence[str]) -> list[dict[str, str]]:
-    """Each data argument with folders left out, and the hash of the file it names (of a VOC split's listing)."""
+    """Each data argument with folders left out, and the hash of the file it names (of a
+    VOC split's listing).
+    """
     rows = []
     for text in texts:
         source = parse_source(text, DATASETS)
         options = ",".join(f"{key}={Path(value).name}" for key, value in source.options.items())
-        row = {"name": ":".join(part for part in (source.name, source.path.name) if part) + (f",{options}" if options else "")}
+        row = {
+            "name": ":".join(part for part in (source.name, source.path.name) if part)
+            + (f",{options}" if options else "")
+        }
         listing = DATASETS[source.name].listing(source)
         if listing.is_file():
             row["sha256"] = sha256_file(listing)

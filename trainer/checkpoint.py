@@ -1,6 +1,8 @@
-"""Checkpoints: a folder with `config.json`, `model.safetensors` (or shards), `tokenizer.json` and `card.json`, read strictly.
+"""Checkpoints: a folder with `config.json`, `model.safetensors` (or shards),
+`tokenizer.json` and `card.json`, read strictly.
 
-Only safetensors are read; nothing in a checkpoint is executed. Unknown, missing or mismatched tensors are one error that lists them.
+Only safetensors are read; nothing in a checkpoint is executed. Unknown, missing or
+mismatched tensors are one error that lists them.
 """
 
 from __future__ import annotations
@@ -39,14 +41,21 @@ __all__ = [
 DEMO = Path(__file__).parent / "demo"
 """The demo checkpoint shipped with the package."""
 
-CONFIG, WEIGHTS, INDEX, TOKENIZER, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "card.json"
+CONFIG, WEIGHTS, INDEX, TOKENIZER, CARD = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "card.json",
+)
 
 SHARD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """An opened checkpoint whose weights stay on disk until they are read. `sha256` identifies its weights, spec and tokenizer together.
+    """An opened checkpoint whose weights stay on disk until they are read. `sha256`
+    identifies its weights, spec and tokenizer together.
 
     `places` maps every parameter name of the model to the file that holds it.
     """
@@ -59,15 +68,21 @@ class StoredCheckpoint:
     places: Mapping[str, Path]
 
     def read(self, name: str) -> Tensor:
-        """One parameter as float32. Raises `CheckpointError` if the file is damaged or holds NaN or infinite values."""
+        """One parameter as float32. Raises `CheckpointError` if the file is damaged or
+        holds NaN or infinite values.
+        """
         shard = self.places[name]
         try:
             with safe_open(shard, framework="pt") as file:
                 tensor = file.get_tensor(name).float()
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard} cannot be read ({error}); copy the checkpoint again") from None
+            raise CheckpointError(
+                f"{shard} cannot be read ({error}); copy the checkpoint again"
+            ) from None
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{self.path} holds NaN or infinite values in {name}; train or import it again")
+            raise CheckpointError(
+                f"{self.path} holds NaN or infinite values in {name}; train or import it again"
+            )
         return tensor
 
 
@@ -86,16 +101,23 @@ def read_spec(path: Path) -> ModelSpec:
     """The spec of a checkpoint folder. Raises `CheckpointError` or `SpecError`."""
     config = path / CONFIG
     if not config.is_file():
-        raise CheckpointError(f"no checkpoint at {path} ({CONFIG} not found); train one with: infmllm-train --preset nano --out {path}")
+        raise CheckpointError(
+            f"no checkpoint at {path} ({CONFIG} not found); train one with: infmllm-train "
+            f"--preset nano --out {path}"
+        )
     return ModelSpec.from_text(config.read_bytes(), str(config))
 
 
 def open_checkpoint(path: Path) -> StoredCheckpoint:
-    """Reads everything of a checkpoint folder but its weights, of which names and shapes are checked. Raises `CheckpointError` or `SpecError`."""
+    """Reads everything of a checkpoint folder but its weights, of which names and
+    shapes are checked. Raises `CheckpointError` or `SpecError`.
+    """
     spec = read_spec(path)
     shards = _shards(path)
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in InfMLLM(spec).state_dict().items()}
+        expected = {
+            name: tuple(tensor.shape) for name, tensor in InfMLLM(spec).state_dict().items()
+        }
     places = _places(shards, expected, path)
     try:
         tokenizer = Tokenizer.load(path / TOKENIZER, spec)
@@ -104,12 +126,16 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
     try:
         card = json.loads((path / CARD).read_bytes()) if (path / CARD).is_file() else {}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / CARD} is not valid JSON ({error}); copy the checkpoint again") from None
+        raise CheckpointError(
+            f"{path / CARD} is not valid JSON ({error}); copy the checkpoint again"
+        ) from None
     return StoredCheckpoint(path, spec, tokenizer, card, _identity(path, shards), places)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a whole checkpoint folder; weights become fp32. Raises `CheckpointError` (or `SpecError` for its config)."""
+    """Reads a whole checkpoint folder; weights become fp32. Raises `CheckpointError`
+    (or `SpecError` for its config).
+    """
     stored = open_checkpoint(path)
     model = InfMLLM(stored.spec)
     model.load_state_dict({name: stored.read(name) for name in stored.places})
@@ -124,29 +150,42 @@ def _identity(path: Path, shards: list[Path]) -> str:
 
 
 def _shards(path: Path) -> list[Path]:
-    """Weight files: the single one, or those the index names (plain names in this folder only)."""
+    """Weight files: the single one, or those the index names (plain names in this
+    folder only).
+    """
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     if not (path / INDEX).is_file():
-        raise CheckpointError(f"{path} has neither {WEIGHTS} nor {INDEX}; pickle files are not read, use: infmllm-export import")
+        raise CheckpointError(
+            f"{path} has neither {WEIGHTS} nor {INDEX}; pickle files are not read, use: "
+            f"infmllm-export import"
+        )
     return shard_files(path / INDEX)
 
 
 def shard_files(index: Path) -> list[Path]:
-    """The files an index of shards names: plain names of existing files in its folder. Raises `CheckpointError`."""
+    """The files an index of shards names: plain names of existing files in its folder.
+    Raises `CheckpointError`.
+    """
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({error}); copy the checkpoint again") from None
+        raise CheckpointError(
+            f"{index} is no index of shards ({error}); copy the checkpoint again"
+        ) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index} names files outside the checkpoint: {name!r:.80}")
         if not (index.parent / name).is_file():
-            raise CheckpointError(f"{index.parent / name} is missing, its index names it; copy the checkpoint again")
+            raise CheckpointError(
+                f"{index.parent / name} is missing, its index names it; copy the checkpoint again"
+            )
     return [index.parent / name for name in names]
 
 
-def _places(shards: list[Path], expected: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Path]:
+def _places(
+    shards: list[Path], expected: Mapping[str, tuple[int, ...]], path: Path
+) -> dict[str, Path]:
     """Which shard holds each parameter, after a strict check of names and shapes."""
     places: dict[str, Path] = {}
     for shard in shards:
@@ -154,14 +193,22 @@ def _places(shards: list[Path], expected: Mapping[str, tuple[int, ...]], path: P
             with safe_open(shard, framework="pt") as file:
                 shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard} cannot be read ({error}); copy the checkpoint again") from None
+            raise CheckpointError(
+                f"{shard} cannot be read ({error}); copy the checkpoint again"
+            ) from None
         for name, shape in shapes.items():
             if expected.get(name) != shape:
-                raise CheckpointError(f"{shard}: tensor {name} {shape} {_fault(name, expected)}; it was made for another config")
+                raise CheckpointError(
+                    f"{shard}: tensor {name} {shape} {_fault(name, expected)}; it was made for "
+                    f"another config"
+                )
             places[name] = shard
     missing = sorted(set(expected) - set(places))
     if missing:
-        raise CheckpointError(f"{path} lacks {len(missing)} tensors, such as {', '.join(missing[:3])}; copy the checkpoint again")
+        raise CheckpointError(
+            f"{path} lacks {len(missing)} tensors, such as {', '.join(missing[:3])}; copy the "
+            f"checkpoint again"
+        )
     return places
 
 
@@ -169,12 +216,25 @@ def _fault(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
     return f"should be {expected[name]}" if name in expected else "is unknown"
 
 
-def save_checkpoint(path: Path, model: InfMLLM, tokenizer_json: str, card: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> None:
-    """Writes a checkpoint atomically, weights as `dtype` (values are rounded; evaluate what was saved, not what was trained)."""
-    weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+def save_checkpoint(
+    path: Path,
+    model: InfMLLM,
+    tokenizer_json: str,
+    card: Mapping[str, Any],
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Writes a checkpoint atomically, weights as `dtype` (values are rounded; evaluate
+    what was saved, not what was trained).
+    """
+    weights = {
+        name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()
+    }
     bad = sorted(name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all()))
     if bad:
-        raise CheckpointError(f"{', '.join(bad[:3])} hold values that are not finite as {dtype}; nothing was written to {path}")
+        raise CheckpointError(
+            f"{', '.join(bad[:3])} hold values that are not finite as {dtype}; nothing was "
+            f"written to {path}"
+        )
     with staged_folder(path, CONFIG) as folder:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / TOKENIZER).write_text(tokenizer_json)
@@ -182,8 +242,12 @@ def save_checkpoint(path: Path, model: InfMLLM, tokenizer_json: str, card: Mappi
         (folder / CARD).write_text(json.dumps(dict(card), indent=2) + "\n")
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes named tensors as they come, in files of at most `shard_bytes` (or one tensor), with an index when there is more than one."""
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes named tensors as they come, in files of at most `shard_bytes` (or one
+    tensor), with an index when there is more than one.
+    """
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
 
@@ -208,13 +272,32 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byte
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=1) + "\n")
 
 
-def write_random(path: Path, spec: ModelSpec, tokenizer_json: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes a checkpoint of random weights, tensor by tensor: the start of training, and for measuring sizes no trained model is at hand for."""
+def write_random(
+    path: Path,
+    spec: ModelSpec,
+    tokenizer_json: str,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Writes a checkpoint of random weights, tensor by tensor: the start of training,
+    and for measuring sizes no trained model is at hand for.
+    """
     with torch.device("meta"):
         model = InfMLLM(spec)
     generator = torch.Generator().manual_seed(seed)
     with staged_folder(path, CONFIG) as folder:
-        write_shards(folder, ((name, model.initial(name, p.shape, generator).to(dtype)) for name, p in model.named_parameters()))
+        write_shards(
+            folder,
+            (
+                (name, model.initial(name, p.shape, generator).to(dtype))
+                for name, p in model.named_parameters()
+            ),
+        )
         (folder / TOKENIZER).write_text(tokenizer_json)
         (folder / CONFIG).write_text(json.dumps(spec.to_json(), indent=2) + "\n")
-        (folder / CARD).write_text(json.dumps({"recipe": "random", "seed": seed, "data": [{"name": "synthetic"}]}, indent=2) + "\n")
+        (folder / CARD).write_text(
+            json.dumps(
+                {"recipe": "random", "seed": seed, "data": [{"name": "synthetic"}]}, indent=2
+            )
+            + "\n"
+        )

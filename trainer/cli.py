@@ -1,4 +1,6 @@
-"""`infmllm-train`: trains a preset on a data source and writes a checkpoint with its card."""
+"""`infmllm-train`: trains a preset on a data source and writes a checkpoint with its
+card.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ __all__ = ["main"]
 T = TypeVar("T")
 
 app = command_app("Train a compact InfMLLM checkpoint.")
-_DATA_HELP = "synthetic, a .jsonl file, or NAME:PATH,option=value with NAME one of: coco, vqav2, refcoco, llava, voc."
+_DATA_HELP = (
+    "synthetic, a .jsonl file, or NAME:PATH,option=value with NAME one of: coco, vqav2, "
+    "refcoco, llava, voc."
+)
 _EXAMPLES = """
 Examples:
 
@@ -34,28 +39,88 @@ Examples:
 
 @app.command(epilog=_EXAMPLES)
 def run(
-    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path("checkpoints/nano"),
+    out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path(
+        "checkpoints/nano"
+    ),
     preset: Annotated[str, typer.Option(help="Model shape and recipe.")] = "nano",
-    data: Annotated[list[str] | None, typer.Option(help=f"{_DATA_HELP} Repeat to mix. Default: synthetic.")] = None,
-    val: Annotated[str, typer.Option(help="Data for the card's figures, named likewise.")] = "synthetic:500",
-    stage: Annotated[str, typer.Option(help="all (the preset's recipe), adapt, published, or stages separated by commas.")] = "all",
-    start_from: Annotated[Path | None, typer.Option(help="Checkpoint to continue from, with its tokenizer.")] = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="With --start-from: side of the square picture; positions are resized.")] = None,
-    new_words: Annotated[bool, typer.Option("--new-words", help="With --start-from: let the tokenizer learn the data's words.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows and count them, instead of stopping.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps of every stage. Default: the recipe's.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Images per step and process. Default: the recipe's.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help=f"{_DATA_HELP} Repeat to mix. Default: synthetic.")
+    ] = None,
+    val: Annotated[
+        str, typer.Option(help="Data for the card's figures, named likewise.")
+    ] = "synthetic:500",
+    stage: Annotated[
+        str,
+        typer.Option(
+            help="all (the preset's recipe), adapt, published, or stages separated by commas."
+        ),
+    ] = "all",
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint to continue from, with its tokenizer.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --start-from: side of the square picture; positions are resized."
+        ),
+    ] = None,
+    new_words: Annotated[
+        bool,
+        typer.Option(
+            "--new-words", help="With --start-from: let the tokenizer learn the data's words."
+        ),
+    ] = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out bad rows and count them, instead of stopping."),
+    ] = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimiser steps of every stage. Default: the recipe's."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per step and process. Default: the recipe's.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data.")] = 0,
-    lr: Annotated[float | None, typer.Option(min=0, help="Peak learning rate of every stage. Default: the recipe's.")] = None,
-    decay: Annotated[str | None, typer.Option(help="cosine or linear. Default: the recipe's.")] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Batches per optimiser step. Default: the recipe's.")] = None,
-    precision: Annotated[str, typer.Option(help="auto (bf16 where the hardware multiplies it), bf16 or fp32.")] = "auto",
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")] = False,
-    sample_every: Annotated[int, typer.Option(min=0, help="Optimiser steps between sheets of sample answers; 0 for none.")] = 250,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures, per training process.")] = 1,
+    lr: Annotated[
+        float | None,
+        typer.Option(min=0, help="Peak learning rate of every stage. Default: the recipe's."),
+    ] = None,
+    decay: Annotated[
+        str | None, typer.Option(help="cosine or linear. Default: the recipe's.")
+    ] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(min=1, help="Batches per optimiser step. Default: the recipe's.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="auto (bf16 where the hardware multiplies it), bf16 or fp32.")
+    ] = "auto",
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Recompute activations: less memory, more time."
+        ),
+    ] = False,
+    sample_every: Annotated[
+        int,
+        typer.Option(min=0, help="Optimiser steps between sheets of sample answers; 0 for none."),
+    ] = 250,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read pictures, per training process.")
+    ] = 1,
     save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between saved states.")] = 2.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads per process. Default: the cores divided among processes.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped; same options, same result.")] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="CPU threads per process. Default: the cores divided among processes."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Continue a run that was stopped; same options, same result."
+        ),
+    ] = False,
 ) -> None:
     """Runs the recipe, then scores the saved checkpoint and writes its card."""
     from trainer.card import data_card, save_scored, time_card
@@ -68,7 +133,10 @@ def run(
     from trainer.watch import SHEET_EXAMPLES
 
     chosen = find_preset(preset)
-    recipe = changed(find_recipe(chosen, stage), {"steps": steps, "batch": batch, "accumulate": accumulate, "lr": lr, "decay": decay})
+    recipe = changed(
+        find_recipe(chosen, stage),
+        {"steps": steps, "batch": batch, "accumulate": accumulate, "lr": lr, "decay": decay},
+    )
     source = open_source(data or ["synthetic"], skip_bad)
     set_threads(threads)
     check_target(out, CONFIG)
@@ -88,26 +156,44 @@ def run(
         sample_every=sample_every,
         samples=examples[:SHEET_EXAMPLES],
     )
-    trained = _explained(lambda: train(start.model, start.tokenizer, source, recipe, options), options.state_dir)
+    trained = _explained(
+        lambda: train(start.model, start.tokenizer, source, recipe, options), options.state_dir
+    )
     leave_processes()  # the others need not wait for the scores
     if trained.is_main:
-        card = {"preset": preset, "data": described, "seed": seed, "processes": trained.processes, "recipe": [asdict(r) for r in recipe]}
-        card |= time_card(trained.seconds / 60, start_from, start.card) | {"val": data_card([val])[0]["name"]}
+        card = {
+            "preset": preset,
+            "data": described,
+            "seed": seed,
+            "processes": trained.processes,
+            "recipe": [asdict(r) for r in recipe],
+        }
+        card |= time_card(trained.seconds / 60, start_from, start.card) | {
+            "val": data_card([val])[0]["name"]
+        }
         save_scored(out, trained.model, start.tokenizer_json, card, examples, skip_bad)
         note(f"wrote {out}; curves: tensorboard --logdir {options.state_dir}")
 
 
 def _explained(run: Callable[[], T], state_dir: Path) -> T:
-    """The run's result; memory and disk that are full become one line that names the way on."""
+    """The run's result; memory and disk that are full become one line that names the
+    way on.
+    """
     import torch
 
     try:
         return run()
     except torch.OutOfMemoryError:
-        raise UsageError("the GPU has not enough memory; use a smaller --batch with --accumulate, or --gradient-checkpointing") from None
+        raise UsageError(
+            "the GPU has not enough memory; use a smaller --batch with --accumulate, or "
+            "--gradient-checkpointing"
+        ) from None
     except OSError as error:
         reason = error.strerror or error
-        raise BuildError(f"{state_dir} cannot be written ({reason}); the last saved state is kept, go on with --resume") from None
+        raise BuildError(
+            f"{state_dir} cannot be written ({reason}); the last saved state is kept, go on with "
+            f"--resume"
+        ) from None
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Presets and stages: what a model looks like, what each training stage trains, and the recipe that strings stages together.
+"""Presets and stages: what a model looks like, what each training stage trains, and the
+recipe that strings stages together.
 
 `PRESETS` and `STAGES` are tables; adding a row is all an extension needs.
 """
@@ -12,12 +13,25 @@ from typing import Any
 from runtime.contract.errors import UsageError
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 
-__all__ = ["DECAYS", "PRESETS", "RECIPES", "STAGES", "Preset", "Stage", "StageRun", "changed", "find_preset", "find_recipe"]
+__all__ = [
+    "DECAYS",
+    "PRESETS",
+    "RECIPES",
+    "STAGES",
+    "Preset",
+    "Stage",
+    "StageRun",
+    "changed",
+    "find_preset",
+    "find_recipe",
+]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage trains. `tower`, `adapter` are learning-rate factors (0 is frozen); `decoder` likewise, over all weights or Q and V only."""
+    """What a stage trains. `tower`, `adapter` are learning-rate factors (0 is frozen);
+    `decoder` likewise, over all weights or Q and V only.
+    """
 
     name: str
     tower: float
@@ -38,7 +52,11 @@ class Stage:
             return self.tower
         if parameter.startswith("pool_adapter."):
             return self.adapter
-        if self.decoder_part == "qv" and ".self_attn.q_proj." not in parameter and ".self_attn.v_proj." not in parameter:
+        if (
+            self.decoder_part == "qv"
+            and ".self_attn.q_proj." not in parameter
+            and ".self_attn.v_proj." not in parameter
+        ):
             return 0.0
         return self.decoder
 
@@ -63,7 +81,9 @@ DECAYS = ("cosine", "linear")
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage of a recipe: how long (in optimiser steps) and how fast. A step takes `batch` images from each process, `accumulate` times."""
+    """One stage of a recipe: how long (in optimiser steps) and how fast. A step takes
+    `batch` images from each process, `accumulate` times.
+    """
 
     stage: str
     steps: int
@@ -78,9 +98,14 @@ class StageRun:
 
 
 RECIPES: dict[str, tuple[StageRun, ...]] = {
-    # From a trained small model to other pictures, everything trained; the data need labels per patch (scenes or boxes).
-    "adapt": (StageRun("dense", steps=600, batch=16, lr=1.5e-3), StageRun("joint", steps=1050, batch=16, lr=1.2e-3)),
-    # The published three, for models with pretrained parts. Lengths and rates are ours: the paper's are unknown.
+    # From a trained small model to other pictures, everything trained; the data need labels per
+    # patch (scenes or boxes).
+    "adapt": (
+        StageRun("dense", steps=600, batch=16, lr=1.5e-3),
+        StageRun("joint", steps=1050, batch=16, lr=1.2e-3),
+    ),
+    # The published three, for models with pretrained parts. Lengths and rates are ours: the
+    # paper's are unknown.
     "published": (
         StageRun("alignment", steps=2000, batch=16, lr=1e-3, warmup=100),
         StageRun("multitask", steps=8000, batch=16, lr=1e-4, warmup=500),
@@ -91,7 +116,9 @@ RECIPES: dict[str, tuple[StageRun, ...]] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model shape with the recipe that trains it (empty where weights come from elsewhere)."""
+    """A named model shape with the recipe that trains it (empty where weights come from
+    elsewhere).
+    """
 
     spec: ModelSpec
     recipe: tuple[StageRun, ...] = ()
@@ -103,31 +130,64 @@ PRESETS: dict[str, Preset] = {
     "nano": Preset(
         ModelSpec(
             name="nano",
-            vision=VisionSpec(image_size=128, patch_size=16, width=160, layers=6, heads=5, mlp_width=640),
-            decoder=DecoderSpec(vocab_size=_NANO_VOCABULARY, hidden=192, layers=4, heads=6, kv_heads=6, mlp_width=512, context=512),
+            vision=VisionSpec(
+                image_size=128, patch_size=16, width=160, layers=6, heads=5, mlp_width=640
+            ),
+            decoder=DecoderSpec(
+                vocab_size=_NANO_VOCABULARY,
+                hidden=192,
+                layers=4,
+                heads=6,
+                kv_heads=6,
+                mlp_width=512,
+                context=512,
+            ),
             pool_sizes=(8, 4),
         ),
         (
-            # For two processes of one core each, 75 minutes in all; with one process use --accumulate 2.
+            # For two processes of one core each, 75 minutes in all; with one process use
+            # --accumulate 2.
             StageRun("dense", steps=1200, batch=16, lr=1.5e-3),
             StageRun("scratch", steps=259, batch=16, lr=1.2e-3, floor=1.0),
             StageRun("joint", steps=1500, batch=16, lr=1.2e-3, chat_share=0.08),
-            StageRun("joint", steps=2000, batch=16, lr=1.2e-3, chat_share=0.08),  # a second warm-up and decay: relations are learnt only here
+            StageRun(
+                "joint", steps=2000, batch=16, lr=1.2e-3, chat_share=0.08
+            ),  # a second warm-up and decay: relations are learnt only here
         ),
     ),
     "edge": Preset(
         ModelSpec(
             name="edge",
-            vision=VisionSpec(image_size=448, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096),
-            decoder=DecoderSpec(vocab_size=32000, hidden=2048, layers=22, heads=32, kv_heads=4, mlp_width=5632, context=2048),
+            vision=VisionSpec(
+                image_size=448, patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096
+            ),
+            decoder=DecoderSpec(
+                vocab_size=32000,
+                hidden=2048,
+                layers=22,
+                heads=32,
+                kv_heads=4,
+                mlp_width=5632,
+                context=2048,
+            ),
             pool_sizes=(16, 8, 32),
         )
     ),
     "7b": Preset(
         ModelSpec(
             name="7b",
-            vision=VisionSpec(image_size=448, patch_size=14, width=1408, layers=39, heads=16, mlp_width=6144),
-            decoder=DecoderSpec(vocab_size=32000, hidden=4096, layers=32, heads=32, kv_heads=32, mlp_width=11008, context=4096),
+            vision=VisionSpec(
+                image_size=448, patch_size=14, width=1408, layers=39, heads=16, mlp_width=6144
+            ),
+            decoder=DecoderSpec(
+                vocab_size=32000,
+                hidden=4096,
+                layers=32,
+                heads=32,
+                kv_heads=32,
+                mlp_width=11008,
+                context=4096,
+            ),
             pool_sizes=(16, 32, 8),
         )
     ),
@@ -142,10 +202,15 @@ def find_preset(name: str) -> Preset:
 
 
 def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
-    """The runs of `all` (the preset's own), of a named recipe, or of stages separated by commas. Raises `UsageError`."""
+    """The runs of `all` (the preset's own), of a named recipe, or of stages separated
+    by commas. Raises `UsageError`.
+    """
     if text == "all":
         if not preset.recipe:
-            raise UsageError(f"preset {preset.spec.name} has no recipe of its own; name a --stage ({', '.join([*RECIPES, *STAGES])})")
+            raise UsageError(
+                f"preset {preset.spec.name} has no recipe of its own; name a --stage "
+                f"({', '.join([*RECIPES, *STAGES])})"
+            )
         return preset.recipe
     if text in RECIPES:
         return RECIPES[text]
@@ -154,14 +219,22 @@ def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
     names = text.split(",")
     unknown = [name for name in names if name not in STAGES]
     if unknown:
-        raise UsageError(f"unknown stage {unknown[0]!r}; choose all, one of the recipes {', '.join(RECIPES)}, or stages of: {', '.join(STAGES)}")
+        raise UsageError(
+            f"unknown stage {unknown[0]!r}; choose all, one of the recipes {', '.join(RECIPES)}, "
+            f"or stages of: {', '.join(STAGES)}"
+        )
     return tuple(known[name] for name in names)
 
 
 def changed(recipe: Sequence[StageRun], changes: Mapping[str, Any]) -> tuple[StageRun, ...]:
-    """The runs with what a user asked for (None: unchanged); with other steps at most a fifth of them warm up. Raises `UsageError`."""
+    """The runs with what a user asked for (None: unchanged); with other steps at most a
+    fifth of them warm up. Raises `UsageError`.
+    """
     wanted = {key: value for key, value in changes.items() if value is not None}
     if wanted.get("decay", DECAYS[0]) not in DECAYS:
         raise UsageError(f"unknown decay {wanted['decay']!r}; choose one of: {', '.join(DECAYS)}")
     runs = [replace(run, **wanted) for run in recipe]
-    return tuple(replace(run, warmup=min(run.warmup, max(1, run.steps // 5))) if "steps" in wanted else run for run in runs)
+    return tuple(
+        replace(run, warmup=min(run.warmup, max(1, run.steps // 5))) if "steps" in wanted else run
+        for run in runs
+    )

@@ -1,7 +1,9 @@
-"""The LLaMA decoder in plain PyTorch: embeddings in, logits out, with or without a key/value cache.
+"""The LLaMA decoder in plain PyTorch: embeddings in, logits out, with or without a
+key/value cache.
 
-Module names follow the Hugging Face layout (`layers.N.self_attn.q_proj`, ...), so weights map one to one. The cache is functional: a
-call takes static-capacity buffers and returns updated ones, which is exactly the form that capture turns into a graph.
+Module names follow the Hugging Face layout (`layers.N.self_attn.q_proj`, ...), so
+weights map one to one. The cache is functional: a call takes static-capacity buffers
+and returns updated ones, which is exactly the form that capture turns into a graph.
 """
 
 from __future__ import annotations
@@ -22,12 +24,18 @@ KeyValue = tuple[Tensor, Tensor]
 
 Rotate = Callable[[Tensor], Tensor]
 RotaryFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x [B, H, L, D], cos table [C, D/2], sin table [C, D/2], position ids [B, L]) to rotated x."""
+"""(x [B, H, L, D], cos table [C, D/2], sin table [C, D/2], position ids [B, L]) to
+rotated x.
+"""
 
 
 def rotary_tables(spec: DecoderSpec) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and frequency, each [context, D/2] float32 (RoFormer, arXiv 2104.09864)."""
-    frequency = spec.rope_theta ** (-torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim)
+    """cos and sin of every position and frequency, each [context, D/2] float32
+    (RoFormer, arXiv 2104.09864).
+    """
+    frequency = spec.rope_theta ** (
+        -torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
+    )
     angle = torch.arange(spec.context, dtype=torch.float64)[:, None] * frequency[None, :]
     return angle.cos().float(), angle.sin().float()
 
@@ -36,7 +44,9 @@ def rotate_half(x_BHLD: Tensor, cos_CE: Tensor, sin_CE: Tensor, position_ids_BL:
     """Rotary positions in LLaMA's half-split layout."""
     cos, sin = (table[position_ids_BL][:, None] for table in (cos_CE, sin_CE))
     first, second = x_BHLD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BHLD.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
+        x_BHLD.dtype
+    )
 
 
 class DecoderAttention(nn.Module):
@@ -51,14 +61,23 @@ class DecoderAttention(nn.Module):
         self.v_proj = nn.Linear(spec.hidden, kv_width, bias=False)
         self.o_proj = nn.Linear(spec.hidden, spec.hidden, bias=False)
 
-    def forward(self, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor, cache: KeyValue | None) -> tuple[Tensor, KeyValue]:
-        """x [B, L, H] to (output [B, L, H], keys and values seen: the cache with rows `positions` replaced, or this call's own)."""
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(
+        self, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor, cache: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """x [B, L, H] to (output [B, L, H], keys and values seen: the cache with rows
+        `positions` replaced, or this call's own).
+        """
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(q), rotate(k)
         if cache is not None:
             rows = positions[:, None, :, None].expand(-1, k.shape[1], -1, self.head_dim)
             k, v = cache[0].scatter(2, rows, k), cache[1].scatter(2, rows, v)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        )
         return self.o_proj(attended.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -86,14 +105,18 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(spec.hidden, eps=spec.rms_norm_eps)
         self.mlp = DecoderMlp(spec)
 
-    def forward(self, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor, cache: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(
+        self, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor, cache: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
         """See `DecoderAttention.forward`."""
         attended, cache = self.self_attn(self.input_layernorm(x), rotate, mask, positions, cache)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), cache
 
 
-def _hidden_only(layer: DecoderLayer, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor) -> Tensor:
+def _hidden_only(
+    layer: DecoderLayer, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor
+) -> Tensor:
     return layer(x, rotate, mask, positions, None)[0]
 
 
@@ -121,9 +144,11 @@ class Decoder(nn.Module):
         caches: Sequence[KeyValue] | None = None,
         rotary: RotaryFunction = rotate_half,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Hidden states [B, L, H] after the last norm, and each layer's keys and values (none when activations are recomputed).
+        """Hidden states [B, L, H] after the last norm, and each layer's keys and values
+        (none when activations are recomputed).
 
-        `mask` is boolean, [B, 1, L, L] without caches and [B, 1, L, C] with them, True where a key is seen.
+        `mask` is boolean, [B, 1, L, L] without caches and [B, 1, L, C] with them, True
+        where a key is seen.
         """
         cos, sin = self.rotary_cos, self.rotary_sin
 
@@ -133,16 +158,26 @@ class Decoder(nn.Module):
         x, updated = inputs_embeds_BLH, []
         for index, layer in enumerate(self.layers):
             if self.recompute and caches is None and torch.is_grad_enabled():
-                x = checkpoint(_hidden_only, layer, x, rotate, mask, position_ids_BL, use_reentrant=False)
+                x = checkpoint(
+                    _hidden_only, layer, x, rotate, mask, position_ids_BL, use_reentrant=False
+                )
                 continue
-            x, cache = layer(x, rotate, mask, position_ids_BL, caches[index] if caches is not None else None)
+            x, cache = layer(
+                x, rotate, mask, position_ids_BL, caches[index] if caches is not None else None
+            )
             updated.append(cache)
         return self.norm(x), updated
 
     def step(
-        self, inputs_embeds_BLH: Tensor, position_ids_BL: Tensor, caches: Sequence[KeyValue], rotary: RotaryFunction = rotate_half
+        self,
+        inputs_embeds_BLH: Tensor,
+        position_ids_BL: Tensor,
+        caches: Sequence[KeyValue],
+        rotary: RotaryFunction = rotate_half,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Prefill or decode with a cache: logits of the last position [B, V], and the updated caches. Row r of a cache holds position r."""
+        """Prefill or decode with a cache: logits of the last position [B, V], and the
+        updated caches. Row r of a cache holds position r.
+        """
         rows = torch.arange(caches[0][0].shape[2], device=position_ids_BL.device)
         mask = rows[None, None, None, :] <= position_ids_BL[:, None, :, None]
         hidden, updated = self(inputs_embeds_BLH, position_ids_BL, mask, caches, rotary)

@@ -1,4 +1,6 @@
-"""Answers with a PyTorch checkpoint, for `infmllm-eval CKPT DATA` and for the figures in a checkpoint's card."""
+"""Answers with a PyTorch checkpoint, for `infmllm-eval CKPT DATA` and for the figures
+in a checkpoint's card.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +20,39 @@ __all__ = ["CheckpointAnswerer"]
 
 
 class CheckpointAnswerer:
-    """Greedy answers of a checkpoint in fp32 on the CPU. One image's embeddings are kept for the questions that follow on it."""
+    """Greedy answers of a checkpoint in fp32 on the CPU. One image's embeddings are
+    kept for the questions that follow on it.
+    """
 
     def __init__(self, path: Path, checkpoint: Checkpoint | None = None) -> None:
         self.checkpoint = checkpoint or load_checkpoint(path)
         self._last: tuple[Image.Image, int, Tensor] | None = None
 
     @torch.no_grad()
-    def answer_ids(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> list[int]:
+    def answer_ids(
+        self, image: Image.Image, sample: Sample, visual_tokens: int | None
+    ) -> list[int]:
         """Token ids of the greedy answer, up to the task's published limit."""
         model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
         p = model.spec.pool_size_for(visual_tokens)
         if self._last is None or self._last[0] is not image or self._last[1] != p:
-            pixels = torch.from_numpy(to_pixels(image, model.spec)).to(model.decoder.embed_tokens.weight.device)
+            pixels = torch.from_numpy(to_pixels(image, model.spec)).to(
+                model.decoder.embed_tokens.weight.device
+            )
             self._last = (image, p, model.embed_image(pixels, p)[0])
         before, after = tokenizer.encode_prompt(sample.prompt())
         total = len(before) + len(after) + p * p
         if total > model.spec.decoder.context:
-            raise ContextError(f"the prompt takes {total} positions, the model's context has {model.spec.decoder.context}; shorten it")
-        return model.generate(model.sequence(before, self._last[2], after), TASKS[sample.task].max_new_tokens)
+            raise ContextError(
+                f"the prompt takes {total} positions, the model's context has "
+                f"{model.spec.decoder.context}; shorten it"
+            )
+        return model.generate(
+            model.sequence(before, self._last[2], after), TASKS[sample.task].max_new_tokens
+        )
 
     def answer(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> str:
         """The greedy answer's text."""
-        return self.checkpoint.tokenizer.decode(self.answer_ids(image, sample, visual_tokens)).strip()
+        return self.checkpoint.tokenizer.decode(
+            self.answer_ids(image, sample, visual_tokens)
+        ).strip()

@@ -1,7 +1,8 @@
-"""The two objectives: next-token prediction on answers, with coordinates treated as ordered, and dense labels per patch.
+"""The two objectives: next-token prediction on answers, with coordinates treated as
+ordered, and dense labels per patch.
 
-A coordinate token one hundredth off is nearly right, so its target is a narrow bell over neighbouring coordinates; every other token has the
-usual one-hot target.
+A coordinate token one hundredth off is nearly right, so its target is a narrow bell
+over neighbouring coordinates; every other token has the usual one-hot target.
 """
 
 from __future__ import annotations
@@ -30,46 +31,69 @@ class AnswerLoss(nn.Module):
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         super().__init__()
-        matches = [(i, m) for i in range(tokenizer.vocab_size) if (m := _COORDINATE.fullmatch(tokenizer.decode([i])))]
+        matches = [
+            (i, m)
+            for i in range(tokenizer.vocab_size)
+            if (m := _COORDINATE.fullmatch(tokenizer.decode([i])))
+        ]
         self.row_of: Tensor
         self.targets: Tensor
-        self.register_buffer("row_of", torch.full((vocab_size,), -1, dtype=torch.long), persistent=False)
+        self.register_buffer(
+            "row_of", torch.full((vocab_size,), -1, dtype=torch.long), persistent=False
+        )
         self.register_buffer("targets", torch.zeros(len(matches), vocab_size), persistent=False)
         if matches:
             ids = torch.tensor([i for i, _ in matches])
             values = torch.tensor([float(m[2]) for _, m in matches])
             prefixes = torch.tensor([" ,".find(m[1]) if m[1] else 9 for _, m in matches])
-            bell = torch.exp(-0.5 * ((values[:, None] - values[None]) / _SIGMA) ** 2) * (prefixes[:, None] == prefixes[None])
+            bell = torch.exp(-0.5 * ((values[:, None] - values[None]) / _SIGMA) ** 2) * (
+                prefixes[:, None] == prefixes[None]
+            )
             self.targets[:, ids] = bell / bell.sum(1, keepdim=True)
             self.row_of[ids] = torch.arange(len(matches))
 
     def forward(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
-        """Scalar loss of logits [N, V] at positions whose labels [N] are token ids (none ignored), each with its weight [N]."""
+        """Scalar loss of logits [N, V] at positions whose labels [N] are token ids
+        (none ignored), each with its weight [N].
+        """
         assert bool((labels_N != IGNORE).all()), "gather answer positions before computing logits"
         rows = self.row_of[labels_N]
         plain, ordered = rows < 0, rows >= 0
-        total = (F.cross_entropy(logits_NV[plain], labels_N[plain], reduction="none") * weights_N[plain]).sum()
+        total = (
+            F.cross_entropy(logits_NV[plain], labels_N[plain], reduction="none") * weights_N[plain]
+        ).sum()
         if bool(ordered.any()):
-            losses = F.cross_entropy(logits_NV[ordered], self.targets[rows[ordered]], reduction="none")
+            losses = F.cross_entropy(
+                logits_NV[ordered], self.targets[rows[ordered]], reduction="none"
+            )
             total = total + (losses * weights_N[ordered]).sum()
         return total / weights_N.sum()
 
 
 def _rarity(target: Tensor, classes: int) -> Tensor:
-    """Per patch the root of how much rarer its class is than the mean one (nothing, class 0, stays at 1), at most 4."""
+    """Per patch the root of how much rarer its class is than the mean one (nothing,
+    class 0, stays at 1), at most 4.
+    """
     counts = torch.bincount(target.flatten(), minlength=classes).float()
     things = counts[1:]
-    rarity = (things.sum() / (things > 0).sum().clamp_min(1) / things.clamp_min(1)).sqrt().clamp_max(_MAX_RARITY)
+    rarity = (
+        (things.sum() / (things > 0).sum().clamp_min(1) / things.clamp_min(1))
+        .sqrt()
+        .clamp_max(_MAX_RARITY)
+    )
     return torch.cat([torch.ones_like(counts[:1]), rarity])[target]
 
 
 class DenseHead(nn.Module):
-    """Linear read-outs of classes, box and outline per patch; used while training the tower, never shipped.
+    """Linear read-outs of classes, box and outline per patch; used while training the
+    tower, never shipped.
 
-    `classes` counts the classes of each label, such as colour, shape and size; class 0 is nothing.
+    `classes` counts the classes of each label, such as colour, shape and size; class 0
+    is nothing.
 
-    The outline (which of a patch's cells a thing covers) is also read from an early block: it is a local question whose answer later blocks need
-    to tell shapes apart, and asking it there ends the long plateau at chance on shapes.
+    The outline (which of a patch's cells a thing covers) is also read from an early
+    block: it is a local question whose answer later blocks need to tell shapes apart,
+    and asking it there ends the long plateau at chance on shapes.
     """
 
     def __init__(self, width: int, classes: Sequence[int], generator: torch.Generator) -> None:
@@ -82,7 +106,9 @@ class DenseHead(nn.Module):
                 layer.weight.normal_(0.0, width**-0.5, generator=generator)
                 layer.bias.zero_()
 
-    def forward(self, patches_NPC: Tensor, early_NPC: Tensor, labels_NPD: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, patches_NPC: Tensor, early_NPC: Tensor, labels_NPD: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(scalar loss, share of covered patches with every class right)."""
         count = len(self._parts) - 2
         *classes, box, outline = self.linear(patches_NPC).split(self._parts, dim=-1)
@@ -92,12 +118,16 @@ class DenseHead(nn.Module):
         right = covered.clone()
         for index, scores in enumerate(classes):
             target = labels_NPD[..., index].long()
-            losses = F.cross_entropy(scores.flatten(0, 1), target.flatten(), reduction="none").view_as(weight)
+            losses = F.cross_entropy(
+                scores.flatten(0, 1), target.flatten(), reduction="none"
+            ).view_as(weight)
             balanced = weight * _rarity(target, scores.shape[-1])
             total = total + _CLASS_WEIGHT / count * (losses * balanced).sum() / balanced.sum()
             right &= scores.argmax(-1) == target
         if bool(covered.any()):
-            total = total + 10 * F.smooth_l1_loss(box[covered], labels_NPD[..., count : count + 4][covered], beta=0.05)
+            total = total + 10 * F.smooth_l1_loss(
+                box[covered], labels_NPD[..., count : count + 4][covered], beta=0.05
+            )
         cells = labels_NPD[..., count + 4 :]
         for logits in (outline, self.early(early_NPC)):
             total = total + 2 * F.binary_cross_entropy_with_logits(logits, cells)

@@ -1,4 +1,6 @@
-"""InfMLLM in one module: tower, pool-adapter and decoder, with the full forward pass used in training and as the reference for parity."""
+"""InfMLLM in one module: tower, pool-adapter and decoder, with the full forward pass
+used in training and as the reference for parity.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _INIT_STD = 0.02
 
 
 class InfMLLM(nn.Module):
-    """The model of a `ModelSpec`. Weights start random from `generator`; checkpoints replace them."""
+    """The model of a `ModelSpec`. Weights start random from `generator`; checkpoints
+    replace them.
+    """
 
     def __init__(self, spec: ModelSpec, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -37,52 +41,86 @@ class InfMLLM(nn.Module):
             parameter.copy_(self.initial(name, parameter.shape, generator))
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """A parameter's start: normal (std by fan-in, residual outputs scaled by depth, GPT-2 style), zero biases, unit norms."""
+        """A parameter's start: normal (std by fan-in, residual outputs scaled by depth,
+        GPT-2 style), zero biases, unit norms.
+        """
         if "norm" in name and name.endswith("weight"):
             return torch.ones(shape)
         if name.endswith("bias"):
             return torch.zeros(shape)
-        depth = self.spec.vision.layers if name.startswith("vision_tower") else self.spec.decoder.layers
-        residual = name.endswith(("proj.weight", "fc2.weight")) and not name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
-        residual = residual and "gate_proj" not in name and "up_proj" not in name and "pool_adapter" not in name
+        depth = (
+            self.spec.vision.layers if name.startswith("vision_tower") else self.spec.decoder.layers
+        )
+        residual = name.endswith(("proj.weight", "fc2.weight")) and not name.endswith(
+            ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+        )
+        residual = (
+            residual
+            and "gate_proj" not in name
+            and "up_proj" not in name
+            and "pool_adapter" not in name
+        )
         fan_in = shape[1:].numel() if len(shape) > 1 else 1
         std = _INIT_STD if "embed" in name or "token" in name else fan_in**-0.5
-        return torch.empty(shape).normal_(0.0, std / (2 * depth) ** 0.5 if residual else std, generator=generator)
+        return torch.empty(shape).normal_(
+            0.0, std / (2 * depth) ** 0.5 if residual else std, generator=generator
+        )
 
     def pool_tensor(self, p: int) -> Tensor:
         """The pooling matrix [p*p, s*s] on the model's device."""
-        return torch.from_numpy(pool_matrix(self.spec.vision.grid, p)).to(self.decoder.embed_tokens.weight.device)
+        return torch.from_numpy(pool_matrix(self.spec.vision.grid, p)).to(
+            self.decoder.embed_tokens.weight.device
+        )
 
     def embed_image(self, pixels_NCHW: Tensor, p: int) -> Tensor:
         """Visual embeddings [N, p*p, H] of normalised pixels."""
         return self.pool_adapter(self.vision_tower(pixels_NCHW), self.pool_tensor(p))
 
-    def sequence(self, before: Sequence[int], image_embeds_TH: Tensor | None, after: Sequence[int]) -> Tensor:
-        """One sequence's input embeddings [1, L, H]: ids before, visual embeddings, ids after."""
+    def sequence(
+        self, before: Sequence[int], image_embeds_TH: Tensor | None, after: Sequence[int]
+    ) -> Tensor:
+        """One sequence's input embeddings [1, L, H]: ids before, visual embeddings, ids
+        after.
+        """
         table = self.decoder.embed_tokens
         device = table.weight.device
-        parts = [table(torch.tensor(ids, dtype=torch.long, device=device)) for ids in (before, after)]
+        parts = [
+            table(torch.tensor(ids, dtype=torch.long, device=device)) for ids in (before, after)
+        ]
         if image_embeds_TH is not None:
             parts.insert(1, image_embeds_TH)
         return torch.cat(parts)[None]
 
     def logits(self, inputs_embeds_BLH: Tensor) -> Tensor:
-        """Uncached causal forward: logits of every position [B, L, V]. The reference all compiled graphs are compared with."""
+        """Uncached causal forward: logits of every position [B, L, V]. The reference
+        all compiled graphs are compared with.
+        """
         batch, length = inputs_embeds_BLH.shape[:2]
         positions = torch.arange(length, device=inputs_embeds_BLH.device).expand(batch, -1)
-        mask = torch.ones(length, length, dtype=torch.bool, device=inputs_embeds_BLH.device).tril()[None, None]
+        mask = torch.ones(length, length, dtype=torch.bool, device=inputs_embeds_BLH.device).tril()[
+            None, None
+        ]
         hidden, _ = self.decoder(inputs_embeds_BLH, positions, mask)
         return self.decoder.lm_head(hidden)
 
     @torch.no_grad()
     def generate(self, inputs_embeds_1LH: Tensor, max_new_tokens: int) -> list[int]:
-        """Greedy decoding with a cache, stopping before the end-of-sequence id, at non-finite logits or at the end of the context: the token ids."""
+        """Greedy decoding with a cache, stopping before the end-of-sequence id, at
+        non-finite logits or at the end of the context: the token ids.
+        """
         spec, length = self.spec.decoder, inputs_embeds_1LH.shape[1]
-        max_new_tokens = min(max_new_tokens, spec.context - length + 1)  # the last token is never fed back
-        assert max_new_tokens > 0, f"a prompt of {length} positions does not fit the context of {spec.context}"
+        max_new_tokens = min(
+            max_new_tokens, spec.context - length + 1
+        )  # the last token is never fed back
+        assert max_new_tokens > 0, (
+            f"a prompt of {length} positions does not fit the context of {spec.context}"
+        )
         shape = (1, spec.kv_heads, length + max_new_tokens, spec.head_dim)
         device = inputs_embeds_1LH.device
-        caches = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(spec.layers)]
+        caches = [
+            (torch.zeros(shape, device=device), torch.zeros(shape, device=device))
+            for _ in range(spec.layers)
+        ]
         tokens: list[int] = []
         embeds, positions = inputs_embeds_1LH, torch.arange(length, device=device)[None]
         while True:

@@ -1,4 +1,6 @@
-"""What a stage minimises: one module from a batch to a loss, so that wrappers for several processes see a single forward pass."""
+"""What a stage minimises: one module from a batch to a loss, so that wrappers for
+several processes see a single forward pass.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,22 @@ _BETAS = (0.9, 0.98)
 
 
 class Objective(nn.Module):
-    """The model with its losses; `dense_classes` are the classes of labels per patch (empty: the data have none)."""
+    """The model with its losses; `dense_classes` are the classes of labels per patch
+    (empty: the data have none).
+    """
 
     _no_split_modules = ("VisionBlock", "DecoderLayer")  # what FSDP shards as units
 
-    def __init__(self, model: InfMLLM, tokenizer: Tokenizer, dense_classes: tuple[int, ...], seed: int) -> None:
+    def __init__(
+        self, model: InfMLLM, tokenizer: Tokenizer, dense_classes: tuple[int, ...], seed: int
+    ) -> None:
         super().__init__()
         self.model = model
-        self.dense_head = DenseHead(model.spec.vision.width, dense_classes, torch.Generator().manual_seed(seed)) if dense_classes else None
+        self.dense_head = (
+            DenseHead(model.spec.vision.width, dense_classes, torch.Generator().manual_seed(seed))
+            if dense_classes
+            else None
+        )
         self.answer_loss = AnswerLoss(tokenizer, model.spec.decoder.vocab_size)
 
     def forward(self, batch: Batch, stage: Stage) -> tuple[Tensor, dict[str, Tensor]]:
@@ -47,7 +57,9 @@ class Objective(nn.Module):
         model = self.model
         images = model.pool_adapter(patches, model.pool_tensor(batch.p))
         embeds = model.decoder.embed_tokens(batch.ids.clamp_min(0))
-        embeds = embeds.masked_scatter(batch.image_slots[..., None], images.to(embeds.dtype))  # the residual stream stays fp32
+        embeds = embeds.masked_scatter(
+            batch.image_slots[..., None], images.to(embeds.dtype)
+        )  # the residual stream stays fp32
         hidden, _ = model.decoder(embeds, batch.positions, block_mask(batch.segments))
         answers = batch.labels != IGNORE
         logits = model.decoder.lm_head(hidden[answers]).float()
@@ -55,7 +67,9 @@ class Objective(nn.Module):
 
 
 def make_optimiser(objective: Objective, run: StageRun, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over what the stage trains, everything else frozen; each group keeps its learning-rate factor."""
+    """AdamW over what the stage trains, everything else frozen; each group keeps its
+    learning-rate factor.
+    """
     stage = STAGES[run.stage]
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in objective.model.named_parameters():
@@ -69,5 +83,8 @@ def make_optimiser(objective: Objective, run: StageRun, fused: bool = True) -> t
             parameter.requires_grad_(stage.uses_dense)
             if stage.uses_dense:
                 groups.setdefault((1.0, 0.0), []).append(parameter)
-    rows = [{"params": tensors, "factor": factor, "weight_decay": decay} for (factor, decay), tensors in groups.items()]
+    rows = [
+        {"params": tensors, "factor": factor, "weight_decay": decay}
+        for (factor, decay), tensors in groups.items()
+    ]
     return torch.optim.AdamW(rows, lr=run.lr, betas=_BETAS, fused=fused)

@@ -1,4 +1,6 @@
-"""What a person sees while training: a bar with speed and time left, `log.jsonl`, and curves and pictures for TensorBoard."""
+"""What a person sees while training: a bar with speed and time left, `log.jsonl`, and
+curves and pictures for TensorBoard.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,14 @@ LOG, CURVES, SAMPLES = "log.jsonl", "tensorboard", "samples"
 
 
 def check_finite(figures: Mapping[str, Tensor | float], stage: str, step: int) -> None:
-    """Raises `NonFiniteError` when a figure is no number, before anything made of it is saved."""
+    """Raises `NonFiniteError` when a figure is no number, before anything made of it is
+    saved.
+    """
     bad = sorted(key for key, value in figures.items() if not math.isfinite(float(value)))
     if bad:
         raise NonFiniteError(
-            f"{', '.join(bad)} is not finite at step {step + 1} of {stage}; lower the rate or check the data. The last saved state is kept"
+            f"{', '.join(bad)} is not finite at step {step + 1} of {stage}; lower the rate or "
+            f"check the data. The last saved state is kept"
         )
 
 
@@ -43,7 +48,11 @@ def clear_log(folder: Path, keep_until: int = 0) -> None:
     """Removes what an earlier run logged after a number of steps (all stages together)."""
     log = folder / LOG
     if log.exists():
-        kept = [line for line in log.read_text().splitlines(keepends=True) if json.loads(line)["total_step"] <= keep_until]
+        kept = [
+            line
+            for line in log.read_text().splitlines(keepends=True)
+            if json.loads(line)["total_step"] <= keep_until
+        ]
         log.write_text("".join(kept))
     if not keep_until:
         shutil.rmtree(folder / CURVES, ignore_errors=True)
@@ -51,36 +60,74 @@ def clear_log(folder: Path, keep_until: int = 0) -> None:
 
 
 class Progress:
-    """Collects the figures of a stage's steps; every few steps their means over steps and processes are shown and written."""
+    """Collects the figures of a stage's steps; every few steps their means over steps
+    and processes are shown and written.
+    """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, images_per_step: int, steps_before: int, purge_step: int | None = None) -> None:
-        self._accelerator, self._folder, self._images, self._before = accelerator, folder, images_per_step, steps_before
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn())
-        self.bar = Bar(*columns, console=Console(stderr=True), disable=not accelerator.is_main_process)
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        images_per_step: int,
+        steps_before: int,
+        purge_step: int | None = None,
+    ) -> None:
+        self._accelerator, self._folder, self._images, self._before = (
+            accelerator,
+            folder,
+            images_per_step,
+            steps_before,
+        )
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Bar(
+            *columns, console=Console(stderr=True), disable=not accelerator.is_main_process
+        )
         self._writer: Any = None
         if accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(folder / CURVES), purge_step=purge_step)
-        self._sums, self._count, self._waited, self._began = dict[str, Tensor](), 0, 0.0, time.monotonic()
+        self._sums, self._count, self._waited, self._began = (
+            dict[str, Tensor](),
+            0,
+            0.0,
+            time.monotonic(),
+        )
 
     def close(self) -> None:
         """Flushes the curves."""
         if self._writer is not None:
             self._writer.close()
 
-    def add(self, run: StageRun, step: int, rate: float, shown: dict[str, Tensor], waited: float) -> None:
-        """One step's figures; `waited` is the time in seconds this process waited for data. Call it on all processes."""
+    def add(
+        self, run: StageRun, step: int, rate: float, shown: dict[str, Tensor], waited: float
+    ) -> None:
+        """One step's figures; `waited` is the time in seconds this process waited for
+        data. Call it on all processes.
+        """
         self._count += 1
         self._waited += waited
         for key, value in shown.items():
             self._sums[key] = self._sums.get(key, torch.zeros((), device=value.device)) + value
         if self._count < LOG_EVERY:
             return
-        means = {key: self._accelerator.reduce(value / self._count, "mean").item() for key, value in sorted(self._sums.items())}
+        means = {
+            key: self._accelerator.reduce(value / self._count, "mean").item()
+            for key, value in sorted(self._sums.items())
+        }
         seconds = time.monotonic() - self._began
         check_finite(means, run.stage, step)
-        means |= {"lr": rate, "images/s": self._count * self._images / seconds, "waiting for data %": 100 * self._waited / seconds}
+        means |= {
+            "lr": rate,
+            "images/s": self._count * self._images / seconds,
+            "waiting for data %": 100 * self._waited / seconds,
+        }
         self._sums, self._count, self._waited, self._began = {}, 0, 0.0, time.monotonic()
         if self._writer is None:
             return
@@ -88,7 +135,12 @@ class Progress:
         with (self._folder / LOG).open("a") as file:
             file.write(
                 json.dumps(
-                    {"stage": run.stage, "step": step + 1, "total_step": total, **{key: float(f"{value:.5g}") for key, value in means.items()}}
+                    {
+                        "stage": run.stage,
+                        "step": step + 1,
+                        "total_step": total,
+                        **{key: float(f"{value:.5g}") for key, value in means.items()},
+                    }
                 )
                 + "\n"
             )
@@ -103,4 +155,6 @@ class Progress:
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{run.stage}-{step + 1:06d}.png")
         if self._writer is not None:
-            self._writer.add_image("samples", np.asarray(image), self._before + step + 1, dataformats="HWC")
+            self._writer.add_image(
+                "samples", np.asarray(image), self._before + step + 1, dataformats="HWC"
+            )

@@ -10,7 +10,9 @@ __all__ = ["learning_rate"]
 
 
 def learning_rate(run: StageRun, step: int) -> float:
-    """Linear warm-up from 0, then half a cosine or a line f from 1 to 0, lifted to the floor r: (1-r)*f + r (as published)."""
+    """Linear warm-up from 0, then half a cosine or a line f from 1 to 0, lifted to the
+    floor r: (1-r)*f + r (as published).
+    """
     if step < run.warmup:
         return run.lr * (step + 1) / run.warmup
     progress = (step - run.warmup) / max(1, run.steps - run.warmup)

@@ -1,4 +1,6 @@
-"""Where a run starts: new weights from a seed, or a checkpoint's, at another picture size and with more words if asked."""
+"""Where a run starts: new weights from a seed, or a checkpoint's, at another picture
+size and with more words if asked.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ from trainer.datasets.scene_text import corpus
 from trainer.model import InfMLLM
 from trainer.tokenize import build_tokenizer
 
-__all__ = ["Start", "begin", "extended", "new_start", "resized", "resized_positions", "start_from_checkpoint"]
+__all__ = [
+    "Start",
+    "begin",
+    "extended",
+    "new_start",
+    "resized",
+    "resized_positions",
+    "start_from_checkpoint",
+]
 
 _VOCABULARY_STEP, _MAX_WORDS = 64, 2000
 _WORD = re.compile("[A-Za-z]+")
@@ -31,7 +41,9 @@ _WORD = re.compile("[A-Za-z]+")
 
 @dataclass(frozen=True)
 class Start:
-    """A model in training mode with its tokenizer, bound and as text; `card` is that of the checkpoint it comes from."""
+    """A model in training mode with its tokenizer, bound and as text; `card` is that of
+    the checkpoint it comes from.
+    """
 
     model: InfMLLM
     tokenizer: Tokenizer
@@ -40,23 +52,38 @@ class Start:
     card: Mapping[str, Any] = field(default_factory=dict)
 
 
-def begin(spec: ModelSpec, seed: int, path: Path | None, image_size: int | None, new_words: Sequence[str]) -> Start:
-    """New weights of `spec`, or a checkpoint's where `path` names one. Raises `UsageError` when changes are asked of no checkpoint."""
+def begin(
+    spec: ModelSpec, seed: int, path: Path | None, image_size: int | None, new_words: Sequence[str]
+) -> Start:
+    """New weights of `spec`, or a checkpoint's where `path` names one. Raises
+    `UsageError` when changes are asked of no checkpoint.
+    """
     if path is not None:
         return start_from_checkpoint(path, image_size, new_words)
     if image_size or new_words:
-        raise UsageError("--image-size and --new-words change a checkpoint; name one with --start-from")
+        raise UsageError(
+            "--image-size and --new-words change a checkpoint; name one with --start-from"
+        )
     return new_start(spec, seed)
 
 
 def new_start(spec: ModelSpec, seed: int) -> Start:
     """Random weights and the scene tokenizer."""
     inner = build_tokenizer(corpus())
-    return Start(InfMLLM(spec, torch.Generator().manual_seed(seed)), Tokenizer(inner, spec), inner.to_str(), "new weights")
+    return Start(
+        InfMLLM(spec, torch.Generator().manual_seed(seed)),
+        Tokenizer(inner, spec),
+        inner.to_str(),
+        "new weights",
+    )
 
 
-def start_from_checkpoint(path: Path, image_size: int | None = None, new_words: Sequence[str] = ()) -> Start:
-    """A checkpoint's model; `image_size` resizes its position table, `new_words` are texts its tokenizer shall learn words from."""
+def start_from_checkpoint(
+    path: Path, image_size: int | None = None, new_words: Sequence[str] = ()
+) -> Start:
+    """A checkpoint's model; `image_size` resizes its position table, `new_words` are
+    texts its tokenizer shall learn words from.
+    """
     checkpoint = load_checkpoint(path)
     model, tokenizer_json = checkpoint.model, (path / TOKENIZER).read_text()
     if image_size is not None:
@@ -64,11 +91,19 @@ def start_from_checkpoint(path: Path, image_size: int | None = None, new_words: 
     if new_words:
         model, tokenizer_json = extended(model, RawTokenizer.from_str(tokenizer_json), new_words)
     model.train()
-    return Start(model, Tokenizer(RawTokenizer.from_str(tokenizer_json), model.spec), tokenizer_json, checkpoint.sha256, checkpoint.card)
+    return Start(
+        model,
+        Tokenizer(RawTokenizer.from_str(tokenizer_json), model.spec),
+        tokenizer_json,
+        checkpoint.sha256,
+        checkpoint.card,
+    )
 
 
 def resized_positions(table_1LC: Tensor, grid: int) -> Tensor:
-    """A position table for another patch grid: the CLS row stays, the patch rows are interpolated (bicubic, as published)."""
+    """A position table for another patch grid: the CLS row stays, the patch rows are
+    interpolated (bicubic, as published).
+    """
     old = round((table_1LC.shape[1] - 1) ** 0.5)
     if old == grid:
         return table_1LC
@@ -79,27 +114,41 @@ def resized_positions(table_1LC: Tensor, grid: int) -> Tensor:
 
 
 def resized(model: InfMLLM, image_size: int) -> InfMLLM:
-    """The same weights for pictures of another size, pooled to the whole grid or its half. Raises `SpecError` if the size does not fit."""
+    """The same weights for pictures of another size, pooled to the whole grid or its
+    half. Raises `SpecError` if the size does not fit.
+    """
     vision = replace(model.spec.vision, image_size=image_size)
     grid = vision.grid
-    spec = replace(model.spec, vision=vision, pool_sizes=(grid, grid // 2) if grid % 2 == 0 else (grid,))
+    spec = replace(
+        model.spec, vision=vision, pool_sizes=(grid, grid // 2) if grid % 2 == 0 else (grid,)
+    )
     weights = model.state_dict()
     weights["vision_tower.pos_embed"] = resized_positions(weights["vision_tower.pos_embed"], grid)
     return _filled(spec, weights)
 
 
 def extended(model: InfMLLM, old: RawTokenizer, texts: Sequence[str]) -> tuple[InfMLLM, str]:
-    """The model with a tokenizer that also knows the words of `texts`, the 2000 most frequent at most.
+    """The model with a tokenizer that also knows the words of `texts`, the 2000 most
+    frequent at most.
 
-    Rows of tokens both tokenizers have are copied; a new token starts as the mean of the old tokens that spelt it. Only tokenizers made by
-    `build_tokenizer` can grow, since others' training texts are not known; raises `UsageError` for them.
+    Rows of tokens both tokenizers have are copied; a new token starts as the mean of
+    the old tokens that spelt it. Only tokenizers made by `build_tokenizer` can grow,
+    since others' training texts are not known; raises `UsageError` for them.
     """
     counts = Counter(word for text in texts for word in _WORD.findall(text))
     new = build_tokenizer(corpus(), [word for word, _ in counts.most_common(_MAX_WORDS)])
     if json.loads(old.to_str())["pre_tokenizer"] != json.loads(new.to_str())["pre_tokenizer"]:
-        raise UsageError("this checkpoint's tokenizer was not built by infmllm-train and cannot learn words; leave out --new-words")
+        raise UsageError(
+            "this checkpoint's tokenizer was not built by infmllm-train and cannot learn words; "
+            "leave out --new-words"
+        )
     vocabulary = -(-new.get_vocab_size() // _VOCABULARY_STEP) * _VOCABULARY_STEP
-    spec = replace(model.spec, decoder=replace(model.spec.decoder, vocab_size=max(vocabulary, model.spec.decoder.vocab_size)))
+    spec = replace(
+        model.spec,
+        decoder=replace(
+            model.spec.decoder, vocab_size=max(vocabulary, model.spec.decoder.vocab_size)
+        ),
+    )
     before, weights = old.get_vocab(), model.state_dict()
     for name in ("decoder.embed_tokens.weight", "decoder.lm_head.weight"):
         table = weights[name]

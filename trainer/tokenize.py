@@ -1,7 +1,9 @@
-"""Builds the nano preset's tokenizer: byte-level BPE over the scene language, with coordinates as single tokens.
+"""Builds the nano preset's tokenizer: byte-level BPE over the scene language, with
+coordinates as single tokens.
 
-Bytes make every Unicode text encodable; words of the closed world become one token each; a coordinate with its separator (`0.12`, `,0.34`,
-` 0.56`) is one token, so a box costs four decoding steps. Other presets bring their own `tokenizer.json`.
+Bytes make every Unicode text encodable; words of the closed world become one token
+each; a coordinate with its separator (`0.12`, `,0.34`, ` 0.56`) is one token, so a box
+costs four decoding steps. Other presets bring their own `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -26,17 +28,28 @@ def _coordinates() -> Iterator[str]:
 
 
 def build_tokenizer(corpus: Iterable[str], words: Sequence[str] = ()) -> Tokenizer:
-    """A tokenizer whose words come from `corpus` and `words`, the task templates and all two-decimal coordinates. Deterministic."""
+    """A tokenizer whose words come from `corpus` and `words`, the task templates and
+    all two-decimal coordinates. Deterministic.
+    """
     tokenizer = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     templates = [task.render("describe") for task in TASKS.values()]
-    texts = [*corpus, *(text for prompt in templates for text in (prompt.before, prompt.after)), CHAT_SYSTEM]
+    texts = [
+        *corpus,
+        *(text for prompt in templates for text in (prompt.before, prompt.after)),
+        CHAT_SYSTEM,
+    ]
     texts += list(_coordinates())
     texts += [form for word in words for form in (word, f" {word}")]
     trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY + sum(2 * len(word.encode()) + 1 for word in words),  # room for every merge, so that none pushes out a coordinate
+        vocab_size=_VOCABULARY
+        + sum(
+            2 * len(word.encode()) + 1 for word in words
+        ),  # room for every merge, so that none pushes out a coordinate
         min_frequency=0,
         show_progress=False,
         special_tokens=list(SPECIAL),

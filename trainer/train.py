@@ -1,7 +1,8 @@
 """The training loop: a recipe of stages over a stream of batches, resumable to the bit.
 
-Batches are a function of (seed, step) and the optimiser's state is saved with the step, so a killed run continued with `resume` ends with the
-weights of one that was never stopped; two processes take the steps of one that accumulates twice as often.
+Batches are a function of (seed, step) and the optimiser's state is saved with the step,
+so a killed run continued with `resume` ends with the weights of one that was never
+stopped; two processes take the steps of one that accumulates twice as often.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ from trainer.datasets.draw import ExampleSource
 from trainer.datasets.source import BadBatch, BatchStream
 from trainer.model import InfMLLM
 from trainer.objective import Objective, make_optimiser
-from trainer.processes import full_state, gather_object, gathered_weights, load_full_state, make_accelerator
+from trainer.processes import (
+    full_state,
+    gather_object,
+    gathered_weights,
+    load_full_state,
+    make_accelerator,
+)
 from trainer.progress import Progress, check_finite, clear_log
 from trainer.schedule import learning_rate
 from trainer.watch import sample_sheet
@@ -47,11 +54,15 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Where and how often to save, how to compute, and whether to go on from a saved state."""
+    """Where and how often to save, how to compute, and whether to go on from a saved
+    state.
+    """
 
     state_dir: Path
     seed: int = 0
-    identity: str = ""  # what identifies data and starting weights, so that a resumed run has the same
+    identity: str = (
+        ""  # what identifies data and starting weights, so that a resumed run has the same
+    )
     resume: bool = False
     save_seconds: float = 120.0
     stop_after: int | None = None  # total optimiser steps in this process, for tests of resuming
@@ -65,7 +76,9 @@ class TrainOptions:
 
 @dataclass
 class _State:
-    """What is saved: everything a run needs to continue. `weights` are the objective's, read-out heads included."""
+    """What is saved: everything a run needs to continue. `weights` are the objective's,
+    read-out heads included.
+    """
 
     stage: int
     step: int
@@ -85,17 +98,32 @@ def _save(path: Path, state: _State) -> None:
 def _load(path: Path, run: dict[str, Any]) -> _State:
     try:
         state = _State(**torch.load(path, weights_only=True, map_location="cpu"))
-    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"training state {path} cannot be read ({error}); start again without --resume") from None
+    except (
+        OSError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise CheckpointError(
+            f"training state {path} cannot be read ({error}); start again without --resume"
+        ) from None
     if state.run != run:
         differs = ", ".join(key for key in run if state.run.get(key) != run[key])
-        raise CheckpointError(f"training state {path} belongs to another run ({differs}); use the same options or start again without --resume")
+        raise CheckpointError(
+            f"training state {path} belongs to another run ({differs}); use the same options or "
+            f"start again without --resume"
+        )
     return state
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained model on the CPU (whole on the main process only, where weights were sharded) and the seconds spent, earlier sittings included."""
+    """The trained model on the CPU (whole on the main process only, where weights were
+    sharded) and the seconds spent, earlier sittings included.
+    """
 
     model: InfMLLM
     seconds: float
@@ -103,15 +131,35 @@ class Trained:
     processes: int
 
 
-def train(model: InfMLLM, tokenizer: Tokenizer, source: ExampleSource, recipe: Sequence[StageRun], options: TrainOptions) -> Trained:
-    """Runs the recipe on `model`, in place unless weights are sharded. State goes to `options.state_dir`. Raises `DataError` or `UsageError`."""
-    classes = source.dense_classes if model.spec.image_mode == "stretch" else ()  # labels per patch are not padded with the picture
+def train(
+    model: InfMLLM,
+    tokenizer: Tokenizer,
+    source: ExampleSource,
+    recipe: Sequence[StageRun],
+    options: TrainOptions,
+) -> Trained:
+    """Runs the recipe on `model`, in place unless weights are sharded. State goes to
+    `options.state_dir`. Raises `DataError` or `UsageError`.
+    """
+    classes = (
+        source.dense_classes if model.spec.image_mode == "stretch" else ()
+    )  # labels per patch are not padded with the picture
     dense = [run.stage for run in recipe if STAGES[run.stage].objective == "dense"]
     if dense and not classes:
-        raise UsageError(f"stage {dense[0]} needs labels per patch, which only stretched scenes and voc data have; choose another --stage")
+        raise UsageError(
+            f"stage {dense[0]} needs labels per patch, which only stretched scenes and voc data "
+            f"have; choose another --stage"
+        )
     accelerator = make_accelerator(options.precision)
     options.state_dir.mkdir(parents=True, exist_ok=True)
-    trainer = _Trainer(accelerator, Objective(model, tokenizer, classes, options.seed), source, tokenizer, recipe, options)
+    trainer = _Trainer(
+        accelerator,
+        Objective(model, tokenizer, classes, options.seed),
+        source,
+        tokenizer,
+        recipe,
+        options,
+    )
     model.vision_tower.recompute = model.decoder.recompute = options.recompute
     trained = trainer.run()
     trained.model.vision_tower.recompute = trained.model.decoder.recompute = False
@@ -130,7 +178,12 @@ class _Trainer:
         recipe: Sequence[StageRun],
         options: TrainOptions,
     ) -> None:
-        self.accelerator, self.objective, self.source, self.tokenizer = accelerator, objective, source, tokenizer
+        self.accelerator, self.objective, self.source, self.tokenizer = (
+            accelerator,
+            objective,
+            source,
+            tokenizer,
+        )
         self.recipe, self.options = recipe, options
         self.identity = {
             "recipe": [asdict(run) for run in recipe],
@@ -141,38 +194,62 @@ class _Trainer:
             "spec": objective.model.spec.to_json(),
         }
         self.path = options.state_dir / STATE
-        self.start = _load(self.path, self.identity) if options.resume and self.path.exists() else None
+        self.start = (
+            _load(self.path, self.identity) if options.resume and self.path.exists() else None
+        )
         self._check_start()
         self.began = time.monotonic() - (self.start.seconds if self.start else 0.0)
         self.left = options.stop_after
 
     def _check_start(self) -> None:
-        """All processes must start from the same state, also on machines that share no disk; what an abandoned run logged is cleared away."""
+        """All processes must start from the same state, also on machines that share no
+        disk; what an abandoned run logged is cleared away.
+        """
         here = (self.start.stage, self.start.step) if self.start else None
         everywhere = gather_object([here]) if self.accelerator.num_processes > 1 else [here]
         if any(there != here for there in everywhere):
-            raise CheckpointError(f"training state {self.path} differs between machines ({everywhere}); copy the main one's to all of them")
+            raise CheckpointError(
+                f"training state {self.path} differs between machines ({everywhere}); copy the "
+                f"main one's to all of them"
+            )
         if self.start is None:
             if self.options.resume and self.accelerator.is_main_process:
                 note(f"nothing to resume at {self.path}; starting anew")
             if self.accelerator.is_main_process:
                 clear_log(self.options.state_dir)
         elif self.accelerator.is_main_process:
-            clear_log(self.options.state_dir, sum(run.steps for run in self.recipe[: self.start.stage]) + self.start.step)
+            clear_log(
+                self.options.state_dir,
+                sum(run.steps for run in self.recipe[: self.start.stage]) + self.start.step,
+            )
 
     def run(self) -> Trained:
         """All stages from the start or the saved state."""
         before = 0
         for index, run in enumerate(self.recipe):
-            if not (self.start and index < self.start.stage) and not self._stage(index, run, before):
+            if not (self.start and index < self.start.stage) and not self._stage(
+                index, run, before
+            ):
                 break
             before += run.steps
         self.accelerator.wait_for_everyone()
         model, weights = self.objective.model, gathered_weights(self.objective)
         if weights is not None:
             model = InfMLLM(model.spec)
-            model.load_state_dict({name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}, strict=bool(weights))
-        return Trained(model.cpu(), time.monotonic() - self.began, self.accelerator.is_main_process, self.accelerator.num_processes)
+            model.load_state_dict(
+                {
+                    name.removeprefix("model."): w
+                    for name, w in weights.items()
+                    if name.startswith("model.")
+                },
+                strict=bool(weights),
+            )
+        return Trained(
+            model.cpu(),
+            time.monotonic() - self.began,
+            self.accelerator.is_main_process,
+            self.accelerator.num_processes,
+        )
 
     def _stage(self, index: int, run: StageRun, before: int) -> bool:
         """One stage; False when told to stop."""
@@ -181,9 +258,17 @@ class _Trainer:
         module, optimiser = accelerator.prepare(self.objective, optimiser)
         first = 0
         if self.start and index == self.start.stage:
-            load_full_state(accelerator, module, optimiser, self.start.weights, self.start.optimiser)
+            load_full_state(
+                accelerator, module, optimiser, self.start.weights, self.start.optimiser
+            )
             first, self.start = self.start.step, None
-        progress = Progress(accelerator, self.options.state_dir, run.batch * run.accumulate * accelerator.num_processes, before, before + first + 1)
+        progress = Progress(
+            accelerator,
+            self.options.state_dir,
+            run.batch * run.accumulate * accelerator.num_processes,
+            before,
+            before + first + 1,
+        )
         batches, saved, stop = self._batches(run, index, first), time.monotonic(), False
         with progress.bar as bar:
             task = bar.add_task(run.stage, total=run.steps, completed=first, figures="")
@@ -196,7 +281,11 @@ class _Trainer:
                 bar.update(task, completed=step + 1)
                 self.left = self.left - 1 if self.left is not None else None
                 stop = self.left == 0
-                if self._together(stop or step + 1 == run.steps or time.monotonic() - saved > self.options.save_seconds):
+                if self._together(
+                    stop
+                    or step + 1 == run.steps
+                    or time.monotonic() - saved > self.options.save_seconds
+                ):
                     saved = time.monotonic()
                     check_finite(shown, run.stage, step)
                     self._keep(index, step + 1, module, optimiser)
@@ -209,9 +298,16 @@ class _Trainer:
         return not stop
 
     def _step(
-        self, module: torch.nn.Module, optimiser: torch.optim.Optimizer, run: StageRun, stage: Stage, batches: Iterator[Batch]
+        self,
+        module: torch.nn.Module,
+        optimiser: torch.optim.Optimizer,
+        run: StageRun,
+        stage: Stage,
+        batches: Iterator[Batch],
     ) -> tuple[dict[str, Tensor], float]:
-        """One optimiser step: (mean figures of its micro-batches, seconds waited for data)."""
+        """One optimiser step: (mean figures of its micro-batches, seconds waited for
+        data).
+        """
         accelerator, figures, waited = self.accelerator, dict[str, Tensor](), 0.0
         optimiser.zero_grad(set_to_none=True)
         for part in range(run.accumulate):
@@ -223,19 +319,44 @@ class _Trainer:
                     loss, shown = module(batch.to(accelerator.device), stage)
                 accelerator.backward(loss / run.accumulate)
             for key, value in shown.items():
-                figures[key] = figures.get(key, torch.zeros((), device=value.device)) + value / run.accumulate
-        accelerator.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], _CLIP)
+                figures[key] = (
+                    figures.get(key, torch.zeros((), device=value.device)) + value / run.accumulate
+                )
+        accelerator.clip_grad_norm_(
+            [p for group in optimiser.param_groups for p in group["params"]], _CLIP
+        )
         optimiser.step()
         return figures, waited
 
     def _batches(self, run: StageRun, index: int, first: int) -> Iterator[Batch]:
-        """This process's micro-batches from step `first` to the end of the stage. Raises `DataError`."""
+        """This process's micro-batches from step `first` to the end of the stage.
+        Raises `DataError`.
+        """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = run.accumulate * world
-        spec, seed, workers = self.objective.model.spec, self.options.seed * 1000 + index, self.options.workers
-        stream = BatchStream(self.source, spec, self.tokenizer, run.batch, seed, run.chat_share, parts, self.options.skip_bad)
+        spec, seed, workers = (
+            self.objective.model.spec,
+            self.options.seed * 1000 + index,
+            self.options.workers,
+        )
+        stream = BatchStream(
+            self.source,
+            spec,
+            self.tokenizer,
+            run.batch,
+            seed,
+            run.chat_share,
+            parts,
+            self.options.skip_bad,
+        )
         draws = range(first * parts + rank, run.steps * parts, world)
-        loader = DataLoader(stream, batch_size=None, sampler=draws, num_workers=workers, prefetch_factor=3 if workers else None)
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            sampler=draws,
+            num_workers=workers,
+            prefetch_factor=3 if workers else None,
+        )
         for batch in loader:
             if isinstance(batch, BadBatch):
                 raise DataError(batch.message)
@@ -249,12 +370,25 @@ class _Trainer:
         torch.distributed.broadcast(decision, 0)
         return bool(decision.item())
 
-    def _keep(self, index: int, step: int, module: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    def _keep(
+        self, index: int, step: int, module: torch.nn.Module, optimiser: torch.optim.Optimizer
+    ) -> None:
         weights, moments = full_state(self.accelerator, module, optimiser)
         if self.accelerator.is_main_process:
-            _save(self.path, _State(index, step, time.monotonic() - self.began, self.identity, weights, moments))
+            _save(
+                self.path,
+                _State(index, step, time.monotonic() - self.began, self.identity, weights, moments),
+            )
 
     def _show(self, progress: Progress, run: StageRun, step: int) -> None:
-        """A sheet of samples by the main process; sharded weights are not gathered for it."""
-        if self.accelerator.is_main_process and self.options.samples and not isinstance(self.objective, FSDPModule):
-            progress.picture(sample_sheet(self.objective.model, self.tokenizer, self.options.samples), run, step)
+        """A sheet of samples by the main process; sharded weights are not gathered for
+        it.
+        """
+        if (
+            self.accelerator.is_main_process
+            and self.options.samples
+            and not isinstance(self.objective, FSDPModule)
+        ):
+            progress.picture(
+                sample_sheet(self.objective.model, self.tokenizer, self.options.samples), run, step
+            )

@@ -1,7 +1,8 @@
 """The vision tower and the pool-adapter: pixels to visual embeddings.
 
-The tower is the EVA ViT of BLIP-2 (pre-norm blocks, fused QKV with learned Q and V biases, no norm after the last block, then an fp32
-LayerNorm). Pooling is a matrix given at run time, so one set of weights serves every p that divides the patch grid.
+The tower is the EVA ViT of BLIP-2 (pre-norm blocks, fused QKV with learned Q and V
+biases, no norm after the last block, then an fp32 LayerNorm). Pooling is a matrix given
+at run time, so one set of weights serves every p that divides the patch grid.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ __all__ = ["PoolAdapter", "VisionTower"]
 
 
 class VisionAttention(nn.Module):
-    """Multi-head self-attention with a fused QKV weight; the K bias is zero and therefore not stored."""
+    """Multi-head self-attention with a fused QKV weight; the K bias is zero and
+    therefore not stored.
+    """
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
@@ -30,7 +33,10 @@ class VisionAttention(nn.Module):
     def forward(self, x_NLC: Tensor) -> Tensor:
         """[N, L, C] to [N, L, C]."""
         q, k, v = self.qkv(x_NLC).chunk(3, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q + self.q_bias, k, v + self.v_bias))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (q + self.q_bias, k, v + self.v_bias)
+        )
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -64,7 +70,9 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """pixels [N, 3, S, S] to patch features [N, s*s, C] in row-major order; the CLS token takes part and is dropped at the end."""
+    """pixels [N, 3, S, S] to patch features [N, s*s, C] in row-major order; the CLS
+    token takes part and is dropped at the end.
+    """
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
@@ -76,30 +84,44 @@ class VisionTower(nn.Module):
         self.recompute = False  # gradient checkpointing: less memory, more time
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        """Normalised pixels to normalised patch features [N, s*s, C]; the last norm is computed in fp32."""
+        """Normalised pixels to normalised patch features [N, s*s, C]; the last norm is
+        computed in fp32.
+        """
         return self.with_early_features(pixels_NCHW)[0]
 
     def with_early_features(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The features, and the patches as they stand after a third of the blocks, both [N, s*s, C] (the latter for auxiliary losses)."""
+        """The features, and the patches as they stand after a third of the blocks, both
+        [N, s*s, C] (the latter for auxiliary losses).
+        """
         x = early = self.embed(pixels_NCHW)
         for index, block in enumerate(self.blocks, 1):
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.recompute and torch.is_grad_enabled()
+                else block(x)
+            )
             early = x if index == max(1, len(self.blocks) // 3) else early
         return self.finish(x), early[:, 1:]
 
     def embed(self, pixels_NCHW: Tensor) -> Tensor:
-        """Pixels to what the first block takes: CLS and patch embeddings with positions, [N, 1 + s*s, C]."""
+        """Pixels to what the first block takes: CLS and patch embeddings with
+        positions, [N, 1 + s*s, C].
+        """
         patches = self.patch_embed(pixels_NCHW).flatten(2).transpose(1, 2)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         return torch.cat([cls, patches], dim=1) + self.pos_embed
 
     def finish(self, x_NLC: Tensor) -> Tensor:
-        """The last block's output to patch features: the final norm in fp32, without CLS."""
+        """The last block's output to patch features: the final norm in fp32, without
+        CLS.
+        """
         return self.norm(x_NLC.float())[:, 1:].to(x_NLC.dtype)
 
 
 class PoolAdapter(nn.Module):
-    """Average-pools the patch grid with a matrix, then projects to the decoder's width (linear, GELU, linear)."""
+    """Average-pools the patch grid with a matrix, then projects to the decoder's width
+    (linear, GELU, linear).
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -107,5 +129,7 @@ class PoolAdapter(nn.Module):
         self.fc2 = nn.Linear(hidden, hidden)
 
     def forward(self, patches_NPC: Tensor, pool_TP: Tensor) -> Tensor:
-        """Patch features [N, s*s, C] and pooling matrix [T, s*s] to image embeddings [N, T, H]."""
+        """Patch features [N, s*s, C] and pooling matrix [T, s*s] to image embeddings
+        [N, T, H].
+        """
         return self.fc2(F.gelu(self.fc1(pool_TP.to(patches_NPC.dtype) @ patches_NPC)))

@@ -1,4 +1,6 @@
-"""Samples while training: every so many steps the model answers a few held-out questions, and a sheet shows them with boxes."""
+"""Samples while training: every so many steps the model answers a few held-out
+questions, and a sheet shows them with boxes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ SHEET_EXAMPLES = 6
 
 
 def sample_sheet(model: InfMLLM, tokenizer: Tokenizer, examples: Sequence[Example]) -> Image.Image:
-    """Up to six pictures, each with one answer per task; true boxes green, predicted ones red."""
+    """Up to six pictures, each with one answer per task; true boxes green, predicted
+    ones red.
+    """
     was_training = model.training
     model.eval()
     answerer = CheckpointAnswerer(Path(), Checkpoint(Path(), model, tokenizer, {}, ""))
@@ -56,7 +60,11 @@ def _tile(answerer: CheckpointAnswerer, example: Example) -> Image.Image:
     tile = Image.new("RGB", (_TILE, _TILE + _ROWS * _LINE), "white")
     tile.paste(picture, (0, 0))
     draw, font = ImageDraw.Draw(tile), ImageFont.load_default(11)
-    wrapped = [part for line in lines for part in textwrap.wrap(line.encode("latin-1", "replace").decode("latin-1"), _CHARACTERS)]
+    wrapped = [
+        part
+        for line in lines
+        for part in textwrap.wrap(line.encode("latin-1", "replace").decode("latin-1"), _CHARACTERS)
+    ]
     for index, line in enumerate(wrapped[:_ROWS]):
         draw.text((2, picture.height + 1 + index * _LINE), line, fill="black", font=font)
     return tile

@@ -1,6 +1,8 @@
-"""The other end of `contenders.worker`: starts a contender's process, sends commands, and keeps as many processes as memory allows.
+"""The other end of `contenders.worker`: starts a contender's process, sends commands,
+and keeps as many processes as memory allows.
 
-Processes stay alive between rounds. When little memory is left, the one used last is ended: it is the one whose turn is furthest away.
+Processes stay alive between rounds. When little memory is left, the one used last is
+ended: it is the one whose turn is furthest away.
 """
 
 from __future__ import annotations
@@ -28,14 +30,35 @@ class Absent(Exception):
 class _Process:
     """A running worker."""
 
-    def __init__(self, folder: Path, contender: Contender, python: str, threads: int, log: Path) -> None:
-        paths = [str(_ROOT / "benchmarks"), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        counts = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        environment = {**os.environ, **counts, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    def __init__(
+        self, folder: Path, contender: Contender, python: str, threads: int, log: Path
+    ) -> None:
+        paths = [
+            str(_ROOT / "benchmarks"),
+            str(_ROOT),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
+        counts = dict.fromkeys(
+            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)
+        )
+        environment = {
+            **os.environ,
+            **counts,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
         command = [python, "-m", "contenders.worker", str(folder), contender.name, str(threads)]
         with log.open("a") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=_ROOT, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                cwd=_ROOT,
+                start_new_session=True,
             )
         self._contender, self._log = contender, log
 
@@ -66,7 +89,9 @@ class _Process:
 
 
 class Pool:
-    """The contenders' processes. `pythons` maps engines to the interpreter they run in, where that is another one."""
+    """The contenders' processes. `pythons` maps engines to the interpreter they run in,
+    where that is another one.
+    """
 
     def __init__(self, folder: Path, pythons: dict[str, str], python: str, threads: int) -> None:
         self._folder, self._pythons, self._python, self._threads = folder, pythons, python, threads
@@ -108,7 +133,9 @@ class Pool:
 
     def _start(self, contender: Contender) -> _Process:
         python = self._pythons.get(contender.engine, self._python)
-        return _Process(self._folder, contender, python, self._threads, self._folder / f"{contender.engine}.log")
+        return _Process(
+            self._folder, contender, python, self._threads, self._folder / f"{contender.engine}.log"
+        )
 
     def _make_room(self, contender: Contender) -> None:
         while self._alive and available_gib() < self._needs.get(contender.name, 5.0) + _SPARE_GIB:

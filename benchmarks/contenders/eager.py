@@ -1,4 +1,6 @@
-"""PyTorch, eager: the trainer's own decoder and tower, which are also the reference that all outputs are compared with."""
+"""PyTorch, eager: the trainer's own decoder and tower, which are also the reference
+that all outputs are compared with.
+"""
 
 from __future__ import annotations
 
@@ -34,20 +36,30 @@ class EagerDecoder:
         self._shape, self._dtype = (1, spec.kv_heads, CONTEXT, spec.head_dim), dtype
         self._layers = spec.layers
         table = self._model.embed_tokens.weight
-        self.weight_bytes = sum(parameter.nbytes for parameter in self._model.parameters()) - table.nbytes
+        self.weight_bytes = (
+            sum(parameter.nbytes for parameter in self._model.parameters()) - table.nbytes
+        )
         self.disk_bytes = file_bytes(checkpoint)
         self.reset()
 
     def reset(self) -> None:
         """See `contenders.Decoder`."""
         self._position = 0
-        self._caches = [(torch.zeros(self._shape, dtype=self._dtype), torch.zeros(self._shape, dtype=self._dtype)) for _ in range(self._layers)]
+        self._caches = [
+            (
+                torch.zeros(self._shape, dtype=self._dtype),
+                torch.zeros(self._shape, dtype=self._dtype),
+            )
+            for _ in range(self._layers)
+        ]
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int]) -> Array:
         """See `contenders.Decoder`."""
         positions = torch.arange(self._position, self._position + len(tokens))[None]
-        logits, self._caches = self._model.step(self._model.embed_tokens(torch.tensor([tokens])), positions, self._caches)
+        logits, self._caches = self._model.step(
+            self._model.embed_tokens(torch.tensor([tokens])), positions, self._caches
+        )
         self._position += len(tokens)
         return logits[0].float().numpy()
 
@@ -82,9 +94,13 @@ class EagerVision:
 
 
 def filled(module: Module, prefix: str, checkpoint: Path) -> Module:
-    """The module, made without numbers, with its part of the checkpoint's weights in float32."""
+    """The module, made without numbers, with its part of the checkpoint's weights in
+    float32.
+    """
     stored = open_checkpoint(checkpoint)
-    module.load_state_dict({name: stored.read(f"{prefix}{name}") for name in module.state_dict()}, assign=True)
+    module.load_state_dict(
+        {name: stored.read(f"{prefix}{name}") for name in module.state_dict()}, assign=True
+    )
     return module.eval()
 
 

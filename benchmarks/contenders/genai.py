@@ -1,4 +1,6 @@
-"""onnxruntime-genai: the decoder through its own model builder, run with its generator; weight-only kernels (MatMulNBits) of 4 or 8 bits."""
+"""onnxruntime-genai: the decoder through its own model builder, run with its generator;
+weight-only kernels (MatMulNBits) of 4 or 8 bits.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,31 @@ def prepare(folder: Path, contender: Contender) -> None:
     place = _place(folder, contender)
     if (place / _CONFIG).exists():
         return
-    options = [f"block_size={contender.options['block']}", "accuracy_level=4", "hf_token=false", "prune_lm_head=true"]
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(llama_folder(folder)), "-o", str(place)]
-    command += ["-p", contender.options["precision"], "-e", "cpu", "-c", str(folder / "genai-cache"), "--extra_options", *options]
+    options = [
+        f"block_size={contender.options['block']}",
+        "accuracy_level=4",
+        "hf_token=false",
+        "prune_lm_head=true",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        str(llama_folder(folder)),
+        "-o",
+        str(place),
+    ]
+    command += [
+        "-p",
+        contender.options["precision"],
+        "-e",
+        "cpu",
+        "-c",
+        str(folder / "genai-cache"),
+        "--extra_options",
+        *options,
+    ]
     subprocess.run(command, check=True)
 
 

@@ -1,6 +1,8 @@
-"""OpenVINO's runtime: the decoder through optimum-intel's own exporter, the vision graph converted from PyTorch and quantised by nncf.
+"""OpenVINO's runtime: the decoder through optimum-intel's own exporter, the vision
+graph converted from PyTorch and quantised by nncf.
 
-The decoder is stateful (keys and values live in the request); a slice before the output head leaves the last position, as OpenVINO GenAI does.
+The decoder is stateful (keys and values live in the request); a slice before the output
+head leaves the last position, as OpenVINO GenAI does.
 """
 
 from __future__ import annotations
@@ -26,8 +28,15 @@ Array = NDArray[np.float32]
 
 
 def compiled(model: ov.Model, threads: int, **more: Any) -> ov.CompiledModel:
-    """The model on the CPU with the settings found best: one stream, all its threads, float32 between quantised layers."""
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    """The model on the CPU with the settings found best: one stream, all its threads,
+    float32 between quantised layers.
+    """
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
     settings["ENABLE_CPU_PINNING"] = False
     return ov.Core().compile_model(model, "CPU", {**settings, **more})
 
@@ -42,7 +51,9 @@ class IntelDecoder:
         self._request = compiled(model, threads, **settings).create_infer_request()
         self._position = 0
         self.disk_bytes = file_bytes(place)
-        self.weight_bytes = file_bytes(place / _DECODER.replace(".xml", ".bin")) - _table_bytes(model)
+        self.weight_bytes = file_bytes(place / _DECODER.replace(".xml", ".bin")) - _table_bytes(
+            model
+        )
 
     def reset(self) -> None:
         """See `contenders.Decoder`."""
@@ -52,9 +63,18 @@ class IntelDecoder:
     def prefill(self, tokens: list[int]) -> Array:
         """See `contenders.Decoder`."""
         end = self._position + len(tokens)
-        inputs = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, end), np.int64)}
-        inputs |= {"position_ids": np.arange(self._position, end)[None], "beam_idx": np.zeros(1, np.int32)}
-        self._request.infer({name: value for name, value in inputs.items() if name in self._names}, share_inputs=True)
+        inputs = {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+        }
+        inputs |= {
+            "position_ids": np.arange(self._position, end)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        self._request.infer(
+            {name: value for name, value in inputs.items() if name in self._names},
+            share_inputs=True,
+        )
         self._position = end
         return np.asarray(self._request.get_output_tensor(0).data)[0, -1]
 
@@ -77,7 +97,9 @@ class IntelVision:
 
 
 def keep_last_position(model: ov.Model) -> None:
-    """Slices hidden states [B, L, H] to the last position before the product that makes logits."""
+    """Slices hidden states [B, L, H] to the last position before the product that makes
+    logits.
+    """
     node = model.get_results()[0].input_value(0).get_node()
     while node.get_type_name() != "MatMul":
         node = node.input_value(0).get_node()
@@ -88,8 +110,14 @@ def keep_last_position(model: ov.Model) -> None:
 
 
 def _table_bytes(model: ov.Model) -> int:
-    """Bytes of the token table, of which a step reads one row: the constants above the first Gather by token."""
-    gather = next(node for node in model.get_ordered_ops() if node.get_type_name() == "Gather" and len(node.input_value(0).get_partial_shape()) == 2)
+    """Bytes of the token table, of which a step reads one row: the constants above the
+    first Gather by token.
+    """
+    gather = next(
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "Gather" and len(node.input_value(0).get_partial_shape()) == 2
+    )
     waiting, total = [gather.input_value(0).get_node()], 0
     while waiting:
         node = waiting.pop()
@@ -108,8 +136,25 @@ def prepare(folder: Path, contender: Contender) -> None:
     if contender.part == "vision":
         _convert_vision(folder, place, contender.options["precision"])
         return
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", str(llama_folder(folder))]
-    subprocess.run([*command, "--task", "text-generation-with-past", *contender.options["weights"], str(place)], check=True)
+    command = [
+        sys.executable,
+        "-m",
+        "optimum.commands.optimum_cli",
+        "export",
+        "openvino",
+        "--model",
+        str(llama_folder(folder)),
+    ]
+    subprocess.run(
+        [
+            *command,
+            "--task",
+            "text-generation-with-past",
+            *contender.options["weights"],
+            str(place),
+        ],
+        check=True,
+    )
 
 
 def _convert_vision(folder: Path, place: Path, precision: str) -> None:
@@ -120,14 +165,26 @@ def _convert_vision(folder: Path, place: Path, precision: str) -> None:
     pixels, pool = image_inputs(folder)
     with torch.inference_mode():
         example = (torch.from_numpy(pixels), torch.from_numpy(pool))
-        model = ov.convert_model(tower(folder / CHECKPOINT), example_input=example, input=[list(pixels.shape), list(pool.shape)])
+        model = ov.convert_model(
+            tower(folder / CHECKPOINT),
+            example_input=example,
+            input=[list(pixels.shape), list(pool.shape)],
+        )
     if precision == "int8":
         import nncf
 
         rng = np.random.default_rng(2)
-        samples = [(rng.normal(size=pixels.shape).astype(np.float32), pool) for _ in range(_SAMPLES)]
+        samples = [
+            (rng.normal(size=pixels.shape).astype(np.float32), pool) for _ in range(_SAMPLES)
+        ]
         dataset = nncf.Dataset(samples, lambda sample: list(sample))
-        model = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, preset=nncf.QuantizationPreset.MIXED, subset_size=_SAMPLES)
+        model = nncf.quantize(
+            model,
+            dataset,
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=_SAMPLES,
+        )
     ov.save_model(model, place / _VISION, compress_to_fp16=False)
 
 
@@ -139,7 +196,9 @@ def load(folder: Path, contender: Contender, threads: int) -> Any:
     """The converted model, compiled."""
     place = _place(folder, contender)
     return (
-        IntelVision(place / _VISION, threads) if contender.part == "vision" else IntelDecoder(place, threads, contender.options.get("settings", {}))
+        IntelVision(place / _VISION, threads)
+        if contender.part == "vision"
+        else IntelDecoder(place, threads, contender.options.get("settings", {}))
     )
 
 

@@ -1,6 +1,8 @@
-"""llama.cpp through llama-cpp-python's C interface: weights written as GGUF in bf16, quantised by llama.cpp itself.
+"""llama.cpp through llama-cpp-python's C interface: weights written as GGUF in bf16,
+quantised by llama.cpp itself.
 
-Its LLaMA graph rotates neighbouring pairs, so rows of the query and key weights are reordered from the half-split layout. No vocabulary is stored.
+Its LLaMA graph rotates neighbouring pairs, so rows of the query and key weights are
+reordered from the half-split layout. No vocabulary is stored.
 """
 
 from __future__ import annotations
@@ -39,7 +41,11 @@ class LlamaDecoder:
         if not self._model:
             raise RuntimeError(f"llama.cpp refuses {file}")
         context = lc.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = CONTEXT, _BATCH, options.get("ubatch", _BATCH)
+        context.n_ctx, context.n_batch, context.n_ubatch = (
+            CONTEXT,
+            _BATCH,
+            options.get("ubatch", _BATCH),
+        )
         context.n_threads = context.n_threads_batch = threads
         context.flash_attn_type = options.get("flash", lc.LLAMA_FLASH_ATTN_TYPE_AUTO)
         self._context = lc.llama_init_from_model(self._model, context)
@@ -56,7 +62,9 @@ class LlamaDecoder:
         array = (ctypes.c_int32 * len(tokens))(*tokens)
         if lc.llama_decode(self._context, lc.llama_batch_get_one(array, len(tokens))):
             raise RuntimeError("llama_decode failed")
-        return np.ctypeslib.as_array(lc.llama_get_logits_ith(self._context, -1), (self._vocabulary,))
+        return np.ctypeslib.as_array(
+            lc.llama_get_logits_ith(self._context, -1), (self._vocabulary,)
+        )
 
     def step(self, token: int) -> Array:
         """See `contenders.Decoder`."""
@@ -67,7 +75,11 @@ def _read_bytes(file: Path) -> int:
     """Bytes of all tensors but the token table, of which a step reads one row."""
     from gguf import GGUFReader
 
-    return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors if tensor.name != "token_embd.weight")
+    return sum(
+        int(tensor.n_bytes)
+        for tensor in GGUFReader(file).tensors
+        if tensor.name != "token_embd.weight"
+    )
 
 
 def write_gguf(folder: Path, place: Path) -> None:
@@ -96,7 +108,11 @@ def write_gguf(folder: Path, place: Path) -> None:
             continue
         tensor = stored.read(name)
         if name.endswith((".q_proj.weight", ".k_proj.weight")):
-            tensor = tensor.unflatten(0, (-1, 2, spec.head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
+            tensor = (
+                tensor.unflatten(0, (-1, 2, spec.head_dim // 2))
+                .transpose(1, 2)
+                .reshape(tensor.shape)
+            )
         if tensor.dim() == 1:
             writer.add_tensor(_gguf_name(name), tensor.numpy())
             continue
@@ -127,7 +143,10 @@ def prepare(folder: Path, contender: Contender) -> None:
         write_gguf(folder, whole.with_suffix(".part"))
         whole.with_suffix(".part").rename(whole)
     settings = lc.llama_model_quantize_default_params()
-    settings.nthread, settings.ftype = 2, getattr(lc, f"LLAMA_FTYPE_MOSTLY_{contender.options['kind']}")
+    settings.nthread, settings.ftype = (
+        2,
+        getattr(lc, f"LLAMA_FTYPE_MOSTLY_{contender.options['kind']}"),
+    )
     part = place.with_suffix(".part")
     if lc.llama_model_quantize(str(whole).encode(), str(part).encode(), ctypes.byref(settings)):
         raise RuntimeError(f"llama.cpp could not quantise {whole}")
@@ -140,7 +159,9 @@ def _place(folder: Path, contender: Contender) -> Path:
 
 def load(folder: Path, contender: Contender, threads: int) -> Any:
     """The quantised model, loaded."""
-    assert spec_of(folder).decoder.context >= CONTEXT, "the model holds the prompt and what is decoded"
+    assert spec_of(folder).decoder.context >= CONTEXT, (
+        "the model holds the prompt and what is decoded"
+    )
     return LlamaDecoder(_place(folder, contender), threads, dict(contender.options))
 
 

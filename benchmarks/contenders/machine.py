@@ -1,6 +1,8 @@
-"""What the machine can do at most in this minute: gigabytes read and multiply-adds per second with the same number of threads.
+"""What the machine can do at most in this minute: gigabytes read and multiply-adds per
+second with the same number of threads.
 
-Decoding reads all weights once per token, so its rate times the weights' bytes over the read bandwidth says how near an engine is to that bound.
+Decoding reads all weights once per token, so its rate times the weights' bytes over the
+read bandwidth says how near an engine is to that bound.
 """
 
 from __future__ import annotations
@@ -33,26 +35,37 @@ def _shortest(call: Callable[[], object]) -> float:
 
 
 def bandwidth_gbs(threads: int) -> float:
-    """The best rate at which `threads` threads read memory, by two reductions of one large array, in GB/s."""
+    """The best rate at which `threads` threads read memory, by two reductions of one
+    large array, in GB/s.
+    """
     parts = np.array_split(np.ones(_BYTES // 8, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
-        best = min(_shortest(lambda reduce=reduce: list(pool.map(reduce, parts))) for reduce in (np.max, np.bitwise_or.reduce))
+        best = min(
+            _shortest(lambda reduce=reduce: list(pool.map(reduce, parts)))
+            for reduce in (np.max, np.bitwise_or.reduce)
+        )
     return _BYTES / best / 1e9
 
 
 def multiply_gflops() -> float:
-    """Multiply-adds (two operations each) of a float32 matrix product, in GFLOP/s; NumPy's library takes its threads from the environment."""
+    """Multiply-adds (two operations each) of a float32 matrix product, in GFLOP/s;
+    NumPy's library takes its threads from the environment.
+    """
     a = np.ones((_SIZE, _SIZE), np.float32)
     return 2 * _SIZE**3 / _shortest(lambda: a @ a) / 1e9
 
 
 def available_gib() -> float:
-    """Memory that can be taken without swapping; unlimited where the system does not tell."""
+    """Memory that can be taken without swapping; unlimited where the system does not
+    tell.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return float("inf")
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / (1 << 20)
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / (
+        1 << 20
+    )
 
 
 def describe() -> dict[str, Any]:
@@ -61,7 +74,18 @@ def describe() -> dict[str, Any]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    fields = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
     flags = [flag for flag in _FLAGS if flag in fields.get("flags", "").split()]
-    family = f"{fields.get('model name', platform.processor())} (family {fields.get('cpu family', '?')} model {fields.get('model', '?')})"
-    return {"cpu": family, "flags": flags, "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.platform()}
+    family = (
+        f"{fields.get('model name', platform.processor())} (family "
+        f"{fields.get('cpu family', '?')} model {fields.get('model', '?')})"
+    )
+    return {
+        "cpu": family,
+        "flags": flags,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }

@@ -1,6 +1,7 @@
 """This repository: bundles built by `infmllm-export build`, run through `runtime.load`.
 
-The session always holds the vision graph too, so memory and load time are those of the whole model.
+The session always holds the vision graph too, so memory and load time are those of the
+whole model.
 """
 
 from __future__ import annotations
@@ -75,7 +76,17 @@ def prepare(folder: Path, contender: Contender) -> None:
     if bundle.exists():
         return
     checkpoint = tower_checkpoint(folder) if "tower" in bundle.name else folder / CHECKPOINT
-    arguments = ["build", str(checkpoint), *contender.options["build"], "--samples", "4", "--questions", "0", "-o", str(bundle)]
+    arguments = [
+        "build",
+        str(checkpoint),
+        *contender.options["build"],
+        "--samples",
+        "4",
+        "--questions",
+        "0",
+        "-o",
+        str(bundle),
+    ]
     subprocess.run([sys.executable, "-c", _BUILD, *arguments], check=True)
 
 

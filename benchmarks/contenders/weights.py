@@ -1,6 +1,8 @@
-"""The common weights and inputs: one checkpoint of random weights, its decoder in the Hugging Face layout, one prompt and one picture.
+"""The common weights and inputs: one checkpoint of random weights, its decoder in the
+Hugging Face layout, one prompt and one picture.
 
-Every contender's files are made from these, so that outputs can be compared and a wrong graph shows.
+Every contender's files are made from these, so that outputs can be compared and a wrong
+graph shows.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from contenders import CHECKPOINT, CONTEXT
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import ModelSpec
 
-__all__ = ["image_inputs", "llama_folder", "prompt_tokens", "spec_of", "tower_checkpoint", "write_checkpoint"]
+__all__ = [
+    "image_inputs",
+    "llama_folder",
+    "prompt_tokens",
+    "spec_of",
+    "tower_checkpoint",
+    "write_checkpoint",
+]
 
 _FIRST_TOKEN = 3  # below are the special ids
 Array = NDArray[np.float32]
@@ -30,7 +39,12 @@ def spec_of(folder: Path) -> ModelSpec:
 def prompt_tokens(count: int) -> list[int]:
     """The first `count` tokens of one random sequence, the same for everyone."""
     vocabulary = 32000
-    return [int(token) for token in np.random.default_rng(0).integers(_FIRST_TOKEN, vocabulary, size=2 * CONTEXT)[:count]]
+    return [
+        int(token)
+        for token in np.random.default_rng(0).integers(_FIRST_TOKEN, vocabulary, size=2 * CONTEXT)[
+            :count
+        ]
+    ]
 
 
 def image_inputs(folder: Path) -> tuple[Array, Array]:
@@ -42,7 +56,9 @@ def image_inputs(folder: Path) -> tuple[Array, Array]:
 
 
 def write_checkpoint(folder: Path) -> None:
-    """Writes the common weights (the preset's shape, random from seed 0) unless they are there."""
+    """Writes the common weights (the preset's shape, random from seed 0) unless they
+    are there.
+    """
     if (folder / CHECKPOINT).exists():
         return
     from trainer.checkpoint import write_random
@@ -50,11 +66,15 @@ def write_checkpoint(folder: Path) -> None:
     from trainer.datasets.scene_text import corpus
     from trainer.tokenize import build_tokenizer
 
-    write_random(folder / CHECKPOINT, find_preset(CHECKPOINT).spec, build_tokenizer(corpus()).to_str())
+    write_random(
+        folder / CHECKPOINT, find_preset(CHECKPOINT).spec, build_tokenizer(corpus()).to_str()
+    )
 
 
 def llama_folder(folder: Path) -> Path:
-    """The decoder as a Hugging Face LLaMA folder in bf16, the checkpoint's own type; written unless it is there."""
+    """The decoder as a Hugging Face LLaMA folder in bf16, the checkpoint's own type;
+    written unless it is there.
+    """
     place = folder / f"{CHECKPOINT}-llama"
     if place.exists():
         return place
@@ -74,10 +94,16 @@ def llama_folder(folder: Path) -> Path:
         "bos_token_id": stored.spec.bos_id, "eos_token_id": stored.spec.eos_id, "pad_token_id": stored.spec.pad_id,
     }  # fmt: skip
     with staged_folder(place, "config.json") as staged:
-        write_shards(staged, ((_llama_name(name), stored.read(name).to(torch.bfloat16)) for name in names))
+        write_shards(
+            staged, ((_llama_name(name), stored.read(name).to(torch.bfloat16)) for name in names)
+        )
         (staged / "config.json").write_text(json.dumps(config, indent=2))
-        (staged / "tokenizer.json").write_bytes((folder / CHECKPOINT / "tokenizer.json").read_bytes())
-        (staged / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+        (staged / "tokenizer.json").write_bytes(
+            (folder / CHECKPOINT / "tokenizer.json").read_bytes()
+        )
+        (staged / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+        )
     return place
 
 
@@ -87,7 +113,9 @@ def _llama_name(name: str) -> str:
 
 
 def tower_checkpoint(folder: Path) -> Path:
-    """The common tower and adapter over a decoder of one layer: enough to build a float vision graph without gigabytes of float decoder."""
+    """The common tower and adapter over a decoder of one layer: enough to build a float
+    vision graph without gigabytes of float decoder.
+    """
     place = folder / f"{CHECKPOINT}-tower"
     if place.exists():
         return place
@@ -99,11 +127,19 @@ def tower_checkpoint(folder: Path) -> Path:
     from trainer.checkpoint import open_checkpoint, write_shards
 
     stored = open_checkpoint(folder / CHECKPOINT)
-    spec = replace(stored.spec, name=f"{CHECKPOINT}-tower", decoder=replace(stored.spec.decoder, layers=1))
-    names = [name for name in stored.places if not name.startswith("decoder.layers.") or name.startswith("decoder.layers.0.")]
+    spec = replace(
+        stored.spec, name=f"{CHECKPOINT}-tower", decoder=replace(stored.spec.decoder, layers=1)
+    )
+    names = [
+        name
+        for name in stored.places
+        if not name.startswith("decoder.layers.") or name.startswith("decoder.layers.0.")
+    ]
     with staged_folder(place, "config.json") as staged:
         write_shards(staged, ((name, stored.read(name).to(torch.bfloat16)) for name in names))
         (staged / "config.json").write_text(json.dumps(spec.to_json(), indent=2))
         (staged / "card.json").write_text(json.dumps(stored.card))
-        (staged / "tokenizer.json").write_bytes((folder / CHECKPOINT / "tokenizer.json").read_bytes())
+        (staged / "tokenizer.json").write_bytes(
+            (folder / CHECKPOINT / "tokenizer.json").read_bytes()
+        )
     return place

@@ -1,6 +1,8 @@
-"""One contender in a process of its own: reads commands as JSON lines from standard input, answers with one JSON line each.
+"""One contender in a process of its own: reads commands as JSON lines from standard
+input, answers with one JSON line each.
 
-What engines print goes to standard error. Between commands the process waits in a read, so it takes no processor time from the others.
+What engines print goes to standard error. Between commands the process waits in a read,
+so it takes no processor time from the others.
 
 python -m contenders.worker FOLDER NAME THREADS   (started by `benchmarks/peers.py`)
 """
@@ -42,7 +44,9 @@ class Worker:
     def prepare(self) -> dict[str, Any]:
         """Makes the contender's files."""
         started = time.monotonic()
-        importlib.import_module(f"contenders.{self._contender.engine}").prepare(self._folder, self._contender)
+        importlib.import_module(f"contenders.{self._contender.engine}").prepare(
+            self._folder, self._contender
+        )
         return {"prepare_s": time.monotonic() - started}
 
     def load(self) -> dict[str, Any]:
@@ -54,10 +58,17 @@ class Worker:
         weights = getattr(self._model, "weight_bytes", None)
         versions = module.versions()
         memory = {"imported_mib": before, "loaded_mib": resident_mib()}
-        return {"load_s": took, "disk_bytes": self._model.disk_bytes, "weight_bytes": weights, "versions": versions, **memory}
+        return {
+            "load_s": took,
+            "disk_bytes": self._model.disk_bytes,
+            "weight_bytes": weights,
+            "versions": versions,
+            **memory,
+        }
 
     def check(self, file: str) -> dict[str, Any]:
-        """Writes the outputs for the common inputs: logits behind the prompt and behind each of a few given tokens, or image embeddings.
+        """Writes the outputs for the common inputs: logits behind the prompt and behind
+        each of a few given tokens, or image embeddings.
 
         This also warms the model up.
         """
@@ -68,12 +79,16 @@ class Worker:
         tokens = prompt_tokens(PROMPT + CHECK_STEPS)
         model: Decoder = self._model
         model.reset()
-        rows = [np.array(model.prefill(tokens[:PROMPT]))] + [np.array(model.step(token)) for token in tokens[PROMPT:]]
+        rows = [np.array(model.prefill(tokens[:PROMPT]))] + [
+            np.array(model.step(token)) for token in tokens[PROMPT:]
+        ]
         np.save(file, np.stack(rows))
         return {}
 
     def measure(self) -> dict[str, Any]:
-        """One round: seconds of a prefill and of a greedy decode behind it, or of an image. The first round is preceded by an untimed one."""
+        """One round: seconds of a prefill and of a greedy decode behind it, or of an
+        image. The first round is preceded by an untimed one.
+        """
         once = self._measure_vision if self._contender.part == "vision" else self._measure_decoder
         if not self._warm:
             once()
@@ -113,7 +128,9 @@ def main() -> None:
         except ModuleNotFoundError as error:
             result = {"missing": str(error)}
         except Exception as error:  # of any engine; the row is reported as absent
-            result = {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"}
+            result = {
+                "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
+            }
         answers.write(json.dumps(result) + "\n")
         answers.flush()
 

@@ -1,4 +1,6 @@
-"""`infmllm-export inspect`: what a bundle holds, read from its manifest and graphs, as data or text."""
+"""`infmllm-export inspect`: what a bundle holds, read from its manifest and graphs, as
+data or text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _SUFFIXES = (".int8", ".int4", ".fp16")
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Verdict, schemes, bytes per file, and per graph: operators, parameters and bytes by storage type, blocks with how their layers are stored."""
+    """Verdict, schemes, bytes per file, and per graph: operators, parameters and bytes
+    by storage type, blocks with how their layers are stored.
+    """
     return {
         "path": str(bundle.path),
         "model": bundle.spec.to_json(),
@@ -38,7 +42,9 @@ def _describe_graph(model: ir.Model) -> dict[str, Any]:
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             continue
-        row = storage.setdefault(value.const_value.dtype.name.lower(), {"parameters": 0, "bytes": 0})
+        row = storage.setdefault(
+            value.const_value.dtype.name.lower(), {"parameters": 0, "bytes": 0}
+        )
         row["parameters"] += value.const_value.size
         row["bytes"] += value.const_value.nbytes
         block = blocks.setdefault(_block(name), {"bytes": 0, "layers": {}})
@@ -48,24 +54,38 @@ def _describe_graph(model: ir.Model) -> dict[str, Any]:
             names, how = layer
             for name in parts_of(names):
                 blocks.setdefault(_block(name), {"bytes": 0, "layers": {}})["layers"][name] = how
-    return {"nodes": sum(operators.values()), "operators": dict(operators.most_common()), "storage": storage, "blocks": blocks}
+    return {
+        "nodes": sum(operators.values()),
+        "operators": dict(operators.most_common()),
+        "storage": storage,
+        "blocks": blocks,
+    }
 
 
 def _layer(node: ir.Node) -> tuple[str, str] | None:
-    """A linear layer's parameter name and how it is computed: "int4/32", "int8 x int8", "fp16", "fp32"."""
+    """A linear layer's parameter name and how it is computed: "int4/32", "int8 x int8",
+    "fp16", "fp32".
+    """
     if node.op_type not in ("MatMul", "MatMulInteger", "MatMulNBits") or node.inputs[1] is None:
         return None
     weight: ir.Value | None = node.inputs[1]
     producer = weight.producer() if weight is not None else None
     if producer is not None and producer.op_type in ("Cast", "DequantizeLinear"):
         weight = producer.inputs[0]
-    if weight is None or weight.name is None or (not weight.name.removesuffix("weight").endswith(".") and ".weight" not in weight.name):
+    if (
+        weight is None
+        or weight.name is None
+        or (not weight.name.removesuffix("weight").endswith(".") and ".weight" not in weight.name)
+    ):
         return None
     name = weight.name
     for suffix in _SUFFIXES:
         name = name.removesuffix(suffix)
     if node.op_type == "MatMulNBits":
-        return name, f"int{node.attributes['bits'].as_int()}/{node.attributes['block_size'].as_int()}"
+        return (
+            name,
+            f"int{node.attributes['bits'].as_int()}/{node.attributes['block_size'].as_int()}",
+        )
     if node.op_type == "MatMulInteger":
         return name, "int8 x int8"
     if producer is not None and producer.op_type == "DequantizeLinear":
@@ -74,8 +94,13 @@ def _layer(node: ir.Node) -> tuple[str, str] | None:
 
 
 def _dequantised(product: ir.Node, weight: ir.Node) -> str:
-    """How a product of a dequantised weight is computed: "int8 x int8 static", "int8", "int4/128"."""
-    bits, block = (weight.inputs[0].dtype or ir.DataType.INT8).name.lower(), weight.attributes.get_int("block_size", 0)  # type: ignore[union-attr]
+    """How a product of a dequantised weight is computed: "int8 x int8 static", "int8",
+    "int4/128".
+    """
+    bits, block = (
+        (weight.inputs[0].dtype or ir.DataType.INT8).name.lower(),
+        weight.attributes.get_int("block_size", 0),
+    )  # type: ignore[union-attr]
     x = product.inputs[0].producer() if product.inputs[0] is not None else None
     if x is not None and x.op_type == "DequantizeLinear":
         return f"{bits} x {bits} static"
@@ -83,39 +108,64 @@ def _dequantised(product: ir.Node, weight: ir.Node) -> str:
 
 
 def _block(name: str) -> str:
-    """The block a parameter belongs to: "decoder.layers.3", "vision_tower.blocks.0", else its module."""
+    """The block a parameter belongs to: "decoder.layers.3", "vision_tower.blocks.0",
+    else its module.
+    """
     parts = name.split(".")
     if parts[0] not in ("vision_tower", "pool_adapter", "decoder"):
         return "constants"
     numbered = next((i for i, part in enumerate(parts) if part.isdigit() and i > 1), None)
-    return ".".join(parts[: numbered + 1]) if numbered else ".".join(parts[:2]) if len(parts) > 2 else "constants"
+    return (
+        ".".join(parts[: numbered + 1])
+        if numbered
+        else ".".join(parts[:2])
+        if len(parts) > 2
+        else "constants"
+    )
 
 
 def format_description(data: dict[str, Any]) -> str:
     """The description as text for a terminal."""
     model = data["model"]
     lines = [
-        f"{data['path']}: {model['name']} for {data['target']}, {data['bytes'] / 1e6:.1f} MB, {data['verdict']}",
+        f"{data['path']}: {model['name']} for {data['target']}, {data['bytes'] / 1e6:.1f} MB, "
+        f"{data['verdict']}",
         "schemes: " + ", ".join(f"{part} {scheme}" for part, scheme in data["schemes"].items()),
         "visual tokens: " + ", ".join(str(p * p) for p in model["pool_sizes"]),
     ]
     for stage in data["parity"].get("stages", []):
-        lines.append(f"parity {stage['stage']}: {stage['error']:.3g} (allowed {stage['tolerance']:.3g})")
+        lines.append(
+            f"parity {stage['stage']}: {stage['error']:.3g} (allowed {stage['tolerance']:.3g})"
+        )
     metrics = data["parity"].get("metrics", {})
     for task, row in metrics.get("tasks", {}).items():
-        lines.append(f"answers {task}: {row['bundle']:.1f} %, PyTorch {row['pytorch']:.1f} % ({metrics['count']} questions in all)")
+        lines.append(
+            f"answers {task}: {row['bundle']:.1f} %, PyTorch {row['pytorch']:.1f} % "
+            f"({metrics['count']} questions in all)"
+        )
     if "skipped" in metrics:
         lines.append(f"answers not compared: {metrics['skipped']}")
     for name, size in data["files"].items():
         lines.append(f"  {name:20} {size:>12,} bytes")
     for name, graph in data["graphs"].items():
-        storage = ", ".join(f"{kind} {row['parameters']:,} ({row['bytes'] / 1e6:.2f} MB)" for kind, row in graph["storage"].items())
-        lines += [f"{name}: {graph['nodes']} nodes; {storage}", "  " + ", ".join(f"{op} {count}" for op, count in graph["operators"].items())]
+        storage = ", ".join(
+            f"{kind} {row['parameters']:,} ({row['bytes'] / 1e6:.2f} MB)"
+            for kind, row in graph["storage"].items()
+        )
+        lines += [
+            f"{name}: {graph['nodes']} nodes; {storage}",
+            "  " + ", ".join(f"{op} {count}" for op, count in graph["operators"].items()),
+        ]
         for block, row in graph["blocks"].items():
-            kinds = ", ".join(f"{count} {how}" for how, count in Counter(row["layers"].values()).items())
+            kinds = ", ".join(
+                f"{count} {how}" for how, count in Counter(row["layers"].values()).items()
+            )
             lines.append(f"  {block:28} {row['bytes'] / 1e3:>10,.1f} kB  {kinds}")
     calibration = data["provenance"].get("calibration")
     if calibration:
-        lines.append(f"calibrated with {calibration['count']} pictures of {calibration['source']}, sha256 {calibration['sha256'][:12]}…")
+        lines.append(
+            f"calibrated with {calibration['count']} pictures of {calibration['source']}, sha256 "
+            f"{calibration['sha256'][:12]}…"
+        )
     refused = [reason for row in data["provenance"].get("passes", []) for reason in row["refused"]]
     return "\n".join([*lines, *(f"refused: {reason}" for reason in refused)])

@@ -1,1 +1,3 @@
-"""Compares a bundle with PyTorch: references, subgraphs, and the search for the block where drift begins."""
+"""Compares a bundle with PyTorch: references, subgraphs, and the search for the block
+where drift begins.
+"""

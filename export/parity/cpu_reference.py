@@ -1,7 +1,8 @@
-"""Runs the graphs of a GPU bundle on the CPU, literally: what the build's parity gate holds against PyTorch before any GPU sees them.
+"""Runs the graphs of a GPU bundle on the CPU, literally: what the build's parity gate
+holds against PyTorch before any GPU sees them.
 
-ONNX Runtime's optimisers stay off, so every operator computes in the type the graph names (float16 products through float32, rounded behind each
-operator).
+ONNX Runtime's optimisers stay off, so every operator computes in the type the graph
+names (float16 products through float32, rounded behind each operator).
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from export.targets import LOWERING
-from runtime.contract.bundle import DECODER, DECODER_FUSED, VISION, VISION_FUSED, Bundle, read_bundle
+from runtime.contract.bundle import (
+    DECODER,
+    DECODER_FUSED,
+    VISION,
+    VISION_FUSED,
+    Bundle,
+    read_bundle,
+)
 from runtime.contract.errors import EngineError, UsageError
 from runtime.contract.spec import (
     IMAGE_EMBEDS,
@@ -40,23 +48,32 @@ __all__ = ["ReferenceEngine", "open_session", "reference_session", "replay_forms
 
 
 class ReferenceEngine:
-    """An `Engine` for tensorrt bundles, of the plain graphs or the fused ones. Slow: for builds and tests."""
+    """An `Engine` for tensorrt bundles, of the plain graphs or the fused ones. Slow:
+    for builds and tests.
+    """
 
     verifies = False
     trial: Trial | None = None
 
     def __init__(self, bundle: Bundle, fused: bool = False, threads: int | None = None) -> None:
         spec = bundle.spec.decoder
-        self.capacity, self.version, self._fused = bundle.capacity, f"reference, onnxruntime {ort.__version__}", fused
+        self.capacity, self.version, self._fused = (
+            bundle.capacity,
+            f"reference, onnxruntime {ort.__version__}",
+            fused,
+        )
         self._vision, self._decoder = (
-            _opened(str(bundle.file(file)), threads) for file in ((VISION_FUSED, DECODER_FUSED) if fused else (VISION, DECODER))
+            _opened(str(bundle.file(file)), threads)
+            for file in ((VISION_FUSED, DECODER_FUSED) if fused else (VISION, DECODER))
         )
         shape = (1, spec.kv_heads, self.capacity, spec.head_dim)
         names = spec.cache_names
         self._caches = {name: np.zeros(shape, np.float16) for name in names}
         self._outputs = [LOGITS, NEXT_TOKEN, *(present(name) for name in names)]
 
-    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
+    def embed_image(
+        self, pixels: NDArray[np.float32], pool: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         """See `Engine.embed_image`."""
         (embeds,) = self._vision.run([IMAGE_EMBEDS], {PIXELS: pixels, POOL: pool})
         return np.asarray(embeds, np.float32)
@@ -91,23 +108,37 @@ class ReferenceEngine:
 
     def batch(self, slots: int, rows: int) -> Any:
         """Not served: builds ask one question at a time."""
-        raise UsageError("graphs run literally on the CPU answer one question at a time; leave --beams and --batch out")
+        raise UsageError(
+            "graphs run literally on the CPU answer one question at a time; leave --beams and "
+            "--batch out"
+        )
 
 
 def reference_session(bundle: Bundle, fused: bool = False) -> Session:
-    """A session over one form of a GPU bundle's graphs. Those of ONNX Runtime run in their own engine, on the CPU's memory."""
-    engine: Engine = ReferenceEngine(bundle, fused) if DECODER_FUSED in bundle.files else OrtCudaEngine(bundle, EngineOptions(), HOST)
+    """A session over one form of a GPU bundle's graphs. Those of ONNX Runtime run in
+    their own engine, on the CPU's memory.
+    """
+    engine: Engine = (
+        ReferenceEngine(bundle, fused)
+        if DECODER_FUSED in bundle.files
+        else OrtCudaEngine(bundle, EngineOptions(), HOST)
+    )
     return Session(bundle, engine)
 
 
 def replay_forms(bundle: Bundle, tolerance: Mapping[str, float]) -> list[StageError]:
     """The golden cases through every form; of each stage the worse result."""
-    forms = [replay(reference_session(bundle, fused), tolerance) for fused in ((False, True) if DECODER_FUSED in bundle.files else (False,))]
+    forms = [
+        replay(reference_session(bundle, fused), tolerance)
+        for fused in ((False, True) if DECODER_FUSED in bundle.files else (False,))
+    ]
     return [max(rows, key=lambda row: row.error) for rows in zip(*forms, strict=True)]
 
 
 def open_session(path: Path) -> Session:
-    """A session of any bundle: on its own engine where this machine has it, else on the CPU, said in a notice."""
+    """A session of any bundle: on its own engine where this machine has it, else on the
+    CPU, said in a notice.
+    """
     try:
         return load(path)
     except EngineError as error:

@@ -1,7 +1,9 @@
-"""The parity gate: golden results from PyTorch, and the verdict on a compiled bundle that replays them and answers questions.
+"""The parity gate: golden results from PyTorch, and the verdict on a compiled bundle
+that replays them and answers questions.
 
-Goldens are made by the uncached PyTorch model in fp32, block by block, so a cached, quantised, lowered bundle is held against the simplest form of
-the same model, whatever its size.
+Goldens are made by the uncached PyTorch model in fp32, block by block, so a cached,
+quantised, lowered bundle is held against the simplest form of the same model, whatever
+its size.
 """
 
 from __future__ import annotations
@@ -25,17 +27,29 @@ from runtime.session import Session
 from trainer.checkpoint import StoredCheckpoint, load_checkpoint
 from trainer.evaluate import CheckpointAnswerer
 
-__all__ = ["METRIC_SEED", "MetricCheck", "compare_with_checkpoint", "golden_count", "goldens_of", "measure_answers", "verdict_json"]
+__all__ = [
+    "METRIC_SEED",
+    "MetricCheck",
+    "compare_with_checkpoint",
+    "golden_count",
+    "goldens_of",
+    "measure_answers",
+    "verdict_json",
+]
 
 GOLDEN_CASES, _FEW_CASES = 6, 2
 _FRESH_SEED, METRIC_SEED = 20232, 20233
-_WHOLE_MODEL = 500_000_000  # parameters of a model that is loaded whole, to answer questions in PyTorch
+_WHOLE_MODEL = (
+    500_000_000  # parameters of a model that is loaded whole, to answer questions in PyTorch
+)
 _FLIPS = 2  # answers of a small sample that any change of rounding may turn
 
 
 @dataclass(frozen=True)
 class MetricCheck:
-    """Scores per task in percent (PyTorch's, the bundle's) on the same questions; `skipped` says why there are none."""
+    """Scores per task in percent (PyTorch's, the bundle's) on the same questions;
+    `skipped` says why there are none.
+    """
 
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     count: int = 0
@@ -45,7 +59,9 @@ class MetricCheck:
     @property
     def drop(self) -> float:
         """Points lost on the mean over tasks (negative: gained)."""
-        return sum(torch - found for torch, found in self.scores.values()) / max(1, len(self.scores))
+        return sum(torch - found for torch, found in self.scores.values()) / max(
+            1, len(self.scores)
+        )
 
     @property
     def passed(self) -> bool:
@@ -56,7 +72,10 @@ class MetricCheck:
         """A JSON-ready dict."""
         if not self.scores:
             return {"skipped": self.skipped or "not yet measured"}
-        tasks = {task: {"pytorch": torch, "bundle": found} for task, (torch, found) in self.scores.items()}
+        tasks = {
+            task: {"pytorch": torch, "bundle": found}
+            for task, (torch, found) in self.scores.items()
+        }
         return {"tasks": tasks, "count": self.count, "drop": self.drop, "allowed": self.allowed}
 
 
@@ -66,50 +85,95 @@ def golden_count(spec: ModelSpec) -> int:
 
 
 def goldens_of(traces: Sequence[Trace]) -> list[Golden]:
-    """Golden cases from a walk's traces: the answer's tokens are fed one by one, and every step's logits compared."""
+    """Golden cases from a walk's traces: the answer's tokens are fed one by one, and
+    every step's logits compared.
+    """
     goldens = []
     for trace in traces:
         case, logits, embeds = trace.case, trace.logits, trace.image_embeds
         assert logits is not None and embeds is not None, "a finished walk has results"
         ids = [np.asarray(part, np.int64) for part in (case.before, case.after, case.answer)]
-        goldens.append(Golden(case.pixels, case.pool_size, ids[0], ids[1], embeds, logits[0], ids[2], logits[1:]))
+        goldens.append(
+            Golden(
+                case.pixels, case.pool_size, ids[0], ids[1], embeds, logits[0], ids[2], logits[1:]
+            )
+        )
     return goldens
 
 
-def compare_with_checkpoint(session: Session, checkpoint: StoredCheckpoint, cases: int, source: str) -> list[StageError]:
-    """Errors of a bundle against a checkpoint on cases the bundle does not carry. Raises `BundleError` if they do not belong together."""
+def compare_with_checkpoint(
+    session: Session, checkpoint: StoredCheckpoint, cases: int, source: str
+) -> list[StageError]:
+    """Errors of a bundle against a checkpoint on cases the bundle does not carry.
+    Raises `BundleError` if they do not belong together.
+    """
     built_from = session.bundle.provenance.get("checkpoint_sha256")
     if built_from != checkpoint.sha256:
         raise BundleError(
             f"{session.bundle.path} was built from checkpoint {str(built_from)[:12]}…, "
             f"{checkpoint.path} is {checkpoint.sha256[:12]}…; name the checkpoint it was built from"
         )
-    fresh: list[Case] = draw_cases(draw_examples(source, cases, _FRESH_SEED), checkpoint.spec, checkpoint.tokenizer, _FRESH_SEED)
+    fresh: list[Case] = draw_cases(
+        draw_examples(source, cases, _FRESH_SEED),
+        checkpoint.spec,
+        checkpoint.tokenizer,
+        _FRESH_SEED,
+    )
     goldens = goldens_of(StreamedModel(checkpoint.spec, checkpoint.read).walk(fresh))
     return replay_goldens(session, goldens, session.bundle.tolerance)
 
 
-def measure_answers(session: Session, checkpoint: StoredCheckpoint, source: str, images: int, allowed: float, seed: int = METRIC_SEED) -> MetricCheck:
-    """Asks PyTorch and the bundle the same questions; more than `allowed` points lost (two answers at least) is too much."""
+def measure_answers(
+    session: Session,
+    checkpoint: StoredCheckpoint,
+    source: str,
+    images: int,
+    allowed: float,
+    seed: int = METRIC_SEED,
+) -> MetricCheck:
+    """Asks PyTorch and the bundle the same questions; more than `allowed` points lost
+    (two answers at least) is too much.
+    """
     if images == 0:
         return MetricCheck(skipped="not asked for")
     if checkpoint.spec.parameters > _WHOLE_MODEL:
         return MetricCheck(
-            {}, skipped=f"{checkpoint.spec.parameters / 1e9:.1f} billion parameters are not loaded whole; run infmllm-eval where they fit"
+            {},
+            skipped=f"{checkpoint.spec.parameters / 1e9:.1f} billion parameters are not loaded "
+            f"whole; run infmllm-eval where they fit",
         )
     examples = draw_examples(source, images, seed)
     reference = CheckpointAnswerer(checkpoint.path, load_checkpoint(checkpoint.path))
-    figures = [evaluate(answerer, examples, faults=Faults(True))[0].figures() for answerer in (reference, BundleAnswerer(session))]
+    figures = [
+        evaluate(answerer, examples, faults=Faults(True))[0].figures()
+        for answerer in (reference, BundleAnswerer(session))
+    ]
     if not figures[0] or set(figures[0]) != set(figures[1]):
         return MetricCheck(skipped="no question fits the model's context")
-    scores = {task: (figures[0][task]["accuracy"], figures[1][task]["accuracy"]) for task in figures[0]}
+    scores = {
+        task: (figures[0][task]["accuracy"], figures[1][task]["accuracy"]) for task in figures[0]
+    }
     count = int(sum(row["count"] for row in figures[0].values()))
     fewest = min(row["count"] for row in figures[0].values())
     return MetricCheck(scores, count, max(allowed, 100.0 * _FLIPS / (fewest * len(scores))))
 
 
-def verdict_json(stages: Sequence[StageError], metrics: MetricCheck, tolerance: dict[str, float]) -> dict[str, Any]:
+def verdict_json(
+    stages: Sequence[StageError], metrics: MetricCheck, tolerance: dict[str, float]
+) -> dict[str, Any]:
     """The manifest's parity entry."""
-    rows = [{"stage": s.stage, "error": s.error, "tolerance": s.tolerance, "agreement": s.agreement} for s in stages]
-    verdict = VERIFIED if stages and all(stage.passed for stage in stages) and metrics.passed else UNVERIFIED
-    return {"verdict": verdict, "tolerance": tolerance, "stages": rows, "metrics": metrics.to_json()}
+    rows = [
+        {"stage": s.stage, "error": s.error, "tolerance": s.tolerance, "agreement": s.agreement}
+        for s in stages
+    ]
+    verdict = (
+        VERIFIED
+        if stages and all(stage.passed for stage in stages) and metrics.passed
+        else UNVERIFIED
+    )
+    return {
+        "verdict": verdict,
+        "tolerance": tolerance,
+        "stages": rows,
+        "metrics": metrics.to_json(),
+    }

@@ -1,6 +1,8 @@
-"""Parts of a graph as graphs of their own: to find where one goes wrong, and to run one that memory does not hold at once.
+"""Parts of a graph as graphs of their own: to find where one goes wrong, and to run one
+that memory does not hold at once.
 
-Every transformer block begins with a norm over the residual stream, a single tensor: there a graph is cut. A part refers to the same weight file.
+Every transformer block begins with a norm over the residual stream, a single tensor:
+there a graph is cut. A part refers to the same weight file.
 """
 
 from __future__ import annotations
@@ -18,7 +20,17 @@ from numpy.typing import NDArray
 from export.planning.plan import PIECE_BYTES
 from runtime.contract.bundle import DECODER, PREFILL, VISION
 from runtime.contract.pooling import pool_matrix
-from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, LOGITS_TO_KEEP, PIXELS, POOL, SEQLENS_K, TOTAL_LENGTH, ModelSpec
+from runtime.contract.spec import (
+    IMAGE_EMBEDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    PIXELS,
+    POOL,
+    SEQLENS_K,
+    TOTAL_LENGTH,
+    ModelSpec,
+)
 from runtime.engines.onnxruntime.sessions import session_options
 from runtime.parity import Golden, StageError, stage_errors
 
@@ -29,7 +41,9 @@ Feed = dict[str, NDArray[np.generic]]
 
 
 def cut_points(model: ir.Model) -> list[tuple[str, str]]:
-    """(norm's module name, tensor in front of it) of every norm of a graph, in order, but for one over a graph input."""
+    """(norm's module name, tensor in front of it) of every norm of a graph, in order,
+    but for one over a graph input.
+    """
     found = []
     for node in model.graph:
         if node.op_type in ("LayerNormalization", "RMSNormalization"):
@@ -41,13 +55,19 @@ def cut_points(model: ir.Model) -> list[tuple[str, str]]:
 
 
 def part(path: Path, starts: Collection[str], ends: Collection[str]) -> ir.Model:
-    """The part of a graph file that computes the tensors `ends` from graph inputs and the tensors `starts`."""
+    """The part of a graph file that computes the tensors `ends` from graph inputs and
+    the tensors `starts`.
+    """
     model = ir.load(path)
     graph = model.graph
     values = {output.name: output for node in graph for output in node.outputs}
     wanted = [values[name] for name in ends]
     for name in starts:
-        given = ir.Value(name=f"{name}.given", shape=ir.Shape([None] * len(values[name].shape or ())), type=ir.TensorType(ir.DataType.FLOAT))
+        given = ir.Value(
+            name=f"{name}.given",
+            shape=ir.Shape([None] * len(values[name].shape or ())),
+            type=ir.TensorType(ir.DataType.FLOAT),
+        )
         ir.convenience.replace_all_uses_with(values[name], given)
         graph.inputs.append(given)
     graph.outputs[:] = wanted
@@ -64,20 +84,28 @@ def part(path: Path, starts: Collection[str], ends: Collection[str]) -> ir.Model
 
 
 @contextmanager
-def opened_part(path: Path, starts: Collection[str], ends: Collection[str]) -> Iterator[ort.InferenceSession]:
+def opened_part(
+    path: Path, starts: Collection[str], ends: Collection[str]
+) -> Iterator[ort.InferenceSession]:
     """A session of a part; its file lies beside the weights only while it is open."""
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part") as file:
         file.write(ir.to_proto(part(path, starts, ends)).SerializeToString())
         file.flush()
-        session = ort.InferenceSession(file.name, session_options(None, exact=False), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            file.name, session_options(None, exact=False), providers=["CPUExecutionProvider"]
+        )
         try:
             yield session
         finally:
             del session
 
 
-def run_part(session: ort.InferenceSession, inputs: Feed, cache: tuple[int, ...]) -> dict[str, NDArray[np.generic]]:
-    """All outputs of a part; caches that are not among `inputs` start empty with shape `cache`."""
+def run_part(
+    session: ort.InferenceSession, inputs: Feed, cache: tuple[int, ...]
+) -> dict[str, NDArray[np.generic]]:
+    """All outputs of a part; caches that are not among `inputs` start empty with shape
+    `cache`.
+    """
     feed: Feed = {}
     inputs = {LOGITS_TO_KEEP: np.array([1], np.int64), **inputs}
     for value in session.get_inputs():
@@ -88,7 +116,9 @@ def run_part(session: ort.InferenceSession, inputs: Feed, cache: tuple[int, ...]
 
 
 def _segments(path: Path, most: int) -> list[tuple[list[str], list[str]]]:
-    """Consecutive (starts, ends) of a decoder, cut in front of layers, each with at most `most` bytes of weights if a layer has no more."""
+    """Consecutive (starts, ends) of a decoder, cut in front of layers, each with at
+    most `most` bytes of weights if a layer has no more.
+    """
     model = ir.load(path)
     cuts = {tensor for name, tensor in cut_points(model) if name.endswith("input_layernorm")}
     segments: list[tuple[list[str], list[str]]] = []
@@ -96,7 +126,9 @@ def _segments(path: Path, most: int) -> list[tuple[list[str], list[str]]]:
     held = pending = 0
     last = ""
     for node in model.graph:
-        pending += sum(x.const_value.nbytes for x in node.inputs if x is not None and x.const_value is not None)
+        pending += sum(
+            x.const_value.nbytes for x in node.inputs if x is not None and x.const_value is not None
+        )
         for output in node.outputs:
             if output.name in cuts:
                 if held and held + pending > most:
@@ -110,20 +142,36 @@ def _segments(path: Path, most: int) -> list[tuple[list[str], list[str]]]:
 
 
 def replay_in_pieces(
-    folder: Path, spec: ModelSpec, table: NDArray[np.floating], goldens: Sequence[Golden], tolerance: dict[str, float], most: int = PIECE_BYTES
+    folder: Path,
+    spec: ModelSpec,
+    table: NDArray[np.floating],
+    goldens: Sequence[Golden],
+    tolerance: dict[str, float],
+    most: int = PIECE_BYTES,
 ) -> list[StageError]:
-    """`replay_goldens` for graphs larger than memory should hold: each part runs all cases before the next is opened.
+    """`replay_goldens` for graphs larger than memory should hold: each part runs all
+    cases before the next is opened.
 
-    Golden tokens are given, so a part can take every step of a case in turn. `table` are the token embeddings [V,H].
+    Golden tokens are given, so a part can take every step of a case in turn. `table`
+    are the token embeddings [V,H].
     """
     found: list[tuple[Array, Array, Array]] = []
     with opened_part(folder / VISION, (), [IMAGE_EMBEDS]) as session:
-        embeds = [run_part(session, {PIXELS: g.pixels, POOL: pool_matrix(spec.vision.grid, g.pool_size)}, ())[IMAGE_EMBEDS][0] for g in goldens]
+        embeds = [
+            run_part(
+                session, {PIXELS: g.pixels, POOL: pool_matrix(spec.vision.grid, g.pool_size)}, ()
+            )[IMAGE_EMBEDS][0]
+            for g in goldens
+        ]
         del session
     streams = []
     for golden in goldens:
-        prompt = np.concatenate([table[golden.before], golden.image_embeds, table[golden.after]], dtype=np.float32)[None]
-        streams.append([prompt, *(np.asarray(table[[token]], np.float32)[None] for token in golden.tokens)])
+        prompt = np.concatenate(
+            [table[golden.before], golden.image_embeds, table[golden.after]], dtype=np.float32
+        )[None]
+        streams.append(
+            [prompt, *(np.asarray(table[[token]], np.float32)[None] for token in golden.tokens)]
+        )
     file = folder / DECODER
     for starts, ends in _segments(file, most):
         caches = sorted(_caches_of(part(file, starts, ends)))
@@ -131,15 +179,27 @@ def replay_in_pieces(
         keep = [*ends, *(f"present.{name}" for name in caches)]
         streams = _through(file, first, starts, keep, caches, streams, spec)
     for vectors, golden_embeds in zip(streams, embeds, strict=True):
-        steps = np.concatenate(vectors[1:]) if len(vectors) > 1 else np.zeros((0, spec.decoder.vocab_size), np.float32)
+        steps = (
+            np.concatenate(vectors[1:])
+            if len(vectors) > 1
+            else np.zeros((0, spec.decoder.vocab_size), np.float32)
+        )
         found.append((np.asarray(golden_embeds, np.float32), vectors[0][0], steps))
     return stage_errors(goldens, found, tolerance)
 
 
 def _through(
-    file: Path, first: Path, starts: Sequence[str], ends: Sequence[str], caches: Sequence[str], streams: Sequence[Sequence[Array]], spec: ModelSpec
+    file: Path,
+    first: Path,
+    starts: Sequence[str],
+    ends: Sequence[str],
+    caches: Sequence[str],
+    streams: Sequence[Sequence[Array]],
+    spec: ModelSpec,
 ) -> list[list[Array]]:
-    """All cases through one part: the prompt by the graph `first`, the tokens after it one by one; `ends` begin with the stream that leaves."""
+    """All cases through one part: the prompt by the graph `first`, the tokens after it
+    one by one; `ends` begin with the stream that leaves.
+    """
     held: list[Feed] = []
     results: list[list[Array]] = []
     for graph, decoding in ((first, False), (file, True)) if first != file else ((file, None),):
@@ -152,7 +212,11 @@ def _through(
                     results.append([np.asarray(outputs[ends[0]], np.float32)])
                     held.append({name: outputs[f"present.{name}"] for name in caches})
                 for step, row in enumerate(rows[1:] if decoding is not False else (), 1):
-                    outputs = run_part(session, {**_lengths(starts, row, rows[0].shape[1] + step), **held[index]}, ())
+                    outputs = run_part(
+                        session,
+                        {**_lengths(starts, row, rows[0].shape[1] + step), **held[index]},
+                        (),
+                    )
                     results[index].append(np.asarray(outputs[ends[0]], np.float32))
                     held[index] = {name: outputs[f"present.{name}"] for name in caches}
             del session  # the next part is opened without this one
@@ -164,6 +228,12 @@ def _caches_of(model: ir.Model) -> list[str]:
 
 
 def _lengths(starts: Sequence[str], rows: Array, filled: int) -> Feed:
-    """The stream under the name a part takes it by, and how many cache rows are filled after the call."""
+    """The stream under the name a part takes it by, and how many cache rows are filled
+    after the call.
+    """
     name = f"{starts[0]}.given" if starts else INPUTS_EMBEDS
-    return {name: rows, SEQLENS_K: np.array([filled - 1], np.int32), TOTAL_LENGTH: np.array(filled, np.int32)}
+    return {
+        name: rows,
+        SEQLENS_K: np.array([filled - 1], np.int32),
+        TOTAL_LENGTH: np.array(filled, np.int32),
+    }

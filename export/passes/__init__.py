@@ -18,12 +18,22 @@ from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
 __all__ = ["PASSES", "SIMPLIFY", "GraphPass", "PassResult", "run_passes"]
 
 SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWRITE, CLEAN)
-"""From the exporter's output to the canonical graph. Transposes of weights are folded before constants, so that weights keep their names."""
+"""From the exporter's output to the canonical graph. Transposes of weights are folded
+before constants, so that weights keep their names.
+"""
 
 LOWERINGS: tuple[GraphPass, ...] = (
     *(GROUP_QUERY_ATTENTION, KEEP_LOGITS),
     *(SIMPLIFIED_NORMS, MULTI_HEAD_ATTENTION, ONE_PICTURE),
-    *(PLAIN_NORMS, PLAIN_GELU, PLAIN_ATTENTION, PLAIN_CACHE, FUSED_CACHE, FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS),
+    *(
+        PLAIN_NORMS,
+        PLAIN_GELU,
+        PLAIN_ATTENTION,
+        PLAIN_CACHE,
+        FUSED_CACHE,
+        FIRST_TOKEN_OUTPUTS,
+        TOKEN_OUTPUTS,
+    ),
 )
 
 PASSES: dict[str, GraphPass] = {step.name: step for step in (*SIMPLIFY, *LOWERINGS)}

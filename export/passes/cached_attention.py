@@ -1,6 +1,8 @@
-"""Finding cached attention in the canonical decoder graph, for the passes that replace it.
+"""Finding cached attention in the canonical decoder graph, for the passes that replace
+it.
 
-Per layer it is Attention(RotaryEmbedding(q), ScatterElements(cache, rows, RotaryEmbedding(k)), ScatterElements(cache, rows, v), mask).
+Per layer it is Attention(RotaryEmbedding(q), ScatterElements(cache, rows,
+RotaryEmbedding(k)), ScatterElements(cache, rows, v), mask).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ __all__ = ["CachedAttention", "find_attention", "remove_unused", "take_over"]
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """One layer's attention: `query`, `key`, `value` [B,L,heads*D] as projected, caches and updated caches [B,KV,C,D], `output` [B,L,heads*D].
+    """One layer's attention: `query`, `key`, `value` [B,L,heads*D] as projected, caches
+    and updated caches [B,KV,C,D], `output` [B,L,heads*D].
 
     `tables` are cos and sin of every position [C,D/2].
     """
@@ -52,7 +55,9 @@ class CachedAttention:
 
 
 def find_attention(model: ir.Model, step: str) -> tuple[list[CachedAttention], list[str]]:
-    """All cached attention of a graph, and why other Attention nodes are not it, for the pass named `step`."""
+    """All cached attention of a graph, and why other Attention nodes are not it, for
+    the pass named `step`.
+    """
     found, refused = [], []
     for node in list(model.graph):
         if node.op_type == "Attention":
@@ -79,15 +84,23 @@ def _before_heads(value: ir.Value | None) -> ir.Value:
 
 def _match(attention: ir.Node) -> CachedAttention:
     query_rotary = _producer(attention.inputs[0], "RotaryEmbedding")
-    key_scatter, value_scatter = _producer(attention.inputs[1], "ScatterElements"), _producer(attention.inputs[2], "ScatterElements")
+    key_scatter, value_scatter = (
+        _producer(attention.inputs[1], "ScatterElements"),
+        _producer(attention.inputs[2], "ScatterElements"),
+    )
     key_rotary = _producer(key_scatter.inputs[2], "RotaryEmbedding")
     transpose = next(iter(attention.outputs[0].uses())).node
     reshape = next(iter(transpose.outputs[0].uses())).node
     if (transpose.op_type, reshape.op_type) != ("Transpose", "Reshape"):
-        raise LookupError(f"output goes to {transpose.op_type} and {reshape.op_type}, expected Transpose and Reshape")
+        raise LookupError(
+            f"output goes to {transpose.op_type} and {reshape.op_type}, expected Transpose and "
+            f"Reshape"
+        )
     cos, sin = query_rotary.inputs[1], query_rotary.inputs[2]
     key_cache, value_cache = key_scatter.inputs[0], value_scatter.inputs[0]
-    assert cos is not None and sin is not None and key_cache is not None and value_cache is not None, "operators have all inputs"
+    assert (
+        cos is not None and sin is not None and key_cache is not None and value_cache is not None
+    ), "operators have all inputs"
     return CachedAttention(
         attention,
         _before_heads(query_rotary.inputs[0]),
@@ -102,9 +115,15 @@ def _match(attention: ir.Node) -> CachedAttention:
     )
 
 
-def take_over(match: CachedAttention, output: ir.Value, key_out: ir.Value, value_out: ir.Value) -> None:
-    """Puts new values in the place of a layer's output and updated caches, under their names."""
-    for old, new in zip((match.output, match.key_out, match.value_out), (output, key_out, value_out), strict=True):
+def take_over(
+    match: CachedAttention, output: ir.Value, key_out: ir.Value, value_out: ir.Value
+) -> None:
+    """Puts new values in the place of a layer's output and updated caches, under their
+    names.
+    """
+    for old, new in zip(
+        (match.output, match.key_out, match.value_out), (output, key_out, value_out), strict=True
+    ):
         new.shape, new.type, name = new.shape or old.shape, old.type, old.name
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         old.name, new.name = f"{name}.replaced", name

@@ -1,8 +1,11 @@
-"""Gives every linear layer of the decoder at least two rows: the last row of a call is computed twice, and its copy thrown away.
+"""Gives every linear layer of the decoder at least two rows: the last row of a call is
+computed twice, and its copy thrown away.
 
-TensorRT's compiler multiplies 8-bit weights by half-precision rows inside one kernel only where there is more than one row; for a single row, which
-decoding has, it first writes all weights out in half precision, five times the traffic (docs/tensorrt.md). Attention never sees
-the copy, so it stays a matter of one query, and keys and values are written once.
+TensorRT's compiler multiplies 8-bit weights by half-precision rows inside one kernel
+only where there is more than one row; for a single row, which decoding has, it first
+writes all weights out in half precision, five times the traffic (docs/tensorrt.md).
+Attention never sees the copy, so it stays a matter of one query, and keys and values
+are written once.
 """
 
 from __future__ import annotations
@@ -43,13 +46,17 @@ def _add(model: ir.Model) -> PassResult:
 
 def _numbers(model: ir.Model, *names: str) -> list[ir.Value]:
     known = {"first": 0, "last": -1, "end": np.iinfo(np.int64).max, "rows": 1}
-    return [constant(model, f"companion.{name}", np.array([known[name]], np.int64)) for name in names]
+    return [
+        constant(model, f"companion.{name}", np.array([known[name]], np.int64)) for name in names
+    ]
 
 
 def _without_last(model: ir.Model, value_BLH: ir.Value) -> None:
     """Its users see all rows but the last."""
     uses = list(value_BLH.uses())
-    (cut,) = insert(model, uses[0].node, "Slice", [value_BLH, *_numbers(model, "first", "last", "rows")], _FP32)
+    (cut,) = insert(
+        model, uses[0].node, "Slice", [value_BLH, *_numbers(model, "first", "last", "rows")], _FP32
+    )
     cut.shape = value_BLH.shape
     for use in uses:
         use.node.replace_input_with(use.idx, cut)
@@ -59,7 +66,9 @@ def _with_last(model: ir.Model, value_BLH: ir.Value) -> None:
     """Its users, but for those that ask for its shape, see the last row twice."""
     uses = [use for use in value_BLH.uses() if use.node.op_type != "Shape"]
     before = next(node for node in model.graph if any(use.node is node for use in uses))
-    (last,) = insert(model, before, "Slice", [value_BLH, *_numbers(model, "last", "end", "rows")], _FP32)
+    (last,) = insert(
+        model, before, "Slice", [value_BLH, *_numbers(model, "last", "end", "rows")], _FP32
+    )
     (both,) = insert(model, before, "Concat", [value_BLH, last], _FP32, axis=1)
     both.shape = value_BLH.shape
     for use in uses:
@@ -85,4 +94,6 @@ def _doubled(model: ir.Model, gather: ir.Node) -> None:
     logits.name, split.outputs[0].name = f"{logits.name}.both", logits.name
 
 
-COMPANION_ROW = GraphPass("companion_row", _add, requires=frozenset({"::Attention"}), ensures=frozenset({"::Concat"}))
+COMPANION_ROW = GraphPass(
+    "companion_row", _add, requires=frozenset({"::Attention"}), ensures=frozenset({"::Concat"})
+)

@@ -1,4 +1,6 @@
-"""The pass contract: a named step over a graph that counts what it changed and says what it refused and why."""
+"""The pass contract: a named step over a graph that counts what it changed and says
+what it refused and why.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,10 @@ class PassResult:
 class GraphPass:
     """A step over an `onnx_ir.Model`, in place.
 
-    `requires` are operators (as "domain::Op") of which one at least must be present; `ensures` are operators that must be there once it has changed
-    anything, `removes` those that may not be left when it reports no refusal. All are checked around the call.
+    `requires` are operators (as "domain::Op") of which one at least must be present;
+    `ensures` are operators that must be there once it has changed anything, `removes`
+    those that may not be left when it reports no refusal. All are checked around the
+    call.
     """
 
     name: str
@@ -53,12 +57,18 @@ class GraphPass:
     def __call__(self, model: ir.Model) -> PassResult:
         """Applies the pass and checks its promises."""
         if self.requires and not self.requires & _operators(model):
-            return PassResult(0, (f"{self.name}: none of {', '.join(sorted(self.requires))} in the graph",))
+            return PassResult(
+                0, (f"{self.name}: none of {', '.join(sorted(self.requires))} in the graph",)
+            )
         result = self.run(model)
         after = _operators(model)
         left, lacking = self.removes & after, self.ensures - after
-        assert not left or result.refused, f"pass {self.name} left {sorted(left)} without saying why"
-        assert not lacking or not result.modified, f"pass {self.name} changed {result.modified} places but made no {sorted(lacking)}"
+        assert not left or result.refused, (
+            f"pass {self.name} left {sorted(left)} without saying why"
+        )
+        assert not lacking or not result.modified, (
+            f"pass {self.name} changed {result.modified} places but made no {sorted(lacking)}"
+        )
         return result
 
 
@@ -68,7 +78,12 @@ def _operators(model: ir.Model) -> set[str]:
 
 def is_weight(value: ir.Value | None) -> bool:
     """True for an initializer of two dimensions."""
-    return value is not None and value.is_initializer() and value.const_value is not None and len(value.const_value.shape) == 2
+    return (
+        value is not None
+        and value.is_initializer()
+        and value.const_value is not None
+        and len(value.const_value.shape) == 2
+    )
 
 
 def initializer(model: ir.Model, name: str, array: object) -> ir.Value:
@@ -92,7 +107,9 @@ def insert(
     full: bool = False,
     **attributes: Any,
 ) -> list[ir.Value]:
-    """Puts one operator in front of a node and returns its outputs, typed; `full` keeps it in fp32 where a graph computes in fp16."""
+    """Puts one operator in front of a node and returns its outputs, typed; `full` keeps
+    it in fp32 where a graph computes in fp16.
+    """
     node = ir.node(op_type, inputs, dict(attributes), domain=domain, num_outputs=len(dtypes))
     for output, dtype in zip(node.outputs, dtypes, strict=True):
         output.type = ir.TensorType(dtype)
@@ -117,24 +134,41 @@ def is_full(node: ir.Node) -> bool:
     return bool(node.meta.get(_FULL))
 
 
-def lazy_tensor(name: str, make: Callable[[], NDArray[np.generic]], dtype: ir.DataType, shape: Sequence[int]) -> ir.LazyTensor:
+def lazy_tensor(
+    name: str, make: Callable[[], NDArray[np.generic]], dtype: ir.DataType, shape: Sequence[int]
+) -> ir.LazyTensor:
     """A tensor computed whenever it is read, and never kept."""
-    return ir.LazyTensor(lambda: ir.tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
+    return ir.LazyTensor(
+        lambda: ir.tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
+    )
 
 
-def lazy_initializer(model: ir.Model, name: str, make: Callable[[], NDArray[np.generic]], dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+def lazy_initializer(
+    model: ir.Model,
+    name: str,
+    make: Callable[[], NDArray[np.generic]],
+    dtype: ir.DataType,
+    shape: Sequence[int],
+) -> ir.Value:
     """`initializer` for a tensor that is computed when the graph is written."""
     return _register(model, lazy_tensor(name, make, dtype, shape))
 
 
 def _register(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=tensor.name,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
     model.graph.register_initializer(value)
     return value
 
 
 def replace_node(model: ir.Model, old: ir.Node, result: ir.Value) -> None:
-    """Puts `result` in the place of a node's only output, under its name and shape, and removes the node."""
+    """Puts `result` in the place of a node's only output, under its name and shape, and
+    removes the node.
+    """
     before = old.outputs[0]
     result.shape, result.type, name = before.shape, before.type, before.name
     ir.convenience.replace_all_uses_with(before, result, replace_graph_outputs=True)

@@ -1,8 +1,10 @@
-"""What ONNX Runtime's CUDA provider has kernels for, of the operators our graphs use: what has none is moved to the CPU, inside the network.
+"""What ONNX Runtime's CUDA provider has kernels for, of the operators our graphs use:
+what has none is moved to the CPU, inside the network.
 
-Source: docs/OperatorKernels.md of github.com/microsoft/onnxruntime at 001d12d2, section CUDAExecutionProvider. A kernel registered without a last
-version serves only graphs in which the operator's own version is its first: a newer opset that redefines the operator has no kernel until one is
-added, which is why the graphs are written at opset 20.
+Source: docs/OperatorKernels.md of github.com/microsoft/onnxruntime at 001d12d2, section
+CUDAExecutionProvider. A kernel registered without a last version serves only graphs in
+which the operator's own version is its first: a newer opset that redefines the operator
+has no kernel until one is added, which is why the graphs are written at opset 20.
 """
 
 from __future__ import annotations
@@ -19,18 +21,26 @@ FOLDED = frozenset({"::Constant"})
 
 @dataclass(frozen=True)
 class Kernel:
-    """Versions of an operator from `first` to `last` (None: `first` alone, see above), and the types its first input may have."""
+    """Versions of an operator from `first` to `last` (None: `first` alone, see above),
+    and the types its first input may have.
+    """
 
     first: int
     last: int | None = None
     types: frozenset[str] = _FLOATS
 
     def serves(self, since: int, dtype: str) -> bool:
-        """True for a node whose operator is defined since that version, with a first input of that type."""
-        return dtype in self.types and (since == self.first or (self.last is not None and self.first <= since <= self.last))
+        """True for a node whose operator is defined since that version, with a first
+        input of that type.
+        """
+        return dtype in self.types and (
+            since == self.first or (self.last is not None and self.first <= since <= self.last)
+        )
 
 
-_HALF = frozenset({"FLOAT16"})  # GroupQueryAttention knows fp16 and bf16, no fp32: there is no fp32 scheme for this target
+_HALF = frozenset(
+    {"FLOAT16"}
+)  # GroupQueryAttention knows fp16 and bf16, no fp32: there is no fp32 scheme for this target
 CUDA_KERNELS: dict[str, Kernel] = {
     "::Abs": Kernel(13),
     "::Add": Kernel(14),

@@ -1,8 +1,10 @@
-"""Replaces newer operators by the ones ONNX Runtime's CUDA provider has had kernels for in every version we run on, at opset 20.
+"""Replaces newer operators by the ones ONNX Runtime's CUDA provider has had kernels for
+in every version we run on, at opset 20.
 
-RMSNormalization becomes SimplifiedLayerNormalization, which takes and gives half precision and adds up in fp32. The tower's Attention becomes
-`com.microsoft.MultiHeadAttention` (flash attention). The picture's batch dimension is fixed at one, so that no arithmetic on shapes is left, which
-would run on the CPU.
+RMSNormalization becomes SimplifiedLayerNormalization, which takes and gives half
+precision and adds up in fp32. The tower's Attention becomes
+`com.microsoft.MultiHeadAttention` (flash attention). The picture's batch dimension is
+fixed at one, so that no arithmetic on shapes is left, which would run on the CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ def _norms(model: ir.Model) -> PassResult:
     modified = 0
     for node in list(model.graph):
         if node.op_type == "RMSNormalization":
-            attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float(), "stash_type": 1}
+            attributes = {
+                "axis": -1,
+                "epsilon": node.attributes["epsilon"].as_float(),
+                "stash_type": 1,
+            }
             norm = ir.node("SimplifiedLayerNormalization", list(node.inputs), attributes)
             model.graph.insert_before(node, norm)
             replace_node(model, node, norm.outputs[0])
@@ -31,10 +37,22 @@ def _norms(model: ir.Model) -> PassResult:
 
 
 def _split(value: ir.Value | None) -> tuple[ir.Value, int]:
-    """From [N, heads, T, D] back to the projection's output [N, T, heads*D], and how many heads; raises `LookupError` if it is not made from one."""
+    """From [N, heads, T, D] back to the projection's output [N, T, heads*D], and how
+    many heads; raises `LookupError` if it is not made from one.
+    """
     turned = value.producer() if value is not None else None
-    shaped = turned.inputs[0].producer() if turned is not None and turned.op_type == "Transpose" and turned.inputs[0] is not None else None
-    if shaped is None or shaped.op_type != "Reshape" or value is None or value.shape is None or shaped.inputs[0] is None:
+    shaped = (
+        turned.inputs[0].producer()
+        if turned is not None and turned.op_type == "Transpose" and turned.inputs[0] is not None
+        else None
+    )
+    if (
+        shaped is None
+        or shaped.op_type != "Reshape"
+        or value is None
+        or value.shape is None
+        or shaped.inputs[0] is None
+    ):
         raise LookupError("its inputs are not projections split into heads")
     return shaped.inputs[0], int(value.shape[1])  # type: ignore[arg-type]
 
@@ -45,7 +63,10 @@ def _merged(attention: ir.Node) -> ir.Node:
     for expected in ("Transpose", "Reshape"):
         users = [use.node for use in found.outputs[0].uses()]
         if len(users) != 1 or users[0].op_type != expected:
-            raise LookupError(f"its output goes to {', '.join(user.op_type for user in users)}, expected {expected}")
+            raise LookupError(
+                f"its output goes to {', '.join(user.op_type for user in users)}, expected "
+                f"{expected}"
+            )
         found = users[0]
     return found
 
@@ -63,7 +84,12 @@ def _attention(model: ir.Model) -> PassResult:
         except LookupError as error:
             refused.append(f"multi_head_attention: {node.name}: {error}")
             continue
-        fused = ir.node("MultiHeadAttention", [value for value, _ in projections], {"num_heads": projections[0][1]}, domain=_MS)
+        fused = ir.node(
+            "MultiHeadAttention",
+            [value for value, _ in projections],
+            {"num_heads": projections[0][1]},
+            domain=_MS,
+        )
         model.graph.insert_before(node, fused)
         replace_node(model, merged, fused.outputs[0])
         modified += 1
@@ -74,7 +100,9 @@ def _attention(model: ir.Model) -> PassResult:
 
 
 def _one_picture(model: ir.Model) -> PassResult:
-    """The class token stands in front of one picture's patches; nothing needs to be repeated."""
+    """The class token stands in front of one picture's patches; nothing needs to be
+    repeated.
+    """
     pixels, modified = model.graph.inputs[0], 0
     assert pixels.shape is not None, "captured graphs carry shapes"
     if pixels.shape[0] == 1:
@@ -82,12 +110,23 @@ def _one_picture(model: ir.Model) -> PassResult:
     expands = [node for node in model.graph if node.op_type == "Expand"]
     for node in expands:
         token, result = node.inputs[0], node.outputs[0]
-        if token is None or token.shape is None or not token.is_initializer() or token.shape[0] != 1:
-            return PassResult(0, (f"one_picture: {node.name} repeats something that is not one token",))
+        if (
+            token is None
+            or token.shape is None
+            or not token.is_initializer()
+            or token.shape[0] != 1
+        ):
+            return PassResult(
+                0, (f"one_picture: {node.name} repeats something that is not one token",)
+            )
         ir.convenience.replace_all_uses_with(result, token)
         modified += 1
     batch = str(pixels.shape[0])
-    for value in (*model.graph.inputs, *model.graph.outputs, *(output for node in model.graph for output in node.outputs)):
+    for value in (
+        *model.graph.inputs,
+        *model.graph.outputs,
+        *(output for node in model.graph for output in node.outputs),
+    ):
         if value.shape is not None:
             value.shape = ir.Shape([1 if str(size) == batch else size for size in value.shape])
     remove_unused(model.graph)
@@ -95,9 +134,15 @@ def _one_picture(model: ir.Model) -> PassResult:
 
 
 SIMPLIFIED_NORMS = GraphPass(
-    "simplified_norms", _norms, ensures=frozenset({"::SimplifiedLayerNormalization"}), removes=frozenset({"::RMSNormalization"})
+    "simplified_norms",
+    _norms,
+    ensures=frozenset({"::SimplifiedLayerNormalization"}),
+    removes=frozenset({"::RMSNormalization"}),
 )
 MULTI_HEAD_ATTENTION = GraphPass(
-    "multi_head_attention", _attention, ensures=frozenset({f"{_MS}::MultiHeadAttention"}), removes=frozenset({"::Attention"})
+    "multi_head_attention",
+    _attention,
+    ensures=frozenset({f"{_MS}::MultiHeadAttention"}),
+    removes=frozenset({"::Attention"}),
 )
 ONE_PICTURE = GraphPass("one_picture", _one_picture, removes=frozenset({"::Expand", "::Shape"}))

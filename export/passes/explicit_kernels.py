@@ -1,7 +1,9 @@
-"""Linear layers as TensorRT's explicit quantisation: QuantizeLinear and DequantizeLinear around a float product, which its builder fuses.
+"""Linear layers as TensorRT's explicit quantisation: QuantizeLinear and
+DequantizeLinear around a float product, which its builder fuses.
 
-Everything is symmetric: signed bytes with zero at 0, one calibrated scale per tensor of activations, one per output channel of 8-bit weights; 4-bit
-weights have a scale per block of inputs.
+Everything is symmetric: signed bytes with zero at 0, one calibrated scale per tensor of
+activations, one per output channel of 8-bit weights; 4-bit weights have a scale per
+block of inputs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ def _signed(layer: Layer) -> None:
     key = (layer.x, SIGNED)
     if key not in layer.shared:
         module, low, high = layer.bounds()
-        scale = layer.constant(f"{module}.input_scale", np.array(signed_scale(low, high), np.float32))
+        scale = layer.constant(
+            f"{module}.input_scale", np.array(signed_scale(low, high), np.float32)
+        )
         zero = layer.constant("zero_point.int8", np.array(0, np.int8))
         (levels,) = layer.insert("QuantizeLinear", [layer.x, scale, zero], _I8)
         (layer.shared[key],) = layer.insert("DequantizeLinear", [levels, scale], _FP32)
@@ -40,19 +44,33 @@ def _restored(layer: Layer) -> ir.Value:
     """The weight [K,N] in float, from levels and scales."""
     if layer.scheme.bits == 8:
         assert layer.scheme.block == 0, "8-bit weights have a scale per channel here"
-        levels = layer.stored("int8", lambda q: np.ascontiguousarray(q.levels.numpy().T.astype(np.int8)), _I8, (layer.k, layer.n))
+        levels = layer.stored(
+            "int8",
+            lambda q: np.ascontiguousarray(q.levels.numpy().T.astype(np.int8)),
+            _I8,
+            (layer.k, layer.n),
+        )
         scale = layer.stored("scale", lambda q: q.grid.scale.numpy()[:, 0], _FP32, (layer.n,))
         return layer.insert("DequantizeLinear", [levels, scale], _FP32, axis=1)[0]
     assert layer.scheme.symmetric, "4-bit weights are symmetric here"
     block = layer.scheme.grid_block(layer.k)
-    assert layer.k % block == 0, f"{layer.name}: TensorRT takes a block for inputs over scales, whatever block_size says"
+    assert layer.k % block == 0, (
+        f"{layer.name}: TensorRT takes a block for inputs over scales, whatever block_size says"
+    )
     levels = layer.stored("int4", _four, _I4, (layer.k, layer.n))
-    scale = layer.stored("scale", lambda q: np.ascontiguousarray(q.grid.scale.numpy().T), _FP32, (layer.k // block, layer.n))
+    scale = layer.stored(
+        "scale",
+        lambda q: np.ascontiguousarray(q.grid.scale.numpy().T),
+        _FP32,
+        (layer.k // block, layer.n),
+    )
     return layer.insert("DequantizeLinear", [levels, scale], _FP32, axis=0, block_size=block)[0]
 
 
 def _four(quantised: Quantised) -> NDArray[np.generic]:
-    return np.ascontiguousarray((quantised.levels.numpy().T - _MIDDLE).astype(np.int8)).astype(_I4.numpy())
+    return np.ascontiguousarray((quantised.levels.numpy().T - _MIDDLE).astype(np.int8)).astype(
+        _I4.numpy()
+    )
 
 
 EXPLICIT_KERNELS: Kernels = {SIGNED: _signed, "float": _weights}

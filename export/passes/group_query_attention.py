@@ -1,7 +1,9 @@
-"""Lowers cached attention to `com.microsoft.GroupQueryAttention`, ONNX Runtime's fused rotary + cache update + attention.
+"""Lowers cached attention to `com.microsoft.GroupQueryAttention`, ONNX Runtime's fused
+rotary + cache update + attention.
 
-The fused operator writes new rows into the cache buffer it is given, so binding one buffer as input and output updates it in place. Row counts
-replace positions as inputs: `seqlens_k` (rows filled after this call, minus one) and `total_sequence_length`.
+The fused operator writes new rows into the cache buffer it is given, so binding one
+buffer as input and output updates it in place. Row counts replace positions as inputs:
+`seqlens_k` (rows filled after this call, minus one) and `total_sequence_length`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,21 @@ def _replace(model: ir.Model, match: CachedAttention, seqlens: ir.Value, total: 
     fused = ir.Node(
         "com.microsoft",
         "GroupQueryAttention",
-        inputs=[match.query, match.key, match.value, match.key_cache, match.value_cache, seqlens, total, *match.tables],
-        attributes=[ir.AttrInt64("num_heads", match.heads), ir.AttrInt64("kv_num_heads", match.kv_heads), ir.AttrInt64("do_rotary", 1)],
+        inputs=[
+            match.query,
+            match.key,
+            match.value,
+            match.key_cache,
+            match.value_cache,
+            seqlens,
+            total,
+            *match.tables,
+        ],
+        attributes=[
+            ir.AttrInt64("num_heads", match.heads),
+            ir.AttrInt64("kv_num_heads", match.kv_heads),
+            ir.AttrInt64("do_rotary", 1),
+        ],
         num_outputs=3,
         name=f"{match.key_cache.name}.attention",
     )
@@ -34,7 +49,9 @@ def _lower(model: ir.Model) -> PassResult:
         return PassResult(0, tuple(refused))
     graph = model.graph
     batch = graph.inputs[0].shape[0]  # type: ignore[index]
-    seqlens = ir.Value(name=SEQLENS_K, shape=ir.Shape([batch]), type=ir.TensorType(ir.DataType.INT32))
+    seqlens = ir.Value(
+        name=SEQLENS_K, shape=ir.Shape([batch]), type=ir.TensorType(ir.DataType.INT32)
+    )
     total = ir.Value(name=TOTAL_LENGTH, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
     for match in matches:
         _replace(model, match, seqlens, total)

@@ -1,7 +1,9 @@
-"""Turns a graph's arithmetic from fp32 to fp16; fp32 stays where sums are long or ranges wide: norms, rotary angles, softmax, what is asked for.
+"""Turns a graph's arithmetic from fp32 to fp16; fp32 stays where sums are long or
+ranges wide: norms, rotary angles, softmax, what is asked for.
 
-Weights become fp16 when the graph is written; Casts stand where the two meet, one per value. Engines that take types literally (TensorRT's strongly
-typed networks) compute exactly this.
+Weights become fp16 when the graph is written; Casts stand where the two meet, one per
+value. Engines that take types literally (TensorRT's strongly typed networks) compute
+exactly this.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ _FP32, _FP16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _FULL_OPS = {"LayerNormalization", "RMSNormalization", "RotaryEmbedding", "Softmax"}
 _SCALE_ERROR = 5e-3  # of a scale in fp16; 1/2048 where it is no subnormal
 _BORDER = "fp32 | fp16"  # mark of the Casts made here
-_OTHER_TYPES = {"Shape": ir.DataType.INT64, "LessOrEqual": ir.DataType.BOOL, "Less": ir.DataType.BOOL, "Size": ir.DataType.INT64}
+_OTHER_TYPES = {
+    "Shape": ir.DataType.INT64,
+    "LessOrEqual": ir.DataType.BOOL,
+    "Less": ir.DataType.BOOL,
+    "Size": ir.DataType.INT64,
+}
 
 
 def to_half(full_values: Collection[str]) -> GraphPass:
@@ -40,7 +47,9 @@ def to_half(full_values: Collection[str]) -> GraphPass:
 
 
 def _infer_types(model: ir.Model) -> None:
-    """Types of values the exporter left without: those of their first input, but for few operators."""
+    """Types of values the exporter left without: those of their first input, but for
+    few operators.
+    """
     for node in model.graph:
         for output in node.outputs:
             if output.type is not None:
@@ -51,7 +60,9 @@ def _infer_types(model: ir.Model) -> None:
                 dtype = node.attributes["value"].as_tensor().dtype
             else:
                 first = node.inputs[0].type if node.inputs and node.inputs[0] is not None else None
-                assert node.op_type in _OTHER_TYPES or first is not None, f"{node.op_type} {output.name} has no type"
+                assert node.op_type in _OTHER_TYPES or first is not None, (
+                    f"{node.op_type} {output.name} has no type"
+                )
                 dtype = _OTHER_TYPES.get(node.op_type) or first.dtype  # type: ignore[union-attr]
             output.type = ir.TensorType(dtype)
 
@@ -64,7 +75,9 @@ class _Halves:
         self._full_values = full_values
         self._half: dict[ir.Value, ir.Value] = {}
         self._full: dict[ir.Value, ir.Value] = {}
-        self._weights = [value for value in model.graph.initializers.values() if value.dtype == _FP32]
+        self._weights = [
+            value for value in model.graph.initializers.values() if value.dtype == _FP32
+        ]
         for value in model.graph.inputs:
             if value.dtype == _FP32 and value.name not in full_values:
                 value.type = ir.TensorType(_FP16)
@@ -77,7 +90,9 @@ class _Halves:
         halved = not full and (node.op_type != "Cast" or node.attributes["to"].as_int() == _FP32)
         for index, value in enumerate(node.inputs):
             if value is not None and value.dtype in (_FP32, _FP16):
-                node.replace_input_with(index, self._as_full(value, node) if full else self._as_half(value, node))
+                node.replace_input_with(
+                    index, self._as_full(value, node) if full else self._as_half(value, node)
+                )
         if node.op_type == "Constant" and not full:
             return  # small, and cast where it is used
         for output in node.outputs:
@@ -107,7 +122,9 @@ class _Halves:
         if value.dtype == _FP16:
             return value
         if value not in self._half:
-            self._half[value] = self._stored(value) if value.is_initializer() else self._cast(value, node, _FP16)
+            self._half[value] = (
+                self._stored(value) if value.is_initializer() else self._cast(value, node, _FP16)
+            )
         return self._half[value]
 
     def _as_full(self, value: ir.Value, node: ir.Node) -> ir.Value:
@@ -128,16 +145,28 @@ class _Halves:
         tensor = value.const_value
         assert tensor is not None and value.name, "initializers hold tensors"
         self.modified += 1
-        return lazy_initializer(self.model, f"{value.name}.fp16", partial(_rounded, tensor), _FP16, tensor.shape.numpy())
+        return lazy_initializer(
+            self.model, f"{value.name}.fp16", partial(_rounded, tensor), _FP16, tensor.shape.numpy()
+        )
 
 
 def _rounded(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
-    """The tensor in fp16; refused where that would make something infinite, or a scale vanish."""
+    """The tensor in fp16; refused where that would make something infinite, or a scale
+    vanish.
+    """
     full = tensor.numpy()
     with np.errstate(over="ignore", under="ignore"):
         half = full.astype(np.float16)
     if not np.isfinite(half).all():
-        raise BuildError(f"{tensor.name} has values beyond 65504, which fp16 cannot hold; build for --target cpu with --precision fp32")
-    if (tensor.name or "").endswith("scale") and not np.allclose(half.astype(np.float32), full, rtol=_SCALE_ERROR, atol=0):
-        raise BuildError(f"{tensor.name} has scales smaller than fp16 holds well; keep that block in fp16: --keep BLOCK=fp16")
+        raise BuildError(
+            f"{tensor.name} has values beyond 65504, which fp16 cannot hold; build for --target "
+            f"cpu with --precision fp32"
+        )
+    if (tensor.name or "").endswith("scale") and not np.allclose(
+        half.astype(np.float32), full, rtol=_SCALE_ERROR, atol=0
+    ):
+        raise BuildError(
+            f"{tensor.name} has scales smaller than fp16 holds well; keep that block in fp16: "
+            f"--keep BLOCK=fp16"
+        )
     return half

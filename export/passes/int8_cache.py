@@ -1,7 +1,9 @@
-"""Keys and values as 8-bit integers: a quarter of the cache's memory and of what a decoding step reads of it.
+"""Keys and values as 8-bit integers: a quarter of the cache's memory and of what a
+decoding step reads of it.
 
-One symmetric scale per head and channel, from the largest magnitude the calibration saw (of keys at any rotation, since that depends on the
-position), with headroom. Rows are rounded when they are written; attention computes in float over the restored rows.
+One symmetric scale per head and channel, from the largest magnitude the calibration saw
+(of keys at any rotation, since that depends on the position), with headroom. Rows are
+rounded when they are written; attention computes in float over the restored rows.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _SCALES_AT = 12  # input of GroupQueryAttention
 
 
 def int8_cache(calibrated: Calibrated) -> GraphPass:
-    """The pass that gives every GroupQueryAttention 8-bit caches with calibrated scales."""
+    """The pass that gives every GroupQueryAttention 8-bit caches with calibrated
+    scales.
+    """
 
     def run(model: ir.Model) -> PassResult:
         modified = 0
@@ -33,7 +37,10 @@ def int8_cache(calibrated: Calibrated) -> GraphPass:
             cache = node.inputs[3]
             assert cache is not None and cache.name is not None
             layer = f"decoder.layers.{cache.name.rpartition('.')[2]}"
-            scales = [initializer(model, f"{layer}.{kind}_scale", _scale(calibrated, layer, kind)) for kind in ("keys", "values")]
+            scales = [
+                initializer(model, f"{layer}.{kind}_scale", _scale(calibrated, layer, kind))
+                for kind in ("keys", "values")
+            ]
             node.resize_inputs(_SCALES_AT + 2)
             for offset, scale in enumerate(scales):
                 node.replace_input_with(_SCALES_AT + offset, scale)

@@ -1,4 +1,6 @@
-"""ONNX Runtime's fastest kernels for a linear layer in integers: products of bytes, and weights unpacked inside the kernel."""
+"""ONNX Runtime's fastest kernels for a linear layer in integers: products of bytes, and
+weights unpacked inside the kernel.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _FP32, _U8, _I8 = ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8
 
 @dataclass(frozen=True)
 class _Levels:
-    """Quantised activations [..., K]: uint8 levels, their zero point (scalar), and a scale, one per row [..., 1] or one in all."""
+    """Quantised activations [..., K]: uint8 levels, their zero point (scalar), and a
+    scale, one per row [..., 1] or one in all.
+    """
 
     levels: ir.Value
     zero_point: ir.Value
@@ -37,19 +41,25 @@ def _weight(layer: Layer) -> tuple[ir.Value, ir.Value]:
 
 
 def _fitted(quantised: Quantised) -> NDArray[np.int8]:
-    """Levels as the kernel wants them. The manifest says that their products fit 16 bits, so they must (`calibration.linear.round_in_pairs`)."""
+    """Levels as the kernel wants them. The manifest says that their products fit 16
+    bits, so they must (`calibration.linear.round_in_pairs`).
+    """
     assert fits(quantised), "8-bit weights for 8-bit activations are rounded in pairs"
     return np.ascontiguousarray(quantised.levels.numpy().T.astype(np.int8))
 
 
 def _per_row(layer: Layer) -> None:
-    """One symmetric scale per row around the zero point 128. The floor keeps an all-zero row from dividing by zero.
+    """One symmetric scale per row around the zero point 128. The floor keeps an
+    all-zero row from dividing by zero.
 
     Casting truncates, so adding 128.5 rounds to the nearest level.
     """
     key = (layer.x, "int8-row")
     if key not in layer.shared:
-        axes, floor = layer.constant("last_axis", np.array([-1], np.int64)), layer.constant("scale.floor", np.array(1e-12, np.float32))
+        axes, floor = (
+            layer.constant("last_axis", np.array([-1], np.int64)),
+            layer.constant("scale.floor", np.array(1e-12, np.float32)),
+        )
         inverse = layer.constant("levels.inverse", np.array(1 / _LEVELS, np.float32))
         offset = layer.constant("levels.offset", np.array(128.5, np.float32))
         (magnitude,) = layer.insert("Abs", [layer.x], _FP32)
@@ -59,7 +69,9 @@ def _per_row(layer: Layer) -> None:
         (ratio,) = layer.insert("Div", [layer.x, scale], _FP32)
         (shifted,) = layer.insert("Add", [ratio, offset], _FP32)
         (levels,) = layer.insert("Cast", [shifted], _U8, to=_U8)
-        layer.shared[key] = _Levels(levels, layer.constant("zero_point.128", np.array(128, np.uint8)), scale)
+        layer.shared[key] = _Levels(
+            levels, layer.constant("zero_point.128", np.array(128, np.uint8)), scale
+        )
     x = layer.shared[key]
     assert isinstance(x, _Levels)
     weight, column_scale = _weight(layer)
@@ -70,10 +82,14 @@ def _per_row(layer: Layer) -> None:
 
 
 def _per_tensor(layer: Layer) -> None:
-    """One scale and zero point for the whole tensor, from its range. Both scales are multiplied first: ONNX Runtime fuses that form."""
+    """One scale and zero point for the whole tensor, from its range. Both scales are
+    multiplied first: ONNX Runtime fuses that form.
+    """
     key = (layer.x, "int8-tensor")
     if key not in layer.shared:
-        levels, scale, zero_point = layer.insert("DynamicQuantizeLinear", [layer.x], _U8, _FP32, _U8)
+        levels, scale, zero_point = layer.insert(
+            "DynamicQuantizeLinear", [layer.x], _U8, _FP32, _U8
+        )
         layer.shared[key] = _Levels(levels, zero_point, scale)
     x = layer.shared[key]
     assert isinstance(x, _Levels)
@@ -85,7 +101,9 @@ def _per_tensor(layer: Layer) -> None:
 
 
 def _static(layer: Layer) -> None:
-    """Calibrated range: QuantizeLinear and DequantizeLinear around the product, which engines fuse into one integer kernel."""
+    """Calibrated range: QuantizeLinear and DequantizeLinear around the product, which
+    engines fuse into one integer kernel.
+    """
     key = (layer.x, "int8-static")
     if key not in layer.shared:
         module, low, high = layer.bounds()
@@ -103,7 +121,8 @@ def _static(layer: Layer) -> None:
 
 
 def _weight_only(layer: Layer, accuracy: int = _BYTES) -> None:
-    """Weights in blocks, unpacked inside the kernel; activations stay float to the graph.
+    """Weights in blocks, unpacked inside the kernel; activations stay float to the
+    graph.
 
     `accuracy` `_BYTES` lets the kernel round them to 8 bit per block of a row.
     """
@@ -111,24 +130,50 @@ def _weight_only(layer: Layer, accuracy: int = _BYTES) -> None:
     count = -(-layer.k // block)
     pairs = -(-count // 2) if bits == 4 else count
     offset = 128 if bits == 8 else 0
-    levels = layer.stored(f"int{bits}", lambda q: _packed(q.levels.numpy() + offset, block, bits), _U8, (layer.n, count, block * bits // 8))
-    scale = layer.stored("scale", lambda q: _per_block(q.grid.scale, count), _FP32, (layer.n, count))
+    levels = layer.stored(
+        f"int{bits}",
+        lambda q: _packed(q.levels.numpy() + offset, block, bits),
+        _U8,
+        (layer.n, count, block * bits // 8),
+    )
+    scale = layer.stored(
+        "scale", lambda q: _per_block(q.grid.scale, count), _FP32, (layer.n, count)
+    )
     zero = None
-    if bits == 4 and not layer.scheme.symmetric:  # the kernel's own zero is the middle of the range, and faster
-        zero = layer.stored("zero", lambda q: _packed(_per_block(q.grid.zero, count), count, 4)[:, 0], _U8, (layer.n, pairs))
+    if (
+        bits == 4 and not layer.scheme.symmetric
+    ):  # the kernel's own zero is the middle of the range, and faster
+        zero = layer.stored(
+            "zero",
+            lambda q: _packed(_per_block(q.grid.zero, count), count, 4)[:, 0],
+            _U8,
+            (layer.n, pairs),
+        )
     layer.model.opset_imports["com.microsoft"] = 1
-    attributes = {"K": layer.k, "N": layer.n, "bits": bits, "block_size": block, "accuracy_level": accuracy}
+    attributes = {
+        "K": layer.k,
+        "N": layer.n,
+        "bits": bits,
+        "block_size": block,
+        "accuracy_level": accuracy,
+    }
     inputs = [layer.x, levels, scale, *([zero] if zero is not None else [])]
-    layer.finish(layer.insert("MatMulNBits", inputs, _FP32, domain="com.microsoft", **attributes)[0])
+    layer.finish(
+        layer.insert("MatMulNBits", inputs, _FP32, domain="com.microsoft", **attributes)[0]
+    )
 
 
 def _per_block(values: Tensor, count: int) -> NDArray[Any]:
-    """[N, blocks] of a grid as the kernel wants them; a scale per channel serves all its blocks."""
+    """[N, blocks] of a grid as the kernel wants them; a scale per channel serves all
+    its blocks.
+    """
     return np.ascontiguousarray(np.broadcast_to(values.numpy(), (values.shape[0], count)))
 
 
 def _packed(levels: NDArray[np.integer], block: int, bits: int) -> NDArray[np.uint8]:
-    """[N, K] levels to [N, blocks, bytes], zeros behind the end; of two 4-bit levels the earlier one is the low half."""
+    """[N, K] levels to [N, blocks, bytes], zeros behind the end; of two 4-bit levels
+    the earlier one is the low half.
+    """
     n, k = levels.shape
     padded = np.zeros((n, -(-k // block), block + (block % 2 if bits == 4 else 0)), np.uint8)
     for index in range(padded.shape[1]):
@@ -137,6 +182,13 @@ def _packed(levels: NDArray[np.integer], block: int, bits: int) -> NDArray[np.ui
     return padded if bits == 8 else padded[..., ::2] | (padded[..., 1::2] << 4)
 
 
-INTEGER_KERNELS: Kernels = {"int8-row": _per_row, "int8-tensor": _per_tensor, "int8-static": _static, "float": _weight_only}
+INTEGER_KERNELS: Kernels = {
+    "int8-row": _per_row,
+    "int8-tensor": _per_tensor,
+    "int8-static": _static,
+    "float": _weight_only,
+}
 BLOCK_KERNELS: Kernels = {"float": partial(_weight_only, accuracy=_UNROUNDED)}
-"""Of GPUs: weights alone are quantised. Their kernels never round activations, and neither may the CPU when it stands in for them."""
+"""Of GPUs: weights alone are quantised. Their kernels never round activations, and
+neither may the CPU when it stands in for them.
+"""

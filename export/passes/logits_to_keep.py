@@ -1,7 +1,9 @@
-"""Lets the caller choose how many of the last positions get logits: one for usual decoding, several where drafted tokens are checked at once.
+"""Lets the caller choose how many of the last positions get logits: one for usual
+decoding, several where drafted tokens are checked at once.
 
-The captured decoder takes the last position in front of its head. Here it takes the last n, n being a graph input, as rows of one matrix: for n = 1
-the head computes what it did before.
+The captured decoder takes the last position in front of its head. Here it takes the
+last n, n being a graph input, as rows of one matrix: for n = 1 the head computes what
+it did before.
 """
 
 from __future__ import annotations
@@ -27,9 +29,15 @@ def _takes_last_position(node: ir.Node) -> bool:
 
 
 def last_position(model: ir.Model, step: str) -> tuple[ir.Node | None, str]:
-    """The node that takes the last position in front of the head; None and the reason, for the pass named `step`, if there is not just one."""
+    """The node that takes the last position in front of the head; None and the reason,
+    for the pass named `step`, if there is not just one.
+    """
     found = [node for node in model.graph if _takes_last_position(node)]
-    return (found[0], "") if len(found) == 1 else (None, f"{step}: {len(found)} nodes take the last position, expected 1")
+    return (
+        (found[0], "")
+        if len(found) == 1
+        else (None, f"{step}: {len(found)} nodes take the last position, expected 1")
+    )
 
 
 def _keep(model: ir.Model) -> PassResult:
@@ -40,8 +48,12 @@ def _keep(model: ir.Model) -> PassResult:
     if gather is None:
         return PassResult(0, (reason,))
     hidden, row = gather.inputs[0], gather.outputs[0]
-    assert hidden is not None and hidden.shape is not None and row.shape is not None, "captured graphs carry shapes"
-    count = ir.Value(name=LOGITS_TO_KEEP, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+    assert hidden is not None and hidden.shape is not None and row.shape is not None, (
+        "captured graphs carry shapes"
+    )
+    count = ir.Value(
+        name=LOGITS_TO_KEEP, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64)
+    )
     ends, axes, rows = (
         initializer(model, f"{LOGITS_TO_KEEP}.{name}", np.array(values, np.int64))
         for name, values in (("ends", [_END]), ("axes", [1]), ("rows", [-1, int(hidden.shape[2])]))  # type: ignore[arg-type]
@@ -49,9 +61,16 @@ def _keep(model: ir.Model) -> PassResult:
     starts = ir.node("Neg", [count])
     cut = ir.node("Slice", [hidden, starts.outputs[0], ends, axes])
     matrix = ir.node("Reshape", [cut.outputs[0], rows])
-    for node, shape in ((starts, [1]), (cut, [hidden.shape[0], None, hidden.shape[2]]), (matrix, [None, hidden.shape[2]])):
+    for node, shape in (
+        (starts, [1]),
+        (cut, [hidden.shape[0], None, hidden.shape[2]]),
+        (matrix, [None, hidden.shape[2]]),
+    ):
         graph.insert_before(gather, node)
-        node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), row.type if node is not starts else count.type
+        node.outputs[0].shape, node.outputs[0].type = (
+            ir.Shape(shape),
+            row.type if node is not starts else count.type,
+        )
     ir.convenience.replace_all_uses_with(row, matrix.outputs[0])
     graph.remove(gather, safe=True)
     place = next((i + 1 for i, value in enumerate(graph.inputs) if value.name == TOTAL_LENGTH), 1)
@@ -61,4 +80,6 @@ def _keep(model: ir.Model) -> PassResult:
     return PassResult(1)
 
 
-KEEP_LOGITS = GraphPass("logits_to_keep", _keep, requires=frozenset({"::Gather"}), ensures=frozenset({"::Slice"}))
+KEEP_LOGITS = GraphPass(
+    "logits_to_keep", _keep, requires=frozenset({"::Gather"}), ensures=frozenset({"::Slice"})
+)

@@ -1,7 +1,10 @@
-"""One product for the decoder's layers that share an input: queries, keys and values, and the two halves of the gated MLP.
+"""One product for the decoder's layers that share an input: queries, keys and values,
+and the two halves of the gated MLP.
 
-A decoding step is many small products, each of which wakes the threads and rounds its input; packed there are four in a layer instead of seven.
-Columns of the packed weight are those of its parts, so numbers stay what they were. Queries, keys and values go packed into the attention operator.
+A decoding step is many small products, each of which wakes the threads and rounds its
+input; packed there are four in a layer instead of seven. Columns of the packed weight
+are those of its parts, so numbers stay what they were. Queries, keys and values go
+packed into the attention operator.
 """
 
 from __future__ import annotations
@@ -36,8 +39,16 @@ def pack_projections(scheme_of: Callable[[str], LinearScheme]) -> GraphPass:
     def run(model: ir.Model) -> PassResult:
         groups: dict[tuple[ir.Value, LinearScheme], list[ir.Node]] = defaultdict(list)
         for node in model.graph:
-            if node.op_type == "MatMul" and is_weight(node.inputs[1]) and PACKED not in str(node.inputs[1].name):  # type: ignore[union-attr]
-                assert node.inputs[0] is not None and node.inputs[1] is not None and node.inputs[1].name is not None
+            if (
+                node.op_type == "MatMul"
+                and is_weight(node.inputs[1])
+                and PACKED not in str(node.inputs[1].name)
+            ):  # type: ignore[union-attr]
+                assert (
+                    node.inputs[0] is not None
+                    and node.inputs[1] is not None
+                    and node.inputs[1].name is not None
+                )
                 groups[node.inputs[0], scheme_of(node.inputs[1].name)].append(node)
         modified, refused = 0, []
         for nodes in groups.values():
@@ -46,7 +57,10 @@ def pack_projections(scheme_of: Callable[[str], LinearScheme]) -> GraphPass:
             if attention is not None:
                 wanted = [value for value in attention.inputs[:3] if value is not None]
                 if wanted != [node.outputs[0] for node in nodes] or len(users) != 3:
-                    refused.append(f"pack_projections: {nodes[0].inputs[1].name}: queries, keys and values go different ways")  # type: ignore[union-attr]
+                    refused.append(
+                        f"pack_projections: {nodes[0].inputs[1].name}: queries, keys and values "
+                        f"go different ways"
+                    )  # type: ignore[union-attr]
                     continue
             elif len(nodes) < 2:
                 continue
@@ -60,10 +74,18 @@ def pack_projections(scheme_of: Callable[[str], LinearScheme]) -> GraphPass:
 def _pack(model: ir.Model, nodes: Sequence[ir.Node], attention: ir.Node | None) -> None:
     weights = [node.inputs[1] for node in nodes]
     names = [str(weight.name) for weight in weights if weight]
-    tensors = [weight.const_value for weight in weights if weight and weight.const_value is not None]
+    tensors = [
+        weight.const_value for weight in weights if weight and weight.const_value is not None
+    ]
     shapes = [tensor.shape.numpy() for tensor in tensors]
     widths = [int(shape[1]) for shape in shapes]
-    packed = lazy_initializer(model, PACKED.join(names), partial(_joined, tensors), ir.DataType.FLOAT, (int(shapes[0][0]), sum(widths)))
+    packed = lazy_initializer(
+        model,
+        PACKED.join(names),
+        partial(_joined, tensors),
+        ir.DataType.FLOAT,
+        (int(shapes[0][0]), sum(widths)),
+    )
     product = ir.node("MatMul", [nodes[0].inputs[0], packed])
     result, first = product.outputs[0], nodes[0].outputs[0]
     result.type = ir.TensorType(ir.DataType.FLOAT)

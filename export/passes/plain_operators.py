@@ -1,6 +1,8 @@
-"""Replaces operators that older engines lack, or fuse wrongly, by the plain ones they stand for: RMSNormalization, Gelu, the tower's Attention.
+"""Replaces operators that older engines lack, or fuse wrongly, by the plain ones they
+stand for: RMSNormalization, Gelu, the tower's Attention.
 
-TensorRT 10.3 (JetPack 6.2) parses none of the first and last. Sums of norms and softmax are marked to stay in fp32.
+TensorRT 10.3 (JetPack 6.2) parses none of the first and last. Sums of norms and softmax
+are marked to stay in fp32.
 """
 
 from __future__ import annotations
@@ -25,9 +27,21 @@ def _norms(model: ir.Model) -> PassResult:
         if node.op_type != "RMSNormalization":
             continue
         x, weight = node.inputs[0], node.inputs[1]
-        epsilon = constant(model, f"epsilon.{node.attributes['epsilon'].as_float():g}", np.array(node.attributes["epsilon"].as_float(), np.float32))
+        epsilon = constant(
+            model,
+            f"epsilon.{node.attributes['epsilon'].as_float():g}",
+            np.array(node.attributes["epsilon"].as_float(), np.float32),
+        )
         (square,) = insert(model, node, "Mul", [x, x], _FP32, full=True)
-        (mean,) = insert(model, node, "ReduceMean", [square, constant(model, "last_axis", _LAST)], _FP32, full=True, keepdims=1)
+        (mean,) = insert(
+            model,
+            node,
+            "ReduceMean",
+            [square, constant(model, "last_axis", _LAST)],
+            _FP32,
+            full=True,
+            keepdims=1,
+        )
         (shifted,) = insert(model, node, "Add", [mean, epsilon], _FP32, full=True)
         (root,) = insert(model, node, "Sqrt", [shifted], _FP32, full=True)
         (ratio,) = insert(model, node, "Div", [x, root], _FP32, full=True)
@@ -47,10 +61,31 @@ def _gelu(model: ir.Model) -> PassResult:
             refused.append(f"plain_gelu: {node.name} is approximate")
             continue
         x = node.inputs[0]
-        (ratio,) = insert(model, node, "Mul", [x, constant(model, "gelu.root", np.array(math.sqrt(0.5), np.float32))], _FP32, full=True)
+        (ratio,) = insert(
+            model,
+            node,
+            "Mul",
+            [x, constant(model, "gelu.root", np.array(math.sqrt(0.5), np.float32))],
+            _FP32,
+            full=True,
+        )
         (error,) = insert(model, node, "Erf", [ratio], _FP32, full=True)
-        (shifted,) = insert(model, node, "Add", [error, constant(model, "gelu.one", np.array(1, np.float32))], _FP32, full=True)
-        (halved,) = insert(model, node, "Mul", [x, constant(model, "gelu.half", np.array(0.5, np.float32))], _FP32, full=True)
+        (shifted,) = insert(
+            model,
+            node,
+            "Add",
+            [error, constant(model, "gelu.one", np.array(1, np.float32))],
+            _FP32,
+            full=True,
+        )
+        (halved,) = insert(
+            model,
+            node,
+            "Mul",
+            [x, constant(model, "gelu.half", np.array(0.5, np.float32))],
+            _FP32,
+            full=True,
+        )
         (product,) = insert(model, node, "Mul", [halved, shifted], _FP32, full=True)
         replace_node(model, node, product)
         modified += 1
@@ -58,9 +93,18 @@ def _gelu(model: ir.Model) -> PassResult:
 
 
 def attended(model: ir.Model, node: ir.Node, scores: ir.Value, mask: ir.Value | None) -> ir.Value:
-    """Softmax of scores over the last axis, where `mask` is True, in fp32; the operators go in front of `node`."""
+    """Softmax of scores over the last axis, where `mask` is True, in fp32; the
+    operators go in front of `node`.
+    """
     if mask is not None:
-        (scores,) = insert(model, node, "Where", [mask, scores, constant(model, "masked", np.array(-1e9, np.float32))], _FP32, full=True)
+        (scores,) = insert(
+            model,
+            node,
+            "Where",
+            [mask, scores, constant(model, "masked", np.array(-1e9, np.float32))],
+            _FP32,
+            full=True,
+        )
     (found,) = insert(model, node, "Softmax", [scores], _FP32, axis=-1)
     return found
 
@@ -68,11 +112,17 @@ def attended(model: ir.Model, node: ir.Node, scores: ir.Value, mask: ir.Value | 
 def is_bare(attention: ir.Node) -> bool:
     """True for Attention(q, k, v) without a mask, at the usual scale: a tower's."""
     given = [value for value in attention.inputs if value is not None]
-    return len(given) == 3 and not attention.attributes.get_int("is_causal", False) and "scale" not in attention.attributes
+    return (
+        len(given) == 3
+        and not attention.attributes.get_int("is_causal", False)
+        and "scale" not in attention.attributes
+    )
 
 
 def _attention(model: ir.Model) -> PassResult:
-    """softmax(q k^T / sqrt D) v for Attention(q, k, v), all [N,heads,L,D]. The scale's root goes to q and to k, so that fp16 holds the products."""
+    """softmax(q k^T / sqrt D) v for Attention(q, k, v), all [N,heads,L,D]. The scale's
+    root goes to q and to k, so that fp16 holds the products.
+    """
     modified, refused = 0, []
     for node in list(model.graph):
         if node.op_type != "Attention":

@@ -1,7 +1,10 @@
-"""Simplification of the canonical graphs: well-kept optimisers do the general work, one pass of ours keeps weights recognisable.
+"""Simplification of the canonical graphs: well-kept optimisers do the general work, one
+pass of ours keeps weights recognisable.
 
-onnxscript folds constants and rewrites, onnx_ir removes what is unused or repeated. Each is a counted pass. Weights are never read: a transpose is
-applied when the graph is written. (onnxsim used to have a last look. It changed nothing after these, and needs the whole model in one message.)
+onnxscript folds constants and rewrites, onnx_ir removes what is unused or repeated.
+Each is a counted pass. Weights are never read: a transpose is applied when the graph is
+written. (onnxsim used to have a last look. It changed nothing after these, and needs
+the whole model in one message.)
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ _FOLD_LIMIT = 8192  # elements; larger results stay computed, weights are never 
 
 
 def _fold_transposes(model: ir.Model) -> PassResult:
-    """MatMul(x, Transpose(weight)) becomes MatMul(x, weight transposed once), under the parameter's own name."""
+    """MatMul(x, Transpose(weight)) becomes MatMul(x, weight transposed once), under the
+    parameter's own name.
+    """
     modified = 0
     for node in list(model.graph):
         if _is_plain_gemm(node):
@@ -31,7 +36,11 @@ def _fold_transposes(model: ir.Model) -> PassResult:
             replace_node(model, node, product.outputs[0])
             modified += 1
             continue
-        if node.op_type != "Transpose" or not is_weight(node.inputs[0]) or list(node.attributes["perm"].as_ints()) != [1, 0]:
+        if (
+            node.op_type != "Transpose"
+            or not is_weight(node.inputs[0])
+            or list(node.attributes["perm"].as_ints()) != [1, 0]
+        ):
             continue
         weight, output = node.inputs[0], node.outputs[0]
         assert weight is not None and weight.const_value is not None
@@ -47,23 +56,33 @@ def _transposed(weight: ir.Value) -> ir.Value:
     stored = weight.const_value
     assert stored is not None and weight.name is not None, "checked by the caller"
     shape = stored.shape.numpy()[::-1]
-    weight.const_value = lazy_tensor(weight.name, lambda: np.ascontiguousarray(stored.numpy().T), stored.dtype, shape)
+    weight.const_value = lazy_tensor(
+        weight.name, lambda: np.ascontiguousarray(stored.numpy().T), stored.dtype, shape
+    )
     weight.shape = ir.Shape(shape)
     return weight
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
-    """Gemm(x, weight, transB=1) of a weight nobody else uses: a linear layer without bias."""
+    """Gemm(x, weight, transB=1) of a weight nobody else uses: a linear layer without
+    bias.
+    """
     if node.op_type != "Gemm" or len(node.inputs) != 2 or not is_weight(node.inputs[1]):
         return False
     settings = {name: attribute.value for name, attribute in node.attributes.items()}
     weight = node.inputs[1]
-    unscaled = settings.get("alpha", 1.0) == 1.0 and settings.get("transB", 0) == 1 and settings.get("transA", 0) == 0
+    unscaled = (
+        settings.get("alpha", 1.0) == 1.0
+        and settings.get("transB", 0) == 1
+        and settings.get("transA", 0) == 0
+    )
     return unscaled and weight is not None and len(weight.uses()) == 1
 
 
 def _run(model: ir.Model, *passes: ir.passes.InPlacePass) -> PassResult:
-    """Applies onnx_ir passes; counts the nodes that went away (or 1 if only their content changed)."""
+    """Applies onnx_ir passes; counts the nodes that went away (or 1 if only their
+    content changed).
+    """
     before = sum(1 for _ in model.graph.all_nodes())
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     changed = any([step(model).modified for step in passes])
@@ -82,12 +101,16 @@ def _fold_constants(model: ir.Model) -> PassResult:
 
 class _FoldConstants(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        result = optimizer.fold_constants_ir(model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT)
+        result = optimizer.fold_constants_ir(
+            model, input_size_limit=_FOLD_LIMIT, output_size_limit=_FOLD_LIMIT
+        )
         return ir.passes.PassResult(model, bool(result.modified))
 
 
 def _rewrite(model: ir.Model) -> PassResult:
-    return _run(model, rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES), common.RemoveUnusedNodesPass())
+    return _run(
+        model, rewriter.RewritePass(rewriter._DEFAULT_REWRITE_RULES), common.RemoveUnusedNodesPass()
+    )
 
 
 def _clean(model: ir.Model) -> PassResult:

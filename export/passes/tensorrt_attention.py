@@ -1,10 +1,12 @@
 """Lowers cached attention for TensorRT, in two forms over the same weights.
 
-Plain: standard operators that every TensorRT from 10.3 on parses. Caches are inputs only; the rows of this call come out as `present.*` [B,KV,L,D]
-and the engine puts them into the caches. Scores over the cache and over this call's own rows are computed apart, so no cache is ever copied.
+Plain: standard operators that every TensorRT from 10.3 on parses. Caches are inputs
+only; the rows of this call come out as `present.*` [B,KV,L,D] and the engine puts them
+into the caches. Scores over the cache and over this call's own rows are computed apart,
+so no cache is ever copied.
 
-Fused: TensorScatter (IKVCacheUpdateLayer: the output is the cache's own memory) and a single-output Attention, for versions that have them. Their
-caches have a fixed length.
+Fused: TensorScatter (IKVCacheUpdateLayer: the output is the cache's own memory) and a
+single-output Attention, for versions that have them. Their caches have a fixed length.
 
 Rotary angles and the scale are applied in fp32 in both.
 """
@@ -38,15 +40,33 @@ def _heads(model: ir.Model, node: ir.Node, x_BLE: ir.Value, heads: int, head_dim
     return turned
 
 
-def _rotated(model: ir.Model, match: CachedAttention, x_BHLD: ir.Value, shared: Shared, scale: float | None = None) -> ir.Value:
+def _rotated(
+    model: ir.Model,
+    match: CachedAttention,
+    x_BHLD: ir.Value,
+    shared: Shared,
+    scale: float | None = None,
+) -> ir.Value:
     """Rotary positions in LLaMA's half-split layout (and a scale), in fp32."""
     node, half = match.attention, match.head_dim // 2
     for name, table in zip(("cos", "sin"), match.tables, strict=True):
         if name not in shared:
-            (rows,) = insert(model, node, "Gather", [table, graph_input(model, POSITION_IDS)], _FP32, full=True, axis=0)
-            (shared[name],) = insert(model, node, "Unsqueeze", [rows, _ints(model, 1)], _FP32, full=True)
+            (rows,) = insert(
+                model,
+                node,
+                "Gather",
+                [table, graph_input(model, POSITION_IDS)],
+                _FP32,
+                full=True,
+                axis=0,
+            )
+            (shared[name],) = insert(
+                model, node, "Unsqueeze", [rows, _ints(model, 1)], _FP32, full=True
+            )
     cos, sin = shared["cos"], shared["sin"]
-    first, second = insert(model, node, "Split", [x_BHLD, _ints(model, half, half)], _FP32, _FP32, full=True, axis=-1)
+    first, second = insert(
+        model, node, "Split", [x_BHLD, _ints(model, half, half)], _FP32, _FP32, full=True, axis=-1
+    )
 
     def times(a: ir.Value, b: ir.Value) -> ir.Value:
         return insert(model, node, "Mul", [a, b], _FP32, full=True)[0]
@@ -54,7 +74,11 @@ def _rotated(model: ir.Model, match: CachedAttention, x_BHLD: ir.Value, shared: 
     (left,) = insert(model, node, "Sub", [times(first, cos), times(second, sin)], _FP32, full=True)
     (right,) = insert(model, node, "Add", [times(second, cos), times(first, sin)], _FP32, full=True)
     (turned,) = insert(model, node, "Concat", [left, right], _FP32, full=True, axis=-1)
-    return turned if scale is None else times(turned, constant(model, "attention.scale", np.array(scale, np.float32)))
+    return (
+        turned
+        if scale is None
+        else times(turned, constant(model, "attention.scale", np.array(scale, np.float32)))
+    )
 
 
 def _positions(model: ir.Model, node: ir.Node, shared: Shared) -> None:
@@ -63,7 +87,9 @@ def _positions(model: ir.Model, node: ir.Node, shared: Shared) -> None:
         return
     positions = graph_input(model, POSITION_IDS)
     (shared["query"],) = insert(model, node, "Unsqueeze", [positions, _ints(model, 1, 3)], _INT64)
-    (shared["start"],) = insert(model, node, "Slice", [positions, _ints(model, 0), _ints(model, 1), _ints(model, 1)], _INT64)
+    (shared["start"],) = insert(
+        model, node, "Slice", [positions, _ints(model, 0), _ints(model, 1), _ints(model, 1)], _INT64
+    )
 
 
 def _row_numbers(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.Value:
@@ -71,21 +97,41 @@ def _row_numbers(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.
     node = match.attention
     (shape,) = insert(model, node, "Shape", [match.key_cache], _INT64, start=2, end=3)
     (capacity,) = insert(model, node, "Squeeze", [shape], _INT64)
-    (rows,) = insert(model, node, "Range", [constant(model, "zero", np.array(0, np.int64)), capacity, constant(model, "one", np.array(1))], _INT64)
+    (rows,) = insert(
+        model,
+        node,
+        "Range",
+        [
+            constant(model, "zero", np.array(0, np.int64)),
+            capacity,
+            constant(model, "one", np.array(1)),
+        ],
+        _INT64,
+    )
     (shaped,) = insert(model, node, "Reshape", [rows, _ints(model, 1, 1, 1, -1)], _INT64)
     return shaped
 
 
 def _plain_mask(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.Value:
-    """True where a query [B,1,L,.] sees a key: cache rows before this call's first, then this call's own up to itself; [B,1,L,C+L]."""
+    """True where a query [B,1,L,.] sees a key: cache rows before this call's first,
+    then this call's own up to itself; [B,1,L,C+L].
+    """
     node = match.attention
     if "mask" not in shared:
         _positions(model, node, shared)
         rows = _row_numbers(model, match, shared)
         (start,) = insert(model, node, "Unsqueeze", [shared["start"], _ints(model, 1, 2)], _INT64)
         (filled,) = insert(model, node, "Less", [rows, start], _BOOL)
-        (cached,) = insert(model, node, "Where", [filled, rows, constant(model, "never", np.array(1 << 30, np.int64))], _INT64)
-        (own,) = insert(model, node, "Unsqueeze", [graph_input(model, POSITION_IDS), _ints(model, 1, 2)], _INT64)
+        (cached,) = insert(
+            model,
+            node,
+            "Where",
+            [filled, rows, constant(model, "never", np.array(1 << 30, np.int64))],
+            _INT64,
+        )
+        (own,) = insert(
+            model, node, "Unsqueeze", [graph_input(model, POSITION_IDS), _ints(model, 1, 2)], _INT64
+        )
         (keys,) = insert(model, node, "Concat", [cached, own], _INT64, axis=-1)
         (shared["mask"],) = insert(model, node, "LessOrEqual", [keys, shared["query"]], _BOOL)
     return shared["mask"]
@@ -96,15 +142,21 @@ def _fused_mask(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.V
     if "mask" not in shared:
         _positions(model, match.attention, shared)
         rows = _row_numbers(model, match, shared)
-        (shared["mask"],) = insert(model, match.attention, "LessOrEqual", [rows, shared["query"]], _BOOL)
+        (shared["mask"],) = insert(
+            model, match.attention, "LessOrEqual", [rows, shared["query"]], _BOOL
+        )
     return shared["mask"]
 
 
 def _plain(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
-    """Groups of query heads that share keys are columns of one product: keys and values are never repeated, and read as they lie in the cache."""
+    """Groups of query heads that share keys are columns of one product: keys and values
+    are never repeated, and read as they lie in the cache.
+    """
     node, kv, dim = match.attention, match.kv_heads, match.head_dim
     _plain_shapes(model, match, shared)
-    query = _rotated(model, match, _heads(model, node, match.query, match.heads, dim), shared, dim**-0.5)
+    query = _rotated(
+        model, match, _heads(model, node, match.query, match.heads, dim), shared, dim**-0.5
+    )
     key = _rotated(model, match, _heads(model, node, match.key, kv, dim), shared)
     value = _heads(model, node, match.value, kv, dim)
     (grouped,) = insert(model, node, "Reshape", [query, _ints(model, 0, kv, -1, dim)], _FP32)
@@ -131,12 +183,16 @@ def _plain(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
 
 
 def _plain_shapes(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
-    """What tensors are reshaped to, once for all layers: C and L are known only when the graph runs."""
+    """What tensors are reshaped to, once for all layers: C and L are known only when
+    the graph runs.
+    """
     if "capacity" in shared:
         return
     node, heads = match.attention, match.heads
     (capacity,) = insert(model, node, "Shape", [match.key_cache], _INT64, start=2, end=3)
-    (length,) = insert(model, node, "Shape", [graph_input(model, POSITION_IDS)], _INT64, start=1, end=2)
+    (length,) = insert(
+        model, node, "Shape", [graph_input(model, POSITION_IDS)], _INT64, start=1, end=2
+    )
     (keys,) = insert(model, node, "Add", [capacity, length], _INT64)
 
     def shape(*parts: ir.Value) -> ir.Value:
@@ -150,28 +206,50 @@ def _plain_shapes(model: ir.Model, match: CachedAttention, shared: Shared) -> No
     }
 
 
-def _merge(model: ir.Model, match: CachedAttention, attended_BHLD: ir.Value, key: ir.Value, value: ir.Value) -> None:
-    """[B,heads,L,D] to [B,L,heads*D], in the old output's place; `key` and `value` become the graph's outputs."""
-    (turned,) = insert(model, match.attention, "Transpose", [attended_BHLD], _FP32, perm=[0, 2, 1, 3])
-    (merged,) = insert(model, match.attention, "Reshape", [turned, _ints(model, 0, 0, match.heads * match.head_dim)], _FP32)
+def _merge(
+    model: ir.Model, match: CachedAttention, attended_BHLD: ir.Value, key: ir.Value, value: ir.Value
+) -> None:
+    """[B,heads,L,D] to [B,L,heads*D], in the old output's place; `key` and `value`
+    become the graph's outputs.
+    """
+    (turned,) = insert(
+        model, match.attention, "Transpose", [attended_BHLD], _FP32, perm=[0, 2, 1, 3]
+    )
+    (merged,) = insert(
+        model,
+        match.attention,
+        "Reshape",
+        [turned, _ints(model, 0, 0, match.heads * match.head_dim)],
+        _FP32,
+    )
     take_over(match, merged, key, value)
 
 
 def _fused(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
     node, dim = match.attention, match.head_dim
-    query = _rotated(model, match, _heads(model, node, match.query, match.heads, dim), shared, dim**-0.5)
+    query = _rotated(
+        model, match, _heads(model, node, match.query, match.heads, dim), shared, dim**-0.5
+    )
     key = _rotated(model, match, _heads(model, node, match.key, match.kv_heads, dim), shared)
     value = _heads(model, node, match.value, match.kv_heads, dim)
     mask = _fused_mask(model, match, shared)
     if "write" not in shared:
-        (shared["write"],) = insert(model, node, "Reshape", [shared["start"], _ints(model, -1)], _INT64)
-    (keys,) = insert(model, node, "TensorScatter", [match.key_cache, key, shared["write"]], _FP32, axis=2)
-    (values,) = insert(model, node, "TensorScatter", [match.value_cache, value, shared["write"]], _FP32, axis=2)
+        (shared["write"],) = insert(
+            model, node, "Reshape", [shared["start"], _ints(model, -1)], _INT64
+        )
+    (keys,) = insert(
+        model, node, "TensorScatter", [match.key_cache, key, shared["write"]], _FP32, axis=2
+    )
+    (values,) = insert(
+        model, node, "TensorScatter", [match.value_cache, value, shared["write"]], _FP32, axis=2
+    )
     (found,) = insert(model, node, "Attention", [query, keys, values, mask], _FP32, scale=1.0)
     _merge(model, match, found, keys, values)
 
 
-def _lower(model: ir.Model, name: str, replace: Callable[[ir.Model, CachedAttention, Shared], None]) -> PassResult:
+def _lower(
+    model: ir.Model, name: str, replace: Callable[[ir.Model, CachedAttention, Shared], None]
+) -> PassResult:
     if any(node.op_type == "TensorScatter" for node in model.graph):
         return PassResult(0)
     matches, refused = find_attention(model, name)
@@ -203,7 +281,11 @@ def fixed_capacity(rows: int) -> GraphPass:
     """The pass that gives caches a fixed length, which the cache update layer asks for."""
 
     def run(model: ir.Model) -> PassResult:
-        found = [value for value in (*model.graph.inputs, *model.graph.outputs) if value.shape is not None and len(value.shape) == 4]
+        found = [
+            value
+            for value in (*model.graph.inputs, *model.graph.outputs)
+            if value.shape is not None and len(value.shape) == 4
+        ]
         for value in found:
             assert value.shape is not None, "chosen above"
             value.shape = ir.Shape([*value.shape[:2], rows, value.shape[3]])
@@ -213,5 +295,13 @@ def fixed_capacity(rows: int) -> GraphPass:
 
 
 _REMOVED = frozenset({"::RotaryEmbedding", "::ScatterElements"})
-PLAIN_CACHE = GraphPass("plain_cache", _lower_plain, frozenset({"::Attention"}), removes=_REMOVED | {"::Attention"})
-FUSED_CACHE = GraphPass("fused_cache", _lower_fused, frozenset({"::Attention"}), frozenset({"::TensorScatter"}), _REMOVED)
+PLAIN_CACHE = GraphPass(
+    "plain_cache", _lower_plain, frozenset({"::Attention"}), removes=_REMOVED | {"::Attention"}
+)
+FUSED_CACHE = GraphPass(
+    "fused_cache",
+    _lower_fused,
+    frozenset({"::Attention"}),
+    frozenset({"::TensorScatter"}),
+    _REMOVED,
+)

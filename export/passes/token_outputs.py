@@ -1,6 +1,8 @@
-"""Gives a decoder what a GPU's loop needs: logits of chosen rows, the likeliest token of each, and a number that is finite only if all logits are.
+"""Gives a decoder what a GPU's loop needs: logits of chosen rows, the likeliest token
+of each, and a number that is finite only if all logits are.
 
-With them a decoding step brings a token id and one number across to the host instead of the whole vocabulary.
+With them a decoding step brings a token id and one number across to the host instead of
+the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -42,18 +44,24 @@ def _outputs(model: ir.Model, first: bool) -> PassResult:
     return PassResult(1)
 
 
-def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool) -> tuple[ir.Value, ir.Value]:
+def _summaries(
+    model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool
+) -> tuple[ir.Value, ir.Value]:
     """`next_token` [n] int64 and `logits_mass` [n].
 
-    The mass takes in the hidden rows [B,L,H] of the whole call: 8-bit layers turn what is not finite into numbers, but the residual stream keeps it.
+    The mass takes in the hidden rows [B,L,H] of the whole call: 8-bit layers turn what
+    is not finite into numbers, but the residual stream keeps it.
 
-    With `first`, of equal logits the lowest id wins, as on the CPU, whatever order the engine has for ArgMax: the ids of all that equal the largest
-    are compared (as floats, which hold them exactly, since reductions of integers are young).
+    With `first`, of equal logits the lowest id wins, as on the CPU, whatever order the
+    engine has for ArgMax: the ids of all that equal the largest are compared (as
+    floats, which hold them exactly, since reductions of integers are young).
     """
     assert logits.shape is not None, "captured graphs carry shapes"
     axis = constant(model, "last_axis", np.array([-1], np.int64))
 
-    def add(op_type: str, inputs: list[ir.Value], dtype: ir.DataType = _FP32, **attributes: int) -> ir.Value:
+    def add(
+        op_type: str, inputs: list[ir.Value], dtype: ir.DataType = _FP32, **attributes: int
+    ) -> ir.Value:
         node = ir.node(op_type, inputs, dict(attributes))
         mark_full(node)
         node.outputs[0].type = ir.TensorType(dtype)
@@ -64,12 +72,18 @@ def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool)
         count = int(logits.shape[1])  # type: ignore[arg-type]
         ids = constant(model, "token_ids", np.arange(count, dtype=np.float32))
         beyond = constant(model, "token_ids.beyond", np.array(count, np.float32))
-        equal = add("Equal", [logits, add("ReduceMax", [logits, axis], keepdims=1)], ir.DataType.BOOL)
+        equal = add(
+            "Equal", [logits, add("ReduceMax", [logits, axis], keepdims=1)], ir.DataType.BOOL
+        )
         lowest = add("ReduceMin", [add("Where", [equal, ids, beyond]), axis], keepdims=0)
         token = add("Cast", [lowest], _INT64, to=_INT64)
     else:
         token = add("ArgMax", [logits], _INT64, axis=-1, keepdims=0, select_last_index=0)
-    everything = add("ReduceSum", [add("Abs", [hidden]), constant(model, "all_axes", np.array([0, 1, 2], np.int64))], keepdims=0)
+    everything = add(
+        "ReduceSum",
+        [add("Abs", [hidden]), constant(model, "all_axes", np.array([0, 1, 2], np.int64))],
+        keepdims=0,
+    )
     mass = add("Add", [add("ReduceSum", [add("Abs", [logits]), axis], keepdims=0), everything])
     token.name, mass.name = NEXT_TOKEN, LOGITS_MASS
     token.shape = mass.shape = ir.Shape(["n"])
@@ -77,5 +91,9 @@ def _summaries(model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool)
 
 
 _REQUIRES = frozenset({"::Gather"})
-FIRST_TOKEN_OUTPUTS = GraphPass("first_token_outputs", partial(_outputs, first=True), _REQUIRES, frozenset({"::ReduceMin"}))
-TOKEN_OUTPUTS = GraphPass("token_outputs", partial(_outputs, first=False), _REQUIRES, frozenset({"::ArgMax"}))
+FIRST_TOKEN_OUTPUTS = GraphPass(
+    "first_token_outputs", partial(_outputs, first=True), _REQUIRES, frozenset({"::ReduceMin"})
+)
+TOKEN_OUTPUTS = GraphPass(
+    "token_outputs", partial(_outputs, first=False), _REQUIRES, frozenset({"::ArgMax"})
+)

@@ -1,4 +1,6 @@
-"""Devices a plan can be made for: memory, bandwidth, and peak rates, from their makers' data sheets, or measured, or from a file."""
+"""Devices a plan can be made for: memory, bandwidth, and peak rates, from their makers'
+data sheets, or measured, or from a file.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _PROBE_BYTES, _PROBE_SIZE = 256 << 20, 1536
 
 @dataclass(frozen=True)
 class Device:
-    """Memory for a process in GB, bandwidth in GB/s, dense arithmetic in TFLOP/s or TOP/s; all reachable values, not peaks, once in a plan."""
+    """Memory for a process in GB, bandwidth in GB/s, dense arithmetic in TFLOP/s or
+    TOP/s; all reachable values, not peaks, once in a plan.
+    """
 
     name: str
     memory_gb: float
@@ -33,10 +37,16 @@ class Device:
 
     def rate(self, scheme: LinearScheme) -> float:
         """TFLOP/s (TOP/s) of a linear layer with many rows."""
-        return self.int8_tops if scheme.quantised and scheme.activation != "float" else self.float_tflops
+        return (
+            self.int8_tops
+            if scheme.quantised and scheme.activation != "float"
+            else self.float_tflops
+        )
 
 
-def _peak(name: str, memory: float, bandwidth: float, half: float, int8: float, source: str) -> Device:
+def _peak(
+    name: str, memory: float, bandwidth: float, half: float, int8: float, source: str
+) -> Device:
     return Device(name, memory, bandwidth * _BANDWIDTH, half * _REACHED, int8 * _REACHED, source)
 
 
@@ -44,22 +54,47 @@ DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
         # System memory is shared: about 1.5 GB of it belong to JetPack.
-        _peak("orin-nano-8gb", 6.5, 102, 17, 33, "NVIDIA Jetson Orin Nano data sheet: Super mode, dense rates"),
-        _peak("orin-agx-64gb", 62, 204.8, 42.5, 85, "NVIDIA Jetson AGX Orin data sheet: GPU, dense rates"),
-        _peak("rtx4090", 23.5, 1008, 165.2, 660.6, "NVIDIA Ada architecture paper: fp16 with fp32 accumulation, dense int8"),
+        _peak(
+            "orin-nano-8gb",
+            6.5,
+            102,
+            17,
+            33,
+            "NVIDIA Jetson Orin Nano data sheet: Super mode, dense rates",
+        ),
+        _peak(
+            "orin-agx-64gb",
+            62,
+            204.8,
+            42.5,
+            85,
+            "NVIDIA Jetson AGX Orin data sheet: GPU, dense rates",
+        ),
+        _peak(
+            "rtx4090",
+            23.5,
+            1008,
+            165.2,
+            660.6,
+            "NVIDIA Ada architecture paper: fp16 with fp32 accumulation, dense int8",
+        ),
     )
 }
 
 
 def find_device(text: str | None) -> Device:
-    """A device by name, from a JSON file with `Device`'s fields, or (None) this machine. Raises `UsageError`."""
+    """A device by name, from a JSON file with `Device`'s fields, or (None) this
+    machine. Raises `UsageError`.
+    """
     if text is None:
         return this_machine()
     if text in DEVICES:
         return DEVICES[text]
     path = Path(text)
     if not path.is_file():
-        raise UsageError(f"unknown device {text!r}; choose one of: {', '.join(DEVICES)}, or name a JSON file")
+        raise UsageError(
+            f"unknown device {text!r}; choose one of: {', '.join(DEVICES)}, or name a JSON file"
+        )
     names = {field.name for field in fields(Device)}
     try:
         data = json.loads(path.read_bytes())
@@ -68,21 +103,32 @@ def find_device(text: str | None) -> Device:
         if not all(isinstance(value, int | float) and value > 0 for value in numbers):
             raise ValueError("a figure is not a positive number")
     except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{path} describes no device ({error}); expected a JSON object with {', '.join(sorted(names))}") from None
+        raise UsageError(
+            f"{path} describes no device ({error}); expected a JSON object with "
+            f"{', '.join(sorted(names))}"
+        ) from None
     return device
 
 
 def this_machine() -> Device:
-    """Memory of this machine, and its rates as a second of measuring finds them: reading, and float products; 8-bit products as a usual multiple."""
+    """Memory of this machine, and its rates as a second of measuring finds them:
+    reading, and float products; 8-bit products as a usual multiple.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     block = np.ones(_PROBE_BYTES // 4, np.float32)
     reading = min(_timed(lambda: float(block.sum())) for _ in range(3))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     matrix = np.ones((_PROBE_SIZE, _PROBE_SIZE), np.float32)
     product = min(_timed(lambda: matrix @ matrix) for _ in range(3))
     flops = 2e-12 * _PROBE_SIZE**3 / product
-    faster = 4.0 if _has("avx512_vnni", "avx_vnni", "asimddp") else 1.3  # measured: docs/benchmarks.md
-    bandwidth = _PROBE_BYTES / reading / 1e9 * min(2, cores)  # numpy sums on one core; two cores read about twice that
+    faster = (
+        4.0 if _has("avx512_vnni", "avx_vnni", "asimddp") else 1.3
+    )  # measured: docs/benchmarks.md
+    bandwidth = (
+        _PROBE_BYTES / reading / 1e9 * min(2, cores)
+    )  # numpy sums on one core; two cores read about twice that
     return Device("this machine", memory, bandwidth, flops, faster * flops, "measured")
 
 

@@ -1,7 +1,9 @@
-"""What a build and a bundle will cost, from the spec alone: disk, memory of building and of running, visual tokens, and a roofline of latency.
+"""What a build and a bundle will cost, from the spec alone: disk, memory of building
+and of running, visual tokens, and a roofline of latency.
 
-Bytes follow the formats exactly. Memory adds what was measured of the tools around them (docs/benchmarks.md has predictions beside measurements).
-Latency is a bound: work over the device's peak rates, with the share of them that good kernels reach.
+Bytes follow the formats exactly. Memory adds what was measured of the tools around them
+(docs/benchmarks.md has predictions beside measurements). Latency is a bound: work over
+the device's peak rates, with the share of them that good kernels reach.
 """
 
 from __future__ import annotations
@@ -20,14 +22,29 @@ from export.planning.devices import Device
 from export.schemes import DECODER, Scheme
 from runtime.contract.spec import ModelSpec
 
-__all__ = ["LARGE_BYTES", "MIB", "PIECE_BYTES", "Plan", "linear_bytes", "linears", "make_plan", "part_bytes"]
+__all__ = [
+    "LARGE_BYTES",
+    "MIB",
+    "PIECE_BYTES",
+    "Plan",
+    "linear_bytes",
+    "linears",
+    "make_plan",
+    "part_bytes",
+]
 
 MIB = 1 << 20
-# Measured on Linux x86 with the CPU builds of torch 2.13, onnx 1.23 and onnxruntime 1.31; see docs/benchmarks.md.
+# Measured on Linux x86 with the CPU builds of torch 2.13, onnx 1.23 and onnxruntime 1.31; see
+# docs/benchmarks.md.
 _EXPORTER = 450 * MIB  # torch, onnx and onnxruntime imported, and a traced graph
 _GRAPH_NODE = 350  # bytes of an ONNX node and its tensors' descriptions
 _RUNTIME = 78 * MIB  # Python, numpy, Pillow, tokenizers and onnxruntime
-_PACKED = {"fp32": 1.3, "fp16": 2.6, "int8": 1.3, "int4": 1.3}  # resident bytes per stored byte: the kernels' own copy, and what is still mapped
+_PACKED = {
+    "fp32": 1.3,
+    "fp16": 2.6,
+    "int8": 1.3,
+    "int4": 1.3,
+}  # resident bytes per stored byte: the kernels' own copy, and what is still mapped
 _SHARED, _TWICE = 1.05, 2.0  # as TensorRT-RTX compiles them; see docs/tensorrt.md
 _ROUNDING = 4.0  # float copies of a weight while it is rounded
 _BLOCK_COPIES = 4.7  # of the largest block's float weights while it is read, checked and run
@@ -41,13 +58,20 @@ PIECE_BYTES = 1 << 29  # of weights in memory at once then
 def linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of every linear layer that schemes speak of, by parameter name."""
     model = StreamedModel(spec, lambda name: torch.empty(0))
-    names = [f"{name}.weight" for block in model.blocks() for feed in block.feeds for name in feed.linears]
+    names = [
+        f"{name}.weight"
+        for block in model.blocks()
+        for feed in block.feeds
+        for name in feed.linears
+    ]
     shapes = {name: model.model.get_parameter(name).shape for name in names}
     return {name: (int(shape[0]), int(shape[1])) for name, shape in shapes.items()}
 
 
 def linear_bytes(outputs: int, inputs: int, scheme: LinearScheme, scale: int = 4) -> int:
-    """Stored bytes of a weight under a scheme, scales (of `scale` bytes) and zero points included."""
+    """Stored bytes of a weight under a scheme, scales (of `scale` bytes) and zero
+    points included.
+    """
     if not scheme.quantised:
         return outputs * inputs * scheme.bits // 8
     if scheme.activation != "float" or (scheme.bits == 8 and not scheme.block):
@@ -66,10 +90,16 @@ def part_bytes(spec: ModelSpec, scheme: Scheme) -> dict[str, int]:
     in_tower = [name for name in shapes if not name.startswith(DECODER)]
     tower, decoder = spec.vision, spec.decoder
     counted = sum(n * k for n, k in shapes.values())
-    others = spec.parameters - counted - decoder.vocab_size * decoder.hidden  # norms, biases, patch embedding, positions
+    others = (
+        spec.parameters - counted - decoder.vocab_size * decoder.hidden
+    )  # norms, biases, patch embedding, positions
     decoder_norms = (2 * decoder.layers + 1) * decoder.hidden
-    rotary = decoder.context * decoder.head_dim * (2 if scheme.linear(DECODER).weight == "fp16" else 4)
-    wide = 3 * tower.patch_size**2 * tower.width + (tower.grid**2 + 2) * tower.width  # more than two dimensions
+    rotary = (
+        decoder.context * decoder.head_dim * (2 if scheme.linear(DECODER).weight == "fp16" else 4)
+    )
+    wide = (
+        3 * tower.patch_size**2 * tower.width + (tower.grid**2 + 2) * tower.width
+    )  # more than two dimensions
     found = {
         "vision": sum(linear_bytes(*shapes[name], scheme.linear(name), scale) for name in in_tower)
         + 4 * (others - decoder_norms - wide)
@@ -77,7 +107,9 @@ def part_bytes(spec: ModelSpec, scheme: Scheme) -> dict[str, int]:
     }
     for graph in ("decoder", *(["prefill"] if scheme.prefill is not None else [])):
         linear = sum(
-            linear_bytes(*shape, scheme.linear(name, graph == "prefill"), scale) for name, shape in shapes.items() if name.startswith(DECODER)
+            linear_bytes(*shape, scheme.linear(name, graph == "prefill"), scale)
+            for name, shape in shapes.items()
+            if name.startswith(DECODER)
         )
         found[graph] = linear + 4 * decoder_norms + rotary
     return found
@@ -85,7 +117,9 @@ def part_bytes(spec: ModelSpec, scheme: Scheme) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Predictions in bytes and milliseconds. `advice` says what to change where something does not fit."""
+    """Predictions in bytes and milliseconds. `advice` says what to change where
+    something does not fit.
+    """
 
     disk: dict[str, int]
     build_peak: int
@@ -112,13 +146,26 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict with totals."""
-        return asdict(self) | {"disk_bytes": self.disk_bytes, "run_bytes": self.run_bytes, "fits": self.fits}
+        return asdict(self) | {
+            "disk_bytes": self.disk_bytes,
+            "run_bytes": self.run_bytes,
+            "fits": self.fits,
+        }
 
 
-def make_plan(spec: ModelSpec, scheme: Scheme, device: Device, context: int | None = None, samples: int = 32, questions: bool = True) -> Plan:
-    """Predicts everything for one model, scheme and device; `context` is the number of cache rows (default: the model's).
+def make_plan(
+    spec: ModelSpec,
+    scheme: Scheme,
+    device: Device,
+    context: int | None = None,
+    samples: int = 32,
+    questions: bool = True,
+) -> Plan:
+    """Predicts everything for one model, scheme and device; `context` is the number of
+    cache rows (default: the model's).
 
-    `questions` tells whether the build asks PyTorch too, for which small models are loaded whole.
+    `questions` tells whether the build asks PyTorch too, for which small models are
+    loaded whole.
     """
     context = min(context or spec.decoder.context, spec.decoder.context)
     weights = part_bytes(spec, scheme)
@@ -132,24 +179,45 @@ def make_plan(spec: ModelSpec, scheme: Scheme, device: Device, context: int | No
         _latency(spec, scheme, weights, device),
         device,
     )
-    return plan if plan.fits else Plan(**{**vars(plan), "advice": tuple(_advice(spec, scheme, plan, context))})
+    return (
+        plan
+        if plan.fits
+        else Plan(**{**vars(plan), "advice": tuple(_advice(spec, scheme, plan, context))})
+    )
 
 
 def _disk(spec: ModelSpec, scheme: Scheme, weights: dict[str, int]) -> dict[str, int]:
     decoder, size = spec.decoder, 2 if scheme.embeddings == "fp16" else 4
     tokens = sum(spec.pool_sizes[i % len(spec.pool_sizes)] ** 2 for i in range(golden_count(spec)))
-    goldens = golden_count(spec) * (12 * spec.vision.image_size**2 + 4 * (_ANSWER + 1) * decoder.vocab_size) + 4 * tokens * decoder.hidden
+    goldens = (
+        golden_count(spec)
+        * (12 * spec.vision.image_size**2 + 4 * (_ANSWER + 1) * decoder.vocab_size)
+        + 4 * tokens * decoder.hidden
+    )
     nodes = 34 * spec.vision.layers + 30 * decoder.layers * len(weights)
-    return {**weights, "embeddings": size * decoder.vocab_size * decoder.hidden, "goldens": goldens, "graphs": _GRAPH_NODE * nodes}
+    return {
+        **weights,
+        "embeddings": size * decoder.vocab_size * decoder.hidden,
+        "goldens": goldens,
+        "graphs": _GRAPH_NODE * nodes,
+    }
 
 
 def _cache_row(spec: ModelSpec, scheme: Scheme) -> int:
     """Bytes of keys and values of one position, all layers."""
     decoder = spec.decoder
-    return 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * {"int8": 1, "fp16": 2, "fp32": 4}[scheme.cache]
+    return (
+        2
+        * decoder.layers
+        * decoder.kv_heads
+        * decoder.head_dim
+        * {"int8": 1, "fp16": 2, "fp32": 4}[scheme.cache]
+    )
 
 
-def _run_memory(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], context: int) -> dict[str, int]:
+def _run_memory(
+    spec: ModelSpec, scheme: Scheme, weights: dict[str, int], context: int
+) -> dict[str, int]:
     decoder, tower = spec.decoder, spec.vision
     cache = context * _cache_row(spec, scheme)
     resident = 0.0
@@ -160,63 +228,125 @@ def _run_memory(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], contex
     patches, length = tower.grid**2 + 1, spec.pool_sizes[0] ** 2 + _TEXT_TOKENS
     seen = 4 * (patches * (6 * tower.width + 2 * tower.mlp_width) + tower.heads * patches**2)
     read = 4 * length * (4 * decoder.hidden + 3 * decoder.mlp_width) + 4 * decoder.heads * length**2
-    return {"runtime": _RUNTIME, "weights": int(resident), "cache": cache, "activations": int(_ACTIVATIONS * (seen + read))}
+    return {
+        "runtime": _RUNTIME,
+        "weights": int(resident),
+        "cache": cache,
+        "activations": int(_ACTIVATIONS * (seen + read)),
+    }
 
 
 def _packed_on_gpu(linear: LinearScheme) -> float:
-    """Bytes of a decoder's engine per stored byte: two profiles share weights that are unpacked as they are read, and no others."""
+    """Bytes of a decoder's engine per stored byte: two profiles share weights that are
+    unpacked as they are read, and no others.
+    """
     return _SHARED if linear.quantised and linear.activation == "float" else _TWICE
 
 
-def _build_peak(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], samples: int, questions: bool) -> int:
-    """The largest of three: a block being calibrated, a weight being rounded, the bundle (or a part of it) being replayed."""
+def _build_peak(
+    spec: ModelSpec, scheme: Scheme, weights: dict[str, int], samples: int, questions: bool
+) -> int:
+    """The largest of three: a block being calibrated, a weight being rounded, the
+    bundle (or a part of it) being replayed.
+    """
     shapes = linears(spec)
     names = [name for name, shape in shapes.items()]
     largest = max(n * k for n, k in shapes.values())
-    decoder_layer = sum(n * k for name, (n, k) in shapes.items() if name.startswith(f"{DECODER}layers.0."))
+    decoder_layer = sum(
+        n * k for name, (n, k) in shapes.items() if name.startswith(f"{DECODER}layers.0.")
+    )
     table = spec.decoder.vocab_size * spec.decoder.hidden
-    moments = max((k * k for name, (_, k) in shapes.items() if any(s.rounding == "gptq" for s in scheme.wanted(name))), default=0)
+    moments = max(
+        (
+            k * k
+            for name, (_, k) in shapes.items()
+            if any(s.rounding == "gptq" for s in scheme.wanted(name))
+        ),
+        default=0,
+    )
     block = int(4 * _BLOCK_COPIES * max(decoder_layer, table)) + 4 * 5 * moments
     cases = golden_count(spec) + (samples if scheme.calibrates else 0)
-    states = 4 * cases * max((spec.vision.grid**2 + 1) * spec.vision.width + 3 * spec.vision.image_size**2, 400 * spec.decoder.hidden)
-    rounding = int(4 * _ROUNDING * largest) if any(scheme.linear(name).quantised for name in names) else 8 * largest
+    states = (
+        4
+        * cases
+        * max(
+            (spec.vision.grid**2 + 1) * spec.vision.width + 3 * spec.vision.image_size**2,
+            400 * spec.decoder.hidden,
+        )
+    )
+    rounding = (
+        int(4 * _ROUNDING * largest)
+        if any(scheme.linear(name).quantised for name in names)
+        else 8 * largest
+    )
     total = sum(weights.values())
     if scheme.compute == "fp16":
         replayed = int(1.1 * total) + 4 * table  # whole, through the reference
     elif total > LARGE_BYTES:
         replayed = int(2 * max(PIECE_BYTES + 4 * table, weights["vision"]))
     else:
-        whole = 4 * spec.parameters if questions and spec.parameters <= 500_000_000 else 0  # answers are compared with the model in memory
+        whole = (
+            4 * spec.parameters if questions and spec.parameters <= 500_000_000 else 0
+        )  # answers are compared with the model in memory
         replayed = _run_memory(spec, scheme, weights, spec.decoder.context)["weights"] + 2 * whole
     return _EXPORTER + max(block + states, rounding, replayed)
 
 
-def _latency(spec: ModelSpec, scheme: Scheme, weights: dict[str, int], device: Device) -> dict[str, float]:
-    """Milliseconds at the device's reachable rates: the tower and prefill by arithmetic or bandwidth, decoding by what it reads."""
+def _latency(
+    spec: ModelSpec, scheme: Scheme, weights: dict[str, int], device: Device
+) -> dict[str, float]:
+    """Milliseconds at the device's reachable rates: the tower and prefill by arithmetic
+    or bandwidth, decoding by what it reads.
+    """
     tower = spec.vision
     patches, length = tower.grid**2 + 1, spec.pool_sizes[0] ** 2 + _TEXT_TOKENS
     shapes = linears(spec)
 
     def arithmetic(prefix: str, rows: int, prefill: bool = False) -> float:
-        chosen = {name: n * k for name, (n, k) in shapes.items() if name.startswith(prefix) and "lm_head" not in name}
-        return sum(2e-9 * rows * size / device.rate(scheme.linear(name, prefill)) for name, size in chosen.items())
+        chosen = {
+            name: n * k
+            for name, (n, k) in shapes.items()
+            if name.startswith(prefix) and "lm_head" not in name
+        }
+        return sum(
+            2e-9 * rows * size / device.rate(scheme.linear(name, prefill))
+            for name, size in chosen.items()
+        )
 
     attention = 4e-9 * tower.layers * patches**2 * tower.width / device.rate(LinearScheme())
-    vision = max(arithmetic("vision_tower.", patches) + attention, 1e-6 * weights["vision"] / device.bandwidth_gbs)
-    prefill = max(arithmetic(DECODER, length, True), 1e-6 * weights.get("prefill", weights["decoder"]) / device.bandwidth_gbs)
+    vision = max(
+        arithmetic("vision_tower.", patches) + attention,
+        1e-6 * weights["vision"] / device.bandwidth_gbs,
+    )
+    prefill = max(
+        arithmetic(DECODER, length, True),
+        1e-6 * weights.get("prefill", weights["decoder"]) / device.bandwidth_gbs,
+    )
     step = 1e-6 * (weights["decoder"] + _cache_row(spec, scheme) * length) / device.bandwidth_gbs
-    return {"vision_ms": vision, "prefill_ms": prefill, "first_token_ms": vision + prefill, "per_token_ms": step, "tokens_per_second": 1e3 / step}
+    return {
+        "vision_ms": vision,
+        "prefill_ms": prefill,
+        "first_token_ms": vision + prefill,
+        "per_token_ms": step,
+        "tokens_per_second": 1e3 / step,
+    }
 
 
 def _advice(spec: ModelSpec, scheme: Scheme, plan: Plan, context: int) -> list[str]:
-    found = [f"{plan.run_bytes / 1e9:.1f} GB are needed, {plan.device.name} has {plan.device.memory_gb:g}"]
+    found = [
+        f"{plan.run_bytes / 1e9:.1f} GB are needed, {plan.device.name} has "
+        f"{plan.device.memory_gb:g}"
+    ]
     cache = plan.run["cache"]
     if cache > 0.1 * plan.run_bytes:
         found.append(
-            f"--context {context // 4} saves {cache * 0.75 / 1e9:.1f} GB of cache" + (", --kv int8 as much" if scheme.cache == "fp32" else "")
+            f"--context {context // 4} saves {cache * 0.75 / 1e9:.1f} GB of cache"
+            + (", --kv int8 as much" if scheme.cache == "fp32" else "")
         )
     if scheme.linear(f"{DECODER}layers.0.mlp.up_proj.weight").bits > 4:
         found.append("--precision int4 stores the decoder in 4 bits")
     if scheme.prefill is not None:
-        found.append(f"--precision int4 without the second decoder saves {plan.disk['prefill'] / 1e9:.1f} GB")
+        found.append(
+            f"--precision int4 without the second decoder saves {plan.disk['prefill'] / 1e9:.1f} GB"
+        )
     return found if len(found) > 1 else [*found, "choose a smaller model or a larger device"]

@@ -1,4 +1,6 @@
-"""`infmllm-bench`: measures a bundle's latency on this machine and writes the report; `infmllm-bench diff A B` compares two reports, for CI too."""
+"""`infmllm-bench`: measures a bundle's latency on this machine and writes the report;
+`infmllm-bench diff A B` compares two reports, for CI too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from runtime.bench.diff import changes, different_conditions, parse_limit, rows
 from runtime.bench.html_report import report_page
 from runtime.bench.metrics import summary
 from runtime.bench.report import read_report, to_json
-from runtime.bench.tables import condition_lines, csv_table, markdown_table, markdown_tables, print_report
+from runtime.bench.tables import (
+    condition_lines,
+    csv_table,
+    markdown_table,
+    markdown_tables,
+    print_report,
+)
 from runtime.cli.run import default_bundle
 from runtime.contract.errors import RegressionError, UsageError
 from runtime.output.console import check_output, command_app, note, run_command
@@ -46,24 +54,51 @@ Examples:
 
 @app.command(epilog=_EXAMPLES)
 def run(
-    bundle: Annotated[Path | None, typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle.")] = None,
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle."),
+    ] = None,
     repetitions: Annotated[int, typer.Option(min=1, help="Measured answers.")] = 20,
     warmup: Annotated[int, typer.Option(min=0, help="Answers before measuring.")] = 3,
     new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 30,
-    visual_tokens: Annotated[int | None, typer.Option(help="Visual embeddings. Default: the model's best.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: all available cores.")] = None,
-    image: Annotated[Path | None, typer.Option(help="Picture to describe. Default: a made one of 640x480.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole report here, for `diff`.")] = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Visual embeddings. Default: the model's best.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads. Default: all available cores.")
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Picture to describe. Default: a made one of 640x480.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the whole report here, for `diff`.")
+    ] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the tables here.")] = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables here.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page with plots here.")] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the tables here.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with plots here.")
+    ] = None,
 ) -> None:
-    """Prints a table of stages of warm answers, and writes reports. `infmllm-bench diff A.json B.json` compares two (see its own --help)."""
+    """Prints a table of stages of warm answers, and writes reports. `infmllm-bench diff
+    A.json B.json` compares two (see its own --help).
+    """
     from runtime.bench.measure import BenchOptions, measure
 
     for path in (json_file, csv_file, markdown_file, html_file):
         check_output(path)
-    report = measure(BenchOptions(bundle or default_bundle(), repetitions, warmup, new_tokens, visual_tokens, threads, image))
+    report = measure(
+        BenchOptions(
+            bundle or default_bundle(),
+            repetitions,
+            warmup,
+            new_tokens,
+            visual_tokens,
+            threads,
+            image,
+        )
+    )
     print_report(report)
     for line in condition_lines(report):
         note(line)
@@ -77,25 +112,48 @@ def run(
 def diff(
     before: Annotated[Path, typer.Argument(help="Report to compare with, from --json.")],
     after: Annotated[Path, typer.Argument(help="New report.")],
-    fail_if: Annotated[list[str] | None, typer.Option(help="A limit such as 'ttft>+5%'; may be given several times.")] = None,
-    allow_different: Annotated[bool, typer.Option("--allow-different", help="Apply limits although conditions differ.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the changes here.")] = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the table here.")] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(help="A limit such as 'ttft>+5%'; may be given several times."),
+    ] = None,
+    allow_different: Annotated[
+        bool, typer.Option("--allow-different", help="Apply limits although conditions differ.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the changes here.")
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the table here.")
+    ] = None,
 ) -> None:
-    """Prints every metric of both reports with its change. With limits, exit code 1 and one line if one is broken."""
+    """Prints every metric of both reports with its change. With limits, exit code 1 and
+    one line if one is broken.
+    """
     limits = [parse_limit(text) for text in fail_if or ()]
     check_output(json_file)
     check_output(markdown_file)
     first, second = read_report(before), read_report(after)
     differing = different_conditions(first, second)
     if differing and limits and not allow_different:
-        raise UsageError(f"limits need reports of the same conditions, these differ: {'; '.join(differing)}; measure alike, or add --allow-different")
+        raise UsageError(
+            f"limits need reports of the same conditions, these differ: {'; '.join(differing)}; "
+            f"measure alike, or add --allow-different"
+        )
     found = changes(first, second)
     broken = [broken for limit in limits if (broken := limit.broken(found))]
     _print_table(rows(found))
     if differing:
         note(f"warning: conditions differ: {'; '.join(differing)}")
-    _write(json_file, lambda: json.dumps({"conditions_differ": differing, "changes": [asdict(change) for change in found]}, indent=1) + "\n")
+    _write(
+        json_file,
+        lambda: (
+            json.dumps(
+                {"conditions_differ": differing, "changes": [asdict(change) for change in found]},
+                indent=1,
+            )
+            + "\n"
+        ),
+    )
     _write(markdown_file, lambda: markdown_table(_HEAD, rows(found)))
     if broken:
         raise RegressionError(f"{len(broken)} of {len(limits)} limits broken: {'; '.join(broken)}")
@@ -128,5 +186,7 @@ def _compare() -> object:
 
 
 def main() -> None:
-    """Entry point of `infmllm-bench`. A bundle in a folder called diff is measured as ./diff."""
+    """Entry point of `infmllm-bench`. A bundle in a folder called diff is measured as
+    ./diff.
+    """
     run_command(_compare if sys.argv[1:2] == ["diff"] else app)

@@ -1,7 +1,9 @@
-"""Two reports against each other: every metric with its change and whether that is more than noise, and limits that make a build fail.
+"""Two reports against each other: every metric with its change and whether that is more
+than noise, and limits that make a build fail.
 
-A limit is written `METRIC>+5%` (a change relative to the first report), `METRIC>+50` (a change in the metric's unit) or `METRIC>20` (the second
-report's value itself); `<` likewise.
+A limit is written `METRIC>+5%` (a change relative to the first report), `METRIC>+50` (a
+change in the metric's unit) or `METRIC>20` (the second report's value itself); `<`
+likewise.
 """
 
 from __future__ import annotations
@@ -20,13 +22,26 @@ from runtime.contract.errors import UsageError
 __all__ = ["Change", "Limit", "changes", "different_conditions", "parse_limit", "rows"]
 
 _LIMIT = re.compile(r"\s*(\w+)\s*([<>])\s*([+-]?)(\d+(?:\.\d+)?)\s*(%?)\s*")
-# What must agree for a comparison to say something about the software; versions may differ, being what is usually compared.
-_MUST_AGREE = ("cpu", "board", "cores", "threads", "picture", "prompt", "prompt_tokens", "visual_tokens", "max_new_tokens")
+# What must agree for a comparison to say something about the software; versions may differ,
+# being what is usually compared.
+_MUST_AGREE = (
+    "cpu",
+    "board",
+    "cores",
+    "threads",
+    "picture",
+    "prompt",
+    "prompt_tokens",
+    "visual_tokens",
+    "max_new_tokens",
+)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One metric in both reports. `percent` is relative to the first; below `noise` percent a change says nothing (None: unknown)."""
+    """One metric in both reports. `percent` is relative to the first; below `noise`
+    percent a change says nothing (None: unknown).
+    """
 
     name: str
     unit: str
@@ -39,7 +54,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Limit:
-    """A parsed limit: which metric, above or below, what number, and of what (the change in percent, the change, the value)."""
+    """A parsed limit: which metric, above or below, what number, and of what (the
+    change in percent, the change, the value).
+    """
 
     text: str
     metric: str
@@ -48,13 +65,25 @@ class Limit:
     of: str
 
     def broken(self, found: Sequence[Change]) -> str:
-        """Words for how these changes break this limit, empty if they do not. Raises `UsageError` if a report lacks the metric."""
+        """Words for how these changes break this limit, empty if they do not. Raises
+        `UsageError` if a report lacks the metric.
+        """
         change = next((change for change in found if change.name == self.metric), None)
         if change is None or change.after is None or (change.before is None and self.of != "value"):
-            raise UsageError(f"--fail-if {self.text!r}: a report does not hold {self.metric}; measure it in both or drop the limit")
-        measured = {"percent": change.percent, "change": change.after - (change.before or 0.0), "value": change.after}[self.of]
+            raise UsageError(
+                f"--fail-if {self.text!r}: a report does not hold {self.metric}; measure it in "
+                f"both or drop the limit"
+            )
+        measured = {
+            "percent": change.percent,
+            "change": change.after - (change.before or 0.0),
+            "value": change.after,
+        }[self.of]
         if measured is None:
-            raise UsageError(f"--fail-if {self.text!r}: {self.metric} is 0 in the first report, so has no change in percent; give a plain number")
+            raise UsageError(
+                f"--fail-if {self.text!r}: {self.metric} is 0 in the first report, so has no "
+                f"change in percent; give a plain number"
+            )
         if not (measured > self.number if self.above else measured < self.number):
             return ""
         _, unit, before, after, percent, noise, _ = rows([change])[0]
@@ -62,17 +91,34 @@ class Limit:
 
 
 def parse_limit(text: str) -> Limit:
-    """Reads one `--fail-if`. Raises `UsageError` saying how it is written or which metrics there are."""
+    """Reads one `--fail-if`. Raises `UsageError` saying how it is written or which
+    metrics there are.
+    """
     match = _LIMIT.fullmatch(text)
     if match is None:
-        raise UsageError(f"--fail-if {text!r:.80} is no limit, expected for example 'ttft>+5%', 'tokens_per_s<-3%' or 'peak_rss_mb>+50'")
+        raise UsageError(
+            f"--fail-if {text!r:.80} is no limit, expected for example 'ttft>+5%', "
+            f"'tokens_per_s<-3%' or 'peak_rss_mb>+50'"
+        )
     name, sign, plus, digits, percent = match.groups()
     if name not in METRICS:
-        raise UsageError(f"--fail-if {text!r:.80}: unknown metric {name!r:.40}, choose one of: {', '.join(METRICS)}")
+        raise UsageError(
+            f"--fail-if {text!r:.80}: unknown metric {name!r:.40}, choose one of: "
+            f"{', '.join(METRICS)}"
+        )
     number = float(f"{plus}{digits}")
-    of = "value" if not plus and (not percent or METRICS[name].unit == "%") else "percent" if percent else "change"
+    of = (
+        "value"
+        if not plus and (not percent or METRICS[name].unit == "%")
+        else "percent"
+        if percent
+        else "change"
+    )
     if not plus and percent and METRICS[name].unit != "%":
-        raise UsageError(f"--fail-if {text!r:.80}: write '{name}{sign}+{digits}%' for a rise or '{name}{sign}-{digits}%' for a fall")
+        raise UsageError(
+            f"--fail-if {text!r:.80}: write '{name}{sign}+{digits}%' for a rise or "
+            f"'{name}{sign}-{digits}%' for a fall"
+        )
     return Limit(text.strip(), name, sign == ">", number, of)
 
 
@@ -84,9 +130,23 @@ def changes(before: Report, after: Report) -> list[Change]:
         if old is None and new is None:
             continue
         percent = 1e2 * (new / old - 1) if old and new is not None else None
-        noises = [noise for noise in (noise_percent(metric, before), noise_percent(metric, after)) if noise is not None]
+        noises = [
+            noise
+            for noise in (noise_percent(metric, before), noise_percent(metric, after))
+            if noise is not None
+        ]
         noise = math.hypot(*noises) if len(noises) == 2 else None
-        found.append(Change(name, metric.unit, old, new, percent, noise, _verdict(percent, noise, metric.higher_is_better)))
+        found.append(
+            Change(
+                name,
+                metric.unit,
+                old,
+                new,
+                percent,
+                noise,
+                _verdict(percent, noise, metric.higher_is_better),
+            )
+        )
     return found
 
 
@@ -103,9 +163,14 @@ def _verdict(percent: float | None, noise: float | None, higher_is_better: bool)
 def different_conditions(before: Report, after: Report) -> list[str]:
     """Conditions that make the reports incomparable, as "threads 1 and 2"."""
     old, new = asdict(before.conditions), asdict(after.conditions)
-    pairs: list[tuple[str, Any, Any]] = [("model", before.bundle.model, after.bundle.model), ("target", before.bundle.target, after.bundle.target)]
+    pairs: list[tuple[str, Any, Any]] = [
+        ("model", before.bundle.model, after.bundle.model),
+        ("target", before.bundle.target, after.bundle.target),
+    ]
     pairs += [(name, old[name], new[name]) for name in _MUST_AGREE]
-    return [f"{name.replace('_', ' ')} {one} and {other}" for name, one, other in pairs if one != other]
+    return [
+        f"{name.replace('_', ' ')} {one} and {other}" for name, one, other in pairs if one != other
+    ]
 
 
 def rows(found: Sequence[Change]) -> list[tuple[str, ...]]:

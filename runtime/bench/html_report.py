@@ -1,4 +1,6 @@
-"""A latency report as one HTML page: the figures that matter most, plots, every table, and the conditions; nothing is fetched and no script runs."""
+"""A latency report as one HTML page: the figures that matter most, plots, every table,
+and the conditions; nothing is fetched and no script runs.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from runtime.bench.metrics import METRICS, noise_percent, stage_times, throttling
-from runtime.bench.plots import STYLE, answers_plot, clock_plot, histogram_plot, positions_plot, stages_plot
+from runtime.bench.plots import (
+    STYLE,
+    answers_plot,
+    clock_plot,
+    histogram_plot,
+    positions_plot,
+    stages_plot,
+)
 from runtime.bench.report import Report
 from runtime.bench.tables import condition_lines, figure
 from runtime.output.html import html_page
@@ -38,7 +47,11 @@ ul { padding-left: 1.2rem; } li { margin: .15rem 0; overflow-wrap: anywhere; }
 def report_page(report: Report) -> str:
     """The page's text."""
     title = f"Latency of {report.bundle.name}"
-    verdict = "" if report.bundle.verdict == "VERIFIED" else f' <span style="color:var(--bad)">{escape(report.bundle.verdict)}</span>'
+    verdict = (
+        ""
+        if report.bundle.verdict == "VERIFIED"
+        else f' <span style="color:var(--bad)">{escape(report.bundle.verdict)}</span>'
+    )
     plots = (
         ("Time to first text, by stage", stages_plot(report)),
         ("Between tokens, by position (median, 10 to 90 %)", positions_plot(report)),
@@ -46,7 +59,11 @@ def report_page(report: Report) -> str:
         ("Whole answers, in order", answers_plot(report)),
         ("Clock of the CPU after each answer", clock_plot(report)),
     )
-    figures = "".join(f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>" for caption, svg in plots if svg)
+    figures = "".join(
+        f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
+        for caption, svg in plots
+        if svg
+    )
     words = throttling(report)
     body = (
         f"<h1>{escape(title)}{verdict}</h1>{_headlines(report)}<p>{escape(words[:1].upper() + words[1:])}</p>"
@@ -68,13 +85,23 @@ def _headlines(report: Report) -> str:
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], last: str = "") -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         marks = [""] * (len(cells) - 1) + [f' class="{last}"' if last else ""]
-        return "<tr>" + "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for cell, mark in zip(cells, marks, strict=True)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{mark}>{escape(cell)}</{tag}>"
+                for cell, mark in zip(cells, marks, strict=True)
+            )
+            + "</tr>"
+        )
 
     return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
 
 
 def _stages(report: Report) -> str:
-    rows = [(name.replace("_", " "), *(figure(value) for value in row.values())) for name, row in stage_times(report).items()]
+    rows = [
+        (name.replace("_", " "), *(figure(value) for value in row.values()))
+        for name, row in stage_times(report).items()
+    ]
     return _table(("stage", "p50 ms", "p90 ms", "p99 ms", "best ms"), rows)
 
 
@@ -83,7 +110,10 @@ def _metrics(report: Report) -> str:
         found = noise_percent(METRICS[name], report)
         return "" if found is None else f"± {found:.1f} %"
 
-    rows = [(name, figure(metric.value(report)), metric.unit, noise(name), metric.help) for name, metric in METRICS.items()]
+    rows = [
+        (name, figure(metric.value(report)), metric.unit, noise(name), metric.help)
+        for name, metric in METRICS.items()
+    ]
     return _table(("metric", "value", "unit", "noise", "what"), rows, "what")
 
 
@@ -91,6 +121,15 @@ def _energy(report: Report) -> str:
     if report.energy is None:
         return ""
     found = report.energy
-    rows = [(rail, f"{watts:.2f}", "yes" if rail in found.counted else "within another") for rail, watts in found.rails_w.items()]
-    rest = f"{found.source}; {found.idle_w:.2f} W at rest, {found.power_w:.2f} W over {found.answers} answers"
-    return f'<h2>Power</h2><p class="note">{escape(rest)}</p>{_table(("rail", "W while answering", "counted"), rows)}'
+    rows = [
+        (rail, f"{watts:.2f}", "yes" if rail in found.counted else "within another")
+        for rail, watts in found.rails_w.items()
+    ]
+    rest = (
+        f"{found.source}; {found.idle_w:.2f} W at rest, {found.power_w:.2f} W over "
+        f"{found.answers} answers"
+    )
+    return (
+        f"<h2>Power</h2><p "
+        f'class="note">{escape(rest)}</p>{_table(("rail", "W while answering", "counted"), rows)}'
+    )

@@ -1,6 +1,8 @@
-"""How fast this machine reads memory and multiplies matrices, measured by the very engine and number of threads that answers are computed with.
+"""How fast this machine reads memory and multiplies matrices, measured by the very
+engine and number of threads that answers are computed with.
 
-Each probe is an ONNX graph of one node, made in memory; best of several runs, because a limit is what the machine can do, not what it usually does.
+Each probe is an ONNX graph of one node, made in memory; best of several runs, because a
+limit is what the machine can do, not what it usually does.
 """
 
 from __future__ import annotations
@@ -23,36 +25,58 @@ _LEAST_RUNS = 3
 _SIZE = 1024  # of the square matrices: enough rows for full kernels, and still in cache blocks
 _ROW = 4096
 _LEAST_MB, _MOST_MB, _CACHES = 64, 512, 4  # memory read per run: several times the last cache
-_DTYPES: dict[Any, int] = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.int8): 3, np.dtype(np.int32): 6}  # onnx.TensorProto.DataType
+_DTYPES: dict[Any, int] = {
+    np.dtype(np.float32): 1,
+    np.dtype(np.uint8): 2,
+    np.dtype(np.int8): 3,
+    np.dtype(np.int32): 6,
+}  # onnx.TensorProto.DataType
 
 
 def measure_limits(threads: int, last_cache_mb: float | None) -> Limits:
-    """Reading in GB/s, float32 and 8-bit products in GFLOP/s and GOP/s, with `threads` threads; about 0.8 s."""
+    """Reading in GB/s, float32 and 8-bit products in GFLOP/s and GOP/s, with `threads`
+    threads; about 0.8 s.
+    """
     size = int(min(_MOST_MB, max(_LEAST_MB, _CACHES * (last_cache_mb or 0))) * 1e6)
-    return Limits(_read_rate(threads, size), _product_rate(threads, "MatMul", np.float32), _product_rate(threads, "MatMulInteger", np.uint8))
+    return Limits(
+        _read_rate(threads, size),
+        _product_rate(threads, "MatMul", np.float32),
+        _product_rate(threads, "MatMulInteger", np.uint8),
+    )
 
 
 def _read_rate(threads: int, size: int) -> float:
     """GB/s of one row times a matrix of `size` bytes: what a decode step does."""
     matrix = np.ones((_ROW, size // 4 // _ROW), np.float32)
     row = np.ones((1, _ROW), np.float32)
-    session = _open(one_node_model("MatMul", row, matrix.shape, matrix.dtype, np.dtype(np.float32)), threads)
-    feeds = {"a": ort.OrtValue.ortvalue_from_numpy(row), "b": ort.OrtValue.ortvalue_from_numpy(matrix)}
+    session = _open(
+        one_node_model("MatMul", row, matrix.shape, matrix.dtype, np.dtype(np.float32)), threads
+    )
+    feeds = {
+        "a": ort.OrtValue.ortvalue_from_numpy(row),
+        "b": ort.OrtValue.ortvalue_from_numpy(matrix),
+    }
     return matrix.nbytes / _best(lambda: session.run_with_ort_values(["c"], feeds)) / 1e9
 
 
 def _product_rate(threads: int, operator: str, dtype: type[np.generic]) -> float:
-    """10^9 operations a second of a square product with constant weights, 2 for each multiplication."""
+    """10^9 operations a second of a square product with constant weights, 2 for each
+    multiplication.
+    """
     left = np.ones((_SIZE, _SIZE), dtype)
     right = np.ones((_SIZE, _SIZE), np.int8 if dtype is np.uint8 else dtype)
     result = np.dtype(np.int32 if dtype is np.uint8 else np.float32)
-    session = _open(one_node_model(operator, left, right.shape, right.dtype, result, right), threads)
+    session = _open(
+        one_node_model(operator, left, right.shape, right.dtype, result, right), threads
+    )
     feeds = {"a": left}
     return 2 * _SIZE**3 / _best(lambda: session.run(None, feeds)) / 1e9
 
 
 def _open(model: bytes, threads: int) -> ort.InferenceSession:
-    return ort.InferenceSession(model, session_options(threads, exact=False), providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model, session_options(threads, exact=False), providers=["CPUExecutionProvider"]
+    )
 
 
 def _best(work: Callable[[], object]) -> float:
@@ -67,17 +91,32 @@ def _best(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def one_node_model(operator: str, left: NDArray[Any], shape: tuple[int, ...], dtype: Any, result: Any, weights: NDArray[Any] | None = None) -> bytes:
-    """An ONNX file of `c = operator(a, b)`, with `b` an input of that shape or constant `weights`. Field numbers are those of onnx.proto."""
+def one_node_model(
+    operator: str,
+    left: NDArray[Any],
+    shape: tuple[int, ...],
+    dtype: Any,
+    result: Any,
+    weights: NDArray[Any] | None = None,
+) -> bytes:
+    """An ONNX file of `c = operator(a, b)`, with `b` an input of that shape or constant
+    `weights`. Field numbers are those of onnx.proto.
+    """
     node = _field(1, "a") + _field(1, "b") + _field(2, "c") + _field(4, operator)
-    graph = _field(1, node) + _field(2, "probe") + _field(11, _value_info("a", left.dtype, left.shape))
+    graph = (
+        _field(1, node) + _field(2, "probe") + _field(11, _value_info("a", left.dtype, left.shape))
+    )
     graph += _field(12, _value_info("c", result, (left.shape[0], shape[1])))
     if weights is None:
         graph += _field(11, _value_info("b", dtype, shape))
     else:
         dims = b"".join(_field(1, size) for size in shape)
-        graph += _field(5, dims + _field(2, _DTYPES[dtype]) + _field(8, "b") + _field(9, weights.tobytes()))
-    return _field(1, 8) + _field(7, graph) + _field(8, _field(1, "") + _field(2, 17))  # IR version 8, opset 17
+        graph += _field(
+            5, dims + _field(2, _DTYPES[dtype]) + _field(8, "b") + _field(9, weights.tobytes())
+        )
+    return (
+        _field(1, 8) + _field(7, graph) + _field(8, _field(1, "") + _field(2, 17))
+    )  # IR version 8, opset 17
 
 
 def _value_info(name: str, dtype: Any, shape: tuple[int, ...]) -> bytes:

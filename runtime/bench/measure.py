@@ -1,6 +1,8 @@
-"""Measuring a bundle: load it, answer the same question about the same picture again and again, and keep every time with its conditions.
+"""Measuring a bundle: load it, answer the same question about the same picture again
+and again, and keep every time with its conditions.
 
-The order matters: limits of the machine, load, warm-up, timed answers, memory, then energy in answers of its own, then the limits once more.
+The order matters: limits of the machine, load, warm-up, timed answers, memory, then
+energy in answers of its own, then the limits once more.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ _CACHE_BYTES = {"int8": 1, "fp16": 2}  # of a number; bundles before there was a
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure: `image` None is a made picture of 640x480, `visual_tokens` None the model's best, `threads` None all cores."""
+    """What to measure: `image` None is a made picture of 640x480, `visual_tokens` None
+    the model's best, `threads` None all cores.
+    """
 
     bundle: Path
     repetitions: int = 20
@@ -58,16 +62,24 @@ class BenchOptions:
 
 
 def sample_jpeg() -> bytes:
-    """A deterministic 640x480 JPEG, so that decoding and preprocessing are measured on a usual photograph's size."""
+    """A deterministic 640x480 JPEG, so that decoding and preprocessing are measured on
+    a usual photograph's size.
+    """
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(coarse).resize(_SIZE, Image.Resampling.BICUBIC).save(buffer, format="JPEG", quality=90)
+    Image.fromarray(coarse).resize(_SIZE, Image.Resampling.BICUBIC).save(
+        buffer, format="JPEG", quality=90
+    )
     return buffer.getvalue()
 
 
-def answer_once(session: Session, picture: bytes, visual_tokens: int | None, new_tokens: int) -> tuple[AnswerTimes, Answer]:
-    """One answer with nothing cached and nothing drafted, and its times: the only place that knows how a session is asked."""
+def answer_once(
+    session: Session, picture: bytes, visual_tokens: int | None, new_tokens: int
+) -> tuple[AnswerTimes, Answer]:
+    """One answer with nothing cached and nothing drafted, and its times: the only place
+    that knows how a session is asked.
+    """
     session.forget()
     started = time.perf_counter()
     stream = session.stream(picture, _PROMPT, _TASK, visual_tokens, new_tokens, Decoding(lookup=0))
@@ -82,7 +94,9 @@ def answer_once(session: Session, picture: bytes, visual_tokens: int | None, new
 
 
 def measure(options: BenchOptions) -> Report:
-    """Measures as `options` say; about two seconds more than its answers take, and some more where power can be measured."""
+    """Measures as `options` say; about two seconds more than its answers take, and some
+    more where power can be measured.
+    """
     from runtime.session import load
 
     machine, threads = read_machine(), options.threads or available_cores()
@@ -125,26 +139,61 @@ def measure(options: BenchOptions) -> Report:
     )
     missing = {**({"GPU": gpu} if isinstance(gpu, str) else {}), **({"energy": why} if why else {})}
     work = bundle_work(session.bundle, last.prompt_tokens)
-    return Report(_facts(session.bundle), conditions, load_ms, peak_rss, tuple(answers), tuple(limits), work, thermal, energy, facts, missing)
+    return Report(
+        _facts(session.bundle),
+        conditions,
+        load_ms,
+        peak_rss,
+        tuple(answers),
+        tuple(limits),
+        work,
+        thermal,
+        energy,
+        facts,
+        missing,
+    )
 
 
 def _facts(bundle: Bundle) -> BundleFacts:
     path = bundle.path
-    return BundleFacts(path.resolve().name, bundle.spec.name, bundle.target, dict(bundle.schemes), bundle.verdict, sha256_file(path / MANIFEST))
+    return BundleFacts(
+        path.resolve().name,
+        bundle.spec.name,
+        bundle.target,
+        dict(bundle.schemes),
+        bundle.verdict,
+        sha256_file(path / MANIFEST),
+    )
 
 
 def bundle_work(bundle: Bundle, prompt_tokens: int) -> Work:
-    """What a step reads and what tower and prefill multiply. Linear layers only: the products of attention are left out, the head counts once."""
+    """What a step reads and what tower and prefill multiply. Linear layers only: the
+    products of attention are left out, the head counts once.
+    """
     spec, decoder = bundle.spec, bundle.spec.decoder
     weights = Path(DECODER).with_suffix(".weights").name
     stored = bundle.files.get(weights, bundle.files[DECODER])[0]
-    row = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _CACHE_BYTES.get(bundle.schemes.get("cache", ""), 4)
+    row = (
+        2
+        * decoder.layers
+        * decoder.kv_heads
+        * decoder.head_dim
+        * _CACHE_BYTES.get(bundle.schemes.get("cache", ""), 4)
+    )
     table = decoder.vocab_size * decoder.hidden
-    tower = 2.0 * (spec.vision.parameters - spec.vision.grid**2 * spec.vision.width) * (spec.vision.grid**2 + 1)
-    return Work(stored, row, tower, 2.0 * ((decoder.parameters - 2 * table) * prompt_tokens + table))
+    tower = (
+        2.0
+        * (spec.vision.parameters - spec.vision.grid**2 * spec.vision.width)
+        * (spec.vision.grid**2 + 1)
+    )
+    return Work(
+        stored, row, tower, 2.0 * ((decoder.parameters - 2 * table) * prompt_tokens + table)
+    )
 
 
-def _energy(session: Session, picture: bytes, options: BenchOptions, gpu: Nvidia | str) -> tuple[Energy | None, str]:
+def _energy(
+    session: Session, picture: bytes, options: BenchOptions, gpu: Nvidia | str
+) -> tuple[Energy | None, str]:
     """The energy of answers of their own, or why it cannot be measured."""
     sources: list[Source] = []
     reasons: list[str] = []
@@ -160,7 +209,11 @@ def _energy(session: Session, picture: bytes, options: BenchOptions, gpu: Nvidia
         return None, "; ".join(reasons)
     note(f"measuring energy: {' + '.join(source.name for source in sources)}")
     try:
-        found = measure_energy(sources, lambda limit: answer_once(session, picture, options.visual_tokens, limit)[0].tokens, options.new_tokens)
+        found = measure_energy(
+            sources,
+            lambda limit: answer_once(session, picture, options.visual_tokens, limit)[0].tokens,
+            options.new_tokens,
+        )
     finally:
         for source in sources:
             source.close()

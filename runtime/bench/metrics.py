@@ -1,6 +1,8 @@
-"""The figures of a report, computed from its raw times: percentiles per stage, and the table of metrics that reports and differences speak of.
+"""The figures of a report, computed from its raw times: percentiles per stage, and the
+table of metrics that reports and differences speak of.
 
-A metric is a name, a unit, which way is better, its value, and what each answer alone says of it; from the last comes how far it can be trusted.
+A metric is a name, a unit, which way is better, its value, and what each answer alone
+says of it; from the last comes how far it can be trusted.
 """
 
 from __future__ import annotations
@@ -13,9 +15,21 @@ import numpy as np
 
 from runtime.bench.report import STAGES, AnswerTimes, Report
 
-__all__ = ["METRICS", "Metric", "drift_percent", "noise_percent", "quarters", "stage_times", "summary", "throttling"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "drift_percent",
+    "noise_percent",
+    "quarters",
+    "stage_times",
+    "summary",
+    "throttling",
+]
 
-_DRIFT, _LEAST_ANSWERS = 10.0, 8  # percent between quarters that is worth a word; fewer answers have no quarters
+_DRIFT, _LEAST_ANSWERS = (
+    10.0,
+    8,
+)  # percent between quarters that is worth a word; fewer answers have no quarters
 
 Values = Callable[[Report], float | None]
 Each = Callable[[AnswerTimes], float]
@@ -23,7 +37,9 @@ Each = Callable[[AnswerTimes], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure. `each` is what a single answer says of it, of which the figure is the `percent`ile; None where it is measured once."""
+    """One figure. `each` is what a single answer says of it, of which the figure is the
+    `percent`ile; None where it is measured once.
+    """
 
     name: str
     unit: str
@@ -43,12 +59,22 @@ def _percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def _other(answer: AnswerTimes) -> float:
-    """Of the time to first text: reading the token table, making text, and any step whose token showed no text."""
+    """Of the time to first text: reading the token table, making text, and any step
+    whose token showed no text.
+    """
     return max(0.0, answer.ttft_ms - sum(answer.stages_ms.values()))
 
 
 def _over_answers(name: str, help: str, each: Each, percent: float = 50) -> Metric:
-    return Metric(name, "ms", False, help, lambda report: _percentile([each(answer) for answer in report.answers], percent), each, percent)
+    return Metric(
+        name,
+        "ms",
+        False,
+        help,
+        lambda report: _percentile([each(answer) for answer in report.answers], percent),
+        each,
+        percent,
+    )
 
 
 def _stage(name: str, help: str) -> Metric:
@@ -59,8 +85,19 @@ def _inter_token(percent: float) -> Metric:
     def each(answer: AnswerTimes) -> float:
         return _percentile(answer.step_ms, percent) or 0.0
 
-    help = f"between tokens after the first, {'median' if percent == 50 else f'{percent}th percentile'} over all steps of all answers"
-    return Metric(f"inter_token_p{percent}", "ms", False, help, lambda report: _percentile(_steps(report), percent), each)
+    help = (
+        f"between tokens after the first, "
+        f"{'median' if percent == 50 else f'{percent}th percentile'} over all steps of all "
+        f"answers"
+    )
+    return Metric(
+        f"inter_token_p{percent}",
+        "ms",
+        False,
+        help,
+        lambda report: _percentile(_steps(report), percent),
+        each,
+    )
 
 
 def _rate(answer: AnswerTimes) -> float:
@@ -69,7 +106,9 @@ def _rate(answer: AnswerTimes) -> float:
 
 
 def _tokens_per_s(report: Report) -> float | None:
-    return float(np.median([_rate(answer) for answer in report.answers])) if _steps(report) else None
+    return (
+        float(np.median([_rate(answer) for answer in report.answers])) if _steps(report) else None
+    )
 
 
 def _images_per_s(report: Report) -> float | None:
@@ -78,18 +117,29 @@ def _images_per_s(report: Report) -> float | None:
 
 
 def _of_limit(work: Values, milliseconds: Values, limit: str) -> Values:
-    """Work per time as a share of the better of the limits measured before and after, in percent. `work` in 10^9 bytes or operations."""
+    """Work per time as a share of the better of the limits measured before and after,
+    in percent. `work` in 10^9 bytes or operations.
+    """
 
     def value(report: Report) -> float | None:
-        amount, time, reached = work(report), milliseconds(report), max(getattr(limits, limit) for limits in report.limits)
+        amount, time, reached = (
+            work(report),
+            milliseconds(report),
+            max(getattr(limits, limit) for limits in report.limits),
+        )
         return 1e2 * amount / (time * 1e-3) / reached if amount and time and reached else None
 
     return value
 
 
 def _bytes_per_step(report: Report) -> float | None:
-    """10^9 bytes a decode step reads: weights, and the rows that the cache holds half way through the answer."""
-    rows = report.conditions.prompt_tokens + float(np.mean([len(answer.step_ms) for answer in report.answers])) / 2
+    """10^9 bytes a decode step reads: weights, and the rows that the cache holds half
+    way through the answer.
+    """
+    rows = (
+        report.conditions.prompt_tokens
+        + float(np.mean([len(answer.step_ms) for answer in report.answers])) / 2
+    )
     return (report.work.decoder_weight_bytes + rows * report.work.cache_row_bytes) / 1e9
 
 
@@ -117,12 +167,36 @@ _METRICS = (
     _inter_token(90),
     _inter_token(99),
     _over_answers("total", "picture in to last text out, median", lambda answer: answer.total_ms),
-    Metric("tokens_per_s", "1/s", True, "decode steps per second of decoding, median over answers", _tokens_per_s, _rate),
     Metric(
-        "images_per_s", "1/s", True, "whole answers per second, one after another", _images_per_s, lambda answer: 1e3 / max(answer.total_ms, 1e-9)
+        "tokens_per_s",
+        "1/s",
+        True,
+        "decode steps per second of decoding, median over answers",
+        _tokens_per_s,
+        _rate,
     ),
-    Metric("load", "ms", False, "opening the bundle and its engine, once", lambda report: report.load_ms),
-    Metric("peak_rss_mb", "MB", False, "most memory resident, limits and energy not counted", lambda report: report.peak_rss_mb),
+    Metric(
+        "images_per_s",
+        "1/s",
+        True,
+        "whole answers per second, one after another",
+        _images_per_s,
+        lambda answer: 1e3 / max(answer.total_ms, 1e-9),
+    ),
+    Metric(
+        "load",
+        "ms",
+        False,
+        "opening the bundle and its engine, once",
+        lambda report: report.load_ms,
+    ),
+    Metric(
+        "peak_rss_mb",
+        "MB",
+        False,
+        "most memory resident, limits and energy not counted",
+        lambda report: report.peak_rss_mb,
+    ),
     _share(
         "decode_of_read_limit",
         "bytes a step must read over inter_token_p50, of the read rate",
@@ -130,37 +204,101 @@ _METRICS = (
         lambda report: _percentile(_steps(report), 50),
         "read_gbs",
     ),
-    _share("prefill_of_fp32_limit", "the prompt's products, of the float32 rate", _flop("prefill_flop"), _median_stage("prefill"), "fp32_gflops"),
-    _share("prefill_of_int8_limit", "the same, of the 8-bit rate", _flop("prefill_flop"), _median_stage("prefill"), "int8_gops"),
-    _share("vision_of_fp32_limit", "the tower's products, of the float32 rate", _flop("vision_flop"), _median_stage("vision"), "fp32_gflops"),
-    _share("vision_of_int8_limit", "the same, of the 8-bit rate", _flop("vision_flop"), _median_stage("vision"), "int8_gops"),
-    Metric("gpu_memory_mb", "MB", False, "held on the GPU by this process", lambda report: report.gpu.memory_mb if report.gpu else None),
-    Metric("power_w", "W", False, "mean while answering, machine at rest included", lambda report: report.energy.power_w if report.energy else None),
-    Metric("joules_per_image", "J", False, "to the first token", lambda report: report.energy.joules_per_image if report.energy else None),
-    Metric("joules_per_token", "J", False, "per token after the first", lambda report: report.energy.joules_per_token if report.energy else None),
+    _share(
+        "prefill_of_fp32_limit",
+        "the prompt's products, of the float32 rate",
+        _flop("prefill_flop"),
+        _median_stage("prefill"),
+        "fp32_gflops",
+    ),
+    _share(
+        "prefill_of_int8_limit",
+        "the same, of the 8-bit rate",
+        _flop("prefill_flop"),
+        _median_stage("prefill"),
+        "int8_gops",
+    ),
+    _share(
+        "vision_of_fp32_limit",
+        "the tower's products, of the float32 rate",
+        _flop("vision_flop"),
+        _median_stage("vision"),
+        "fp32_gflops",
+    ),
+    _share(
+        "vision_of_int8_limit",
+        "the same, of the 8-bit rate",
+        _flop("vision_flop"),
+        _median_stage("vision"),
+        "int8_gops",
+    ),
+    Metric(
+        "gpu_memory_mb",
+        "MB",
+        False,
+        "held on the GPU by this process",
+        lambda report: report.gpu.memory_mb if report.gpu else None,
+    ),
+    Metric(
+        "power_w",
+        "W",
+        False,
+        "mean while answering, machine at rest included",
+        lambda report: report.energy.power_w if report.energy else None,
+    ),
+    Metric(
+        "joules_per_image",
+        "J",
+        False,
+        "to the first token",
+        lambda report: report.energy.joules_per_image if report.energy else None,
+    ),
+    Metric(
+        "joules_per_token",
+        "J",
+        False,
+        "per token after the first",
+        lambda report: report.energy.joules_per_token if report.energy else None,
+    ),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
 
 
 def noise_percent(metric: Metric, report: Report) -> float | None:
-    """A metric is known to plus or minus this: the 95 % interval of a percentile by ranks, or the difference between the halves if that is larger."""
+    """A metric is known to plus or minus this: the 95 % interval of a percentile by
+    ranks, or the difference between the halves if that is larger.
+    """
     if metric.each is None or len(report.answers) < 4:
         return None
     values = np.array([metric.each(answer) for answer in report.answers])
     share = metric.percent / 100
     reach = 2 * math.sqrt(share * (1 - share) / len(values))
-    low, middle, high = (float(v) for v in np.quantile(values, (max(0.0, share - reach), share, min(1.0, share + reach))))
+    low, middle, high = (
+        float(v)
+        for v in np.quantile(values, (max(0.0, share - reach), share, min(1.0, share + reach)))
+    )
     if middle <= 0:
         return None
-    halves = abs(float(np.quantile(values[: len(values) // 2], share) - np.quantile(values[len(values) // 2 :], share)))
+    halves = abs(
+        float(
+            np.quantile(values[: len(values) // 2], share)
+            - np.quantile(values[len(values) // 2 :], share)
+        )
+    )
     return 1e2 * max((high - low) / 2, halves) / middle
 
 
 def quarters(report: Report) -> tuple[float, float] | None:
-    """Median whole-answer milliseconds of the first and the last quarter of answers; None for fewer than 8."""
+    """Median whole-answer milliseconds of the first and the last quarter of answers;
+    None for fewer than 8.
+    """
     totals = [answer.total_ms for answer in report.answers]
     size = len(totals) // 4
-    return (float(np.median(totals[:size])), float(np.median(totals[-size:]))) if len(totals) >= _LEAST_ANSWERS else None
+    return (
+        (float(np.median(totals[:size])), float(np.median(totals[-size:])))
+        if len(totals) >= _LEAST_ANSWERS
+        else None
+    )
 
 
 def drift_percent(report: Report) -> float | None:
@@ -170,29 +308,59 @@ def drift_percent(report: Report) -> float | None:
 
 
 def throttling(report: Report) -> str:
-    """One sentence on whether the machine slowed down while it was measured, and how that is known."""
+    """One sentence on whether the machine slowed down while it was measured, and how
+    that is known.
+    """
     thermal, drift = report.thermal, drift_percent(report)
-    counted = "the CPU counts no throttling here" if thermal.throttle_events is None else f"{thermal.throttle_events} throttle events of the CPU"
-    drifted = "too few answers for a trend" if drift is None else f"last quarter of answers {drift:+.1f} % against the first"
-    facts = [drifted, counted, *([f"GPU: {', '.join(thermal.gpu_reasons)}"] if thermal.gpu_reasons else [])]
+    counted = (
+        "the CPU counts no throttling here"
+        if thermal.throttle_events is None
+        else f"{thermal.throttle_events} throttle events of the CPU"
+    )
+    drifted = (
+        "too few answers for a trend"
+        if drift is None
+        else f"last quarter of answers {drift:+.1f} % against the first"
+    )
+    facts = [
+        drifted,
+        counted,
+        *([f"GPU: {', '.join(thermal.gpu_reasons)}"] if thermal.gpu_reasons else []),
+    ]
     hot = bool(thermal.throttle_events or thermal.gpu_reasons)
-    verdict = "throttled" if hot else "slowed down, by heat or by other work" if drift is not None and drift > _DRIFT else "no throttling noticed"
+    verdict = (
+        "throttled"
+        if hot
+        else "slowed down, by heat or by other work"
+        if drift is not None and drift > _DRIFT
+        else "no throttling noticed"
+    )
     return f"{verdict}: {'; '.join(facts)}"
 
 
 def stage_times(report: Report) -> dict[str, dict[str, float]]:
-    """p50, p90, p99 and best milliseconds of every stage, in the order they happen; `inter_token` only where there are steps."""
-    rows: dict[str, list[float]] = {name: [answer.stages_ms[name] for answer in report.answers] for name in STAGES}
+    """p50, p90, p99 and best milliseconds of every stage, in the order they happen;
+    `inter_token` only where there are steps.
+    """
+    rows: dict[str, list[float]] = {
+        name: [answer.stages_ms[name] for answer in report.answers] for name in STAGES
+    }
     rows["other"] = [_other(answer) for answer in report.answers]
     rows["ttft"] = [answer.ttft_ms for answer in report.answers]
     if steps := _steps(report):
         rows["inter_token"] = steps
     rows["total"] = [answer.total_ms for answer in report.answers]
-    return {name: {f"p{p}": float(np.percentile(values, p)) for p in (50, 90, 99)} | {"best": min(values)} for name, values in rows.items()}
+    return {
+        name: {f"p{p}": float(np.percentile(values, p)) for p in (50, 90, 99)}
+        | {"best": min(values)}
+        for name, values in rows.items()
+    }
 
 
 def summary(report: Report) -> dict[str, object]:
-    """Every figure, for readers of the JSON file who do not want to compute: stages, metrics (null where not measured), and throttling in words."""
+    """Every figure, for readers of the JSON file who do not want to compute: stages,
+    metrics (null where not measured), and throttling in words.
+    """
     return {
         "stages_ms": stage_times(report),
         "metrics": {name: metric.value(report) for name, metric in METRICS.items()},

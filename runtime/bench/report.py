@@ -1,6 +1,8 @@
-"""A latency report as data: raw times of every answer with the conditions they were taken under, written to and read from versioned JSON.
+"""A latency report as data: raw times of every answer with the conditions they were
+taken under, written to and read from versioned JSON.
 
-Everything shown (percentiles, rates, fractions, plots, differences) is computed from these values, so an old report can be shown and compared again.
+Everything shown (percentiles, rates, fractions, plots, differences) is computed from
+these values, so an old report can be shown and compared again.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class AnswerTimes:
-    """One answer: milliseconds of the stages before the first token, to first text, to the end, and of every later decode step."""
+    """One answer: milliseconds of the stages before the first token, to first text, to
+    the end, and of every later decode step.
+    """
 
     stages_ms: dict[str, float]
     ttft_ms: float
@@ -66,7 +70,9 @@ class BundleFacts:
 
 @dataclass(frozen=True)
 class Conditions(Machine):
-    """What the figures depend on: the machine, what ran on it, and what was asked; `started` is UTC."""
+    """What the figures depend on: the machine, what ran on it, and what was asked;
+    `started` is UTC.
+    """
 
     cores: int
     threads: int
@@ -85,7 +91,9 @@ class Conditions(Machine):
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine reaches with the same threads: reading memory in GB/s, products of matrices in GFLOP/s (float32) and GOP/s (8-bit)."""
+    """What this machine reaches with the same threads: reading memory in GB/s, products
+    of matrices in GFLOP/s (float32) and GOP/s (8-bit).
+    """
 
     read_gbs: float
     fp32_gflops: float
@@ -94,7 +102,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """What the model has to do: bytes a decode step reads (weights, and per cache row), operations of the tower and of prefill (2 a product)."""
+    """What the model has to do: bytes a decode step reads (weights, and per cache row),
+    operations of the tower and of prefill (2 a product).
+    """
 
     decoder_weight_bytes: int
     cache_row_bytes: int
@@ -104,7 +114,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Energy:
-    """Mean watts per rail while answering, which of them the total counts, watts at rest, joules to the first token and per further token."""
+    """Mean watts per rail while answering, which of them the total counts, watts at
+    rest, joules to the first token and per further token.
+    """
 
     source: str
     rails_w: dict[str, float]
@@ -118,7 +130,9 @@ class Energy:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU's name, driver, and the MB (10^6 bytes) this process held on it; None where the driver does not tell processes apart."""
+    """The GPU's name, driver, and the MB (10^6 bytes) this process held on it; None
+    where the driver does not tell processes apart.
+    """
 
     name: str
     driver: str
@@ -127,7 +141,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Thermal:
-    """Signs of throttling: events counted by the CPU, its clock in MHz after each answer, degrees Celsius before and after, the GPU's own reasons."""
+    """Signs of throttling: events counted by the CPU, its clock in MHz after each
+    answer, degrees Celsius before and after, the GPU's own reasons.
+    """
 
     throttle_events: int | None
     clock_mhz: tuple[float, ...]
@@ -138,7 +154,9 @@ class Thermal:
 
 @dataclass(frozen=True)
 class Report:
-    """One measurement. `limits` were measured before and after it; `missing` says, for every absent part, why it is absent."""
+    """One measurement. `limits` were measured before and after it; `missing` says, for
+    every absent part, why it is absent.
+    """
 
     bundle: BundleFacts
     conditions: Conditions
@@ -154,36 +172,62 @@ class Report:
 
 
 def to_json(report: Report, summary: Mapping[str, Any]) -> str:
-    """The file's text. `summary` is for readers who want figures without computing; reading ignores it."""
-    return json.dumps({"format": FORMAT, "version": VERSION, "summary": summary, **asdict(report)}, indent=1) + "\n"
+    """The file's text. `summary` is for readers who want figures without computing;
+    reading ignores it.
+    """
+    return (
+        json.dumps(
+            {"format": FORMAT, "version": VERSION, "summary": summary, **asdict(report)}, indent=1
+        )
+        + "\n"
+    )
 
 
 def read_report(path: Path) -> Report:
-    """Reads a report strictly. Raises `DataError` naming the first field that is missing, unknown, of another type or not finite."""
+    """Reads a report strictly. Raises `DataError` naming the first field that is
+    missing, unknown, of another type or not finite.
+    """
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise DataError(f"{path} is larger than {_MAX_BYTES} bytes; this is no report of ours")
         data = json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); give a file written by infmllm-bench --json") from None
+        raise DataError(
+            f"cannot read {path} ({error.strerror}); give a file written by infmllm-bench --json"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); give a file written by infmllm-bench --json") from None
+        raise DataError(
+            f"{path} is not valid JSON ({error}); give a file written by infmllm-bench --json"
+        ) from None
     return parse_report(data, str(path))
 
 
 def parse_report(data: object, where: str) -> Report:
     """A report from parsed JSON; `where` names the file in errors. Raises `DataError`."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise DataError(f'{where}: "format" is not "{FORMAT}"; give a file written by infmllm-bench --json')
+        raise DataError(
+            f'{where}: "format" is not "{FORMAT}"; give a file written by infmllm-bench --json'
+        )
     version = data.get("version")
     if type(version) is not int or version != VERSION:
-        raise DataError(f"{where}: report version is {version!r:.20}, this reads {VERSION}; measure again")
-    report = _object(Report, {k: v for k, v in data.items() if k not in ("format", "version", "summary")}, f"{where}: report")
+        raise DataError(
+            f"{where}: report version is {version!r:.20}, this reads {VERSION}; measure again"
+        )
+    report = _object(
+        Report,
+        {k: v for k, v in data.items() if k not in ("format", "version", "summary")},
+        f"{where}: report",
+    )
     if not report.answers or not report.limits:
-        raise DataError(f"{where}: holds no answers or no limits, expected at least one of each; measure again")
+        raise DataError(
+            f"{where}: holds no answers or no limits, expected at least one of each; measure again"
+        )
     for index, answer in enumerate(report.answers):
         if set(answer.stages_ms) != set(STAGES):
-            raise DataError(f"{where}: answers[{index}].stages_ms has {sorted(answer.stages_ms)}, expected {sorted(STAGES)}; measure again")
+            raise DataError(
+                f"{where}: answers[{index}].stages_ms has {sorted(answer.stages_ms)}, expected "
+                f"{sorted(STAGES)}; measure again"
+            )
     return report
 
 
@@ -193,7 +237,10 @@ def _object(cls: type[T], value: object, where: str) -> T:
         raise DataError(f"{where} is {type(value).__name__}, expected an object; measure again")
     hints, names = get_type_hints(cls), {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if names != set(value):
-        raise DataError(f"{where} lacks {sorted(names - set(value))}, has unknown {sorted(set(value) - names)!s:.200}; measure again")
+        raise DataError(
+            f"{where} lacks {sorted(names - set(value))}, has unknown "
+            f"{sorted(set(value) - names)!s:.200}; measure again"
+        )
     return cls(**{name: _value(hints[name], value[name], f"{where}.{name}") for name in names})
 
 
@@ -204,14 +251,29 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if is_dataclass(hint):
         return _object(hint, value, where)  # type: ignore[arg-type]
     if origin is tuple and isinstance(value, list):
-        return tuple(_value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(
+            _value(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)
+        )
     if origin is dict and isinstance(value, dict):
-        return {key: _value(arguments[1], item, f"{where}.{key:.40}") for key, item in value.items()}
+        return {
+            key: _value(arguments[1], item, f"{where}.{key:.40}") for key, item in value.items()
+        }
     if hint is float and type(value) in (int, float) and 0 <= value <= _LARGEST:
         return float(value)
-    if (hint is str and isinstance(value, str)) or (hint is int and type(value) is int and 0 <= value <= _LARGEST):
+    if (hint is str and isinstance(value, str)) or (
+        hint is int and type(value) is int and 0 <= value <= _LARGEST
+    ):
         return value
-    raise DataError(f"{where} is {value!r:.60}, expected {_NAMES.get(origin or hint, 'another type')}; measure again")
+    raise DataError(
+        f"{where} is {value!r:.60}, expected {_NAMES.get(origin or hint, 'another type')}; "
+        f"measure again"
+    )
 
 
-_NAMES = {float: "a number of at least 0", int: "a whole number of at least 0", str: "text", tuple: "a list", dict: "an object"}
+_NAMES = {
+    float: "a number of at least 0",
+    int: "a whole number of at least 0",
+    str: "text",
+    tuple: "a list",
+    dict: "an object",
+}

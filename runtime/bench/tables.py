@@ -1,4 +1,6 @@
-"""A report as text for a terminal, as CSV for spreadsheets, and as Markdown for notes and pull requests."""
+"""A report as text for a terminal, as CSV for spreadsheets, and as Markdown for notes
+and pull requests.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +11,97 @@ from collections.abc import Iterator, Sequence
 from runtime.bench.metrics import METRICS, noise_percent, stage_times, throttling
 from runtime.bench.report import Report
 
-__all__ = ["condition_lines", "csv_table", "figure", "markdown_table", "markdown_tables", "print_report"]
+__all__ = [
+    "condition_lines",
+    "csv_table",
+    "figure",
+    "markdown_table",
+    "markdown_tables",
+    "print_report",
+]
 
 _HEAD = ("stage", "p50 ms", "p90 ms", "p99 ms", "best ms")
-_RATES = ("tokens_per_s", "images_per_s", "load", "peak_rss_mb", "gpu_memory_mb", "power_w", "joules_per_image", "joules_per_token")
-_SHARES = ("decode_of_read_limit", "prefill_of_fp32_limit", "prefill_of_int8_limit", "vision_of_fp32_limit", "vision_of_int8_limit")
+_RATES = (
+    "tokens_per_s",
+    "images_per_s",
+    "load",
+    "peak_rss_mb",
+    "gpu_memory_mb",
+    "power_w",
+    "joules_per_image",
+    "joules_per_token",
+)
+_SHARES = (
+    "decode_of_read_limit",
+    "prefill_of_fp32_limit",
+    "prefill_of_int8_limit",
+    "vision_of_fp32_limit",
+    "vision_of_int8_limit",
+)
 
 
 def figure(value: float | None) -> str:
     """A number with about three digits that matter; a dash where there is none."""
     if value is None:
         return "–"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}" if abs(value) >= 1 else f"{value:.2g}"
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100
+        else f"{value:.1f}"
+        if abs(value) >= 10
+        else f"{value:.3g}"
+        if abs(value) >= 1
+        else f"{value:.2g}"
+    )
 
 
 def csv_table(report: Report) -> str:
-    """Stages in milliseconds, then the metrics that are no stage, with `p50` their value; empty where not measured."""
+    """Stages in milliseconds, then the metrics that are no stage, with `p50` their
+    value; empty where not measured.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(("stage", "p50_ms", "p90_ms", "p99_ms", "best_ms"))
-    writer.writerows((name, *(round(value, 4) for value in row.values())) for name, row in stage_times(report).items())
+    writer.writerows(
+        (name, *(round(value, 4) for value in row.values()))
+        for name, row in stage_times(report).items()
+    )
     writer.writerow(())
     writer.writerow(("metric", "value", "unit", "noise_percent"))
     for name, metric in METRICS.items():
         value, noise = metric.value(report), noise_percent(metric, report)
-        writer.writerow((name, "" if value is None else round(value, 6), metric.unit, "" if noise is None else round(noise, 2)))
+        writer.writerow(
+            (
+                name,
+                "" if value is None else round(value, 6),
+                metric.unit,
+                "" if noise is None else round(noise, 2),
+            )
+        )
     return buffer.getvalue()
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; a bar inside a cell stays a character."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
+    )
 
 
 def _stage_rows(report: Report) -> list[tuple[str, ...]]:
-    return [(name.replace("_", " "), *(f"{value:.2f}" for value in row.values())) for name, row in stage_times(report).items()]
+    return [
+        (name.replace("_", " "), *(f"{value:.2f}" for value in row.values()))
+        for name, row in stage_times(report).items()
+    ]
 
 
 def markdown_tables(report: Report) -> str:
     """Stages, metrics, conditions."""
-    metrics = [(f"`{name}`", figure(metric.value(report)), metric.unit, metric.help) for name, metric in METRICS.items()]
+    metrics = [
+        (f"`{name}`", figure(metric.value(report)), metric.unit, metric.help)
+        for name, metric in METRICS.items()
+    ]
     conditions = "".join(f"- {line}\n" for line in condition_lines(report))
     return (
         f"## Latency of {report.bundle.name}\n\n{markdown_table(_HEAD, _stage_rows(report))}\n"
@@ -61,23 +113,46 @@ def condition_lines(report: Report) -> Iterator[str]:
     """What the figures hold for, and what could not be measured, a sentence each."""
     given, limits = report.conditions, report.limits
     schemes = ", ".join(f"{part} {scheme}" for part, scheme in report.bundle.schemes.items())
-    yield f"{report.bundle.name}: {report.bundle.model} for {report.bundle.target} ({schemes}), {report.bundle.verdict}"
-    yield f"{' · '.join(filter(None, (given.board, given.cpu)))}, {given.threads} of {given.cores} cores as threads; {' '.join(given.isa) or 'plain'}"
+    yield (
+        f"{report.bundle.name}: {report.bundle.model} for {report.bundle.target} ({schemes}), "
+        f"{report.bundle.verdict}"
+    )
+    yield (
+        f"{' · '.join(filter(None, (given.board, given.cpu)))}, {given.threads} of "
+        f"{given.cores} cores as threads; {' '.join(given.isa) or 'plain'}"
+    )
     new = f"{report.answers[-1].tokens} of at most {given.max_new_tokens} new tokens"
-    yield f"{given.prompt_tokens} prompt tokens ({given.visual_tokens} visual), {new}; {given.picture}"
+    yield (
+        f"{given.prompt_tokens} prompt tokens ({given.visual_tokens} visual), {new}; "
+        f"{given.picture}"
+    )
     yield f"{given.repetitions} answers after {given.warmup} to warm up"
-    yield f"infmllm-edge {given.infmllm}, onnxruntime {given.onnxruntime}, Python {given.python}, {given.os}, {given.started}"
-    rates = [" to ".join(figure(getattr(limit, name)) for limit in limits) for name in ("read_gbs", "fp32_gflops", "int8_gops")]
+    yield (
+        f"infmllm-edge {given.infmllm}, onnxruntime {given.onnxruntime}, Python {given.python}, "
+        f"{given.os}, {given.started}"
+    )
+    rates = [
+        " to ".join(figure(getattr(limit, name)) for limit in limits)
+        for name in ("read_gbs", "fp32_gflops", "int8_gops")
+    ]
     when = "before to after" if len(limits) > 1 else "after"
-    yield f"limits measured {when}: reading {rates[0]} GB/s, products {rates[1]} GFLOP/s in float32, {rates[2]} GOP/s in 8 bits"
+    yield (
+        f"limits measured {when}: reading {rates[0]} GB/s, products {rates[1]} GFLOP/s in "
+        f"float32, {rates[2]} GOP/s in 8 bits"
+    )
     if given.last_cache_mb and report.work.decoder_weight_bytes < given.last_cache_mb * 1e6:
-        yield f"the decoder's weights fit the last cache ({given.last_cache_mb:.0f} MB), so steps can be faster than the limit of reading memory"
+        yield (
+            f"the decoder's weights fit the last cache ({given.last_cache_mb:.0f} MB), so steps "
+            f"can be faster than the limit of reading memory"
+        )
     yield throttling(report)
     yield from (f"{part} not available: {reason}" for part, reason in report.missing.items())
 
 
 def print_report(report: Report) -> None:
-    """The table on standard output, with one line of rates and one of shares of the machine's limits."""
+    """The table on standard output, with one line of rates and one of shares of the
+    machine's limits.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -86,10 +161,18 @@ def print_report(report: Report) -> None:
         table.add_row(*row)
     Console().print(table)
     for names in (_RATES, _SHARES):
-        print(", ".join(_words(name, value) for name in names if (value := METRICS[name].value(report)) is not None))
+        print(
+            ", ".join(
+                _words(name, value)
+                for name in names
+                if (value := METRICS[name].value(report)) is not None
+            )
+        )
 
 
 def _words(name: str, value: float) -> str:
-    """ "load 41 ms", "decode of read limit 8.1 %"; the unit is left out where the name says it."""
+    """ "load 41 ms", "decode of read limit 8.1 %"; the unit is left out where the name
+    says it.
+    """
     unit = METRICS[name].unit if METRICS[name].unit in ("ms", "%") else ""
     return f"{name.replace('_', ' ')} {figure(value)} {unit}".rstrip()

@@ -16,7 +16,10 @@ __all__ = ["add_decoding", "decoding_of"]
 _PUBLISHED = "published"
 _MAX_SCHEMA = 1 << 20
 _NUMBERS: dict[str, tuple[type, str]] = {
-    "temperature": (float, "above 0: sample, the higher the wilder; default: 0, the likeliest token"),
+    "temperature": (
+        float,
+        "above 0: sample, the higher the wilder; default: 0, the likeliest token",
+    ),
     "top_k": (int, "sample from that many likeliest tokens"),
     "top_p": (float, "sample from the likeliest tokens that make up this share"),
     "min_p": (float, "sample from tokens at least this likely relative to the likeliest"),
@@ -24,19 +27,42 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "seed": (int, "makes sampling repeatable"),
     "min_new_tokens": (int, "shortest answer in tokens"),
     "length_penalty": (float, "beams: scores are divided by length to this power; default: 1"),
-    "lookup": (int, "most tokens to look up in the question and the answer and check in one step; 0: never; default: where it pays"),
+    "lookup": (
+        int,
+        "most tokens to look up in the question and the answer and check in one step; 0: never; "
+        "default: where it pays",
+    ),
 }
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     """Adds a group of options to a parser."""
     group = parser.add_argument_group("decoding")
-    group.add_argument("--beams", metavar="N", help=f"beam search with N beams, or `{_PUBLISHED}`: the task's published settings; default: greedy")
+    group.add_argument(
+        "--beams",
+        metavar="N",
+        help=f"beam search with N beams, or `{_PUBLISHED}`: the task's published settings; "
+        f"default: greedy",
+    )
     for name, (kind, help) in _NUMBERS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=help)
-    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer where this text comes; may be given several times")
-    group.add_argument("--json-schema", type=Path, metavar="FILE", help="hold the answer to JSON of this schema (needs the extra: json)")
-    group.add_argument("--free", action="store_true", help="do not hold grounding answers to the form of a box")
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=help
+        )
+    group.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the answer where this text comes; may be given several times",
+    )
+    group.add_argument(
+        "--json-schema",
+        type=Path,
+        metavar="FILE",
+        help="hold the answer to JSON of this schema (needs the extra: json)",
+    )
+    group.add_argument(
+        "--free", action="store_true", help="do not hold grounding answers to the form of a box"
+    )
 
 
 def decoding_of(given: argparse.Namespace, prompt: str) -> Decoding:
@@ -50,14 +76,19 @@ def decoding_of(given: argparse.Namespace, prompt: str) -> Decoding:
         settings["schema"] = _schema(given.json_schema)
     if given.beams == _PUBLISHED:
         if given.batch is not None:
-            raise UsageError(f"--beams {_PUBLISHED} depends on the task of each question; give a number of beams with --batch")
+            raise UsageError(
+                f"--beams {_PUBLISHED} depends on the task of each question; give a number of "
+                f"beams with --batch"
+            )
         task = detect_task(prompt)[0] if given.task == "auto" else given.task
         return Decoding.published(task, **settings) if task in TASKS else Decoding(**settings)
     if given.beams is not None:
         try:
             settings["beams"] = int(given.beams)
         except ValueError:
-            raise UsageError(f"--beams is {given.beams!r:.40}, expected a number or `{_PUBLISHED}`") from None
+            raise UsageError(
+                f"--beams is {given.beams!r:.40}, expected a number or `{_PUBLISHED}`"
+            ) from None
     return Decoding(**settings)
 
 
@@ -67,4 +98,6 @@ def _schema(path: Path) -> str:
             raise UsageError(f"{path} is larger than {_MAX_SCHEMA} bytes; this is no JSON schema")
         return path.read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise UsageError(f"the JSON schema {path} cannot be read ({error}); check the path") from None
+        raise UsageError(
+            f"the JSON schema {path} cannot be read ({error}); check the path"
+        ) from None

@@ -1,6 +1,8 @@
-"""`infmllm-run IMAGE "describe"`: one picture, one question, the answer streamed to standard output.
+"""`infmllm-run IMAGE "describe"`: one picture, one question, the answer streamed to
+standard output.
 
-Written with argparse where the other commands use typer: typer brings pydantic, 0.15 to 0.2 s of a command that should take half a second.
+Written with argparse where the other commands use typer: typer brings pydantic, 0.15 to
+0.2 s of a command that should take half a second.
 """
 
 from __future__ import annotations
@@ -48,24 +50,62 @@ def default_bundle() -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="infmllm-run", description="Ask a bundle about a picture.", epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="infmllm-run",
+        description="Ask a bundle about a picture.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("image", nargs="?", help="JPEG, PNG, WebP or BMP file; - reads standard input")
     add("prompt", nargs="?", help='what to ask, for example "describe"')
-    add("--bundle", type=Path, help="bundle folder; default: $INFMLLM_BUNDLE, then ./infmllm-bundle")
+    add(
+        "--bundle", type=Path, help="bundle folder; default: $INFMLLM_BUNDLE, then ./infmllm-bundle"
+    )
     add("--task", default="auto", help="auto (default), caption, vqa, ground or chat")
-    add("--visual-tokens", type=int, metavar="N", help="visual embeddings to use, fewer is faster; default: the model's best")
-    add("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens; default: the task's")
+    add(
+        "--visual-tokens",
+        type=int,
+        metavar="N",
+        help="visual embeddings to use, fewer is faster; default: the model's best",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer in tokens; default: the task's",
+    )
     add_decoding(parser)
-    add("--chat", action="store_true", help="a conversation about the picture: one turn a line on standard input")
-    add("--batch", type=Path, metavar="FILE.jsonl", help='questions, one {"image": …, "prompt": …} a line; answers as JSON lines in the same order')
-    add("--no-cache", action="store_true", help="keep no image embeddings on disk for the next question on the same picture")
+    add(
+        "--chat",
+        action="store_true",
+        help="a conversation about the picture: one turn a line on standard input",
+    )
+    add(
+        "--batch",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='questions, one {"image": …, "prompt": …} a line; answers as JSON lines in the same '
+        "order",
+    )
+    add(
+        "--no-cache",
+        action="store_true",
+        help="keep no image embeddings on disk for the next question on the same picture",
+    )
     add("--threads", type=positive, metavar="N", help="CPU threads; default: all available cores")
-    add("--context", type=positive, metavar="N", help="rows of the key/value cache; default: the model's context")
+    add(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="rows of the key/value cache; default: the model's context",
+    )
     add("--json", action="store_true", help="print one JSON object instead of text")
     add("--draw", type=Path, metavar="OUT.png", help="write the picture with the answer's boxes")
-    add("--self-test", action="store_true", help="replay the bundle's golden inputs on this machine and compare")
+    add(
+        "--self-test",
+        action="store_true",
+        help="replay the bundle's golden inputs on this machine and compare",
+    )
     return parser
 
 
@@ -79,7 +119,12 @@ def run() -> None:
     from runtime.session import load
 
     cache = 0 if given.no_cache or given.self_test else DISK_BYTES
-    session = load(given.bundle or default_bundle(), threads=given.threads, context=given.context, image_cache=cache)
+    session = load(
+        given.bundle or default_bundle(),
+        threads=given.threads,
+        context=given.context,
+        image_cache=cache,
+    )
     if session.bundle.verdict != "VERIFIED":
         note("warning: this bundle is UNVERIFIED: its build did not prove it equal to PyTorch")
     mode(session, given, decoding)
@@ -87,7 +132,11 @@ def run() -> None:
 
 def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace, Decoding], None]:
     """What is to be done. Raises `UsageError` for what does not go together."""
-    modes = {"--self-test": given.self_test, "--chat": given.chat, "--batch": given.batch is not None}
+    modes = {
+        "--self-test": given.self_test,
+        "--chat": given.chat,
+        "--batch": given.batch is not None,
+    }
     chosen = [name for name, on in modes.items() if on]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} exclude each other; choose one")
@@ -99,17 +148,24 @@ def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace, D
         return _self_test
     if given.batch is not None:
         if given.image is not None:
-            raise UsageError("--batch takes pictures and prompts from its file; leave them out of the command line")
+            raise UsageError(
+                "--batch takes pictures and prompts from its file; leave them out of the command "
+                "line"
+            )
         return _batch
     if given.chat:
         if given.image is None or given.image == "-":
-            raise UsageError("--chat needs a picture's file, for example: infmllm-run photo.jpg --chat")
+            raise UsageError(
+                "--chat needs a picture's file, for example: infmllm-run photo.jpg --chat"
+            )
         if given.task not in ("auto", "chat"):
             raise UsageError(f"--chat and --task {given.task} exclude each other; leave --task out")
         given.task = "chat"
         return _chat
     if given.image is None or given.prompt is None:
-        raise UsageError('give an image and a prompt, for example: infmllm-run photo.jpg "describe"')
+        raise UsageError(
+            'give an image and a prompt, for example: infmllm-run photo.jpg "describe"'
+        )
     return _one
 
 
@@ -117,7 +173,9 @@ def _one(session: Session, given: argparse.Namespace, decoding: Decoding) -> Non
     from runtime.contract.image import MAX_BYTES, open_image
 
     picture = sys.stdin.buffer.read(MAX_BYTES + 1) if given.image == "-" else given.image
-    stream = session.stream(picture, given.prompt, given.task, given.visual_tokens, given.max_new_tokens, decoding)
+    stream = session.stream(
+        picture, given.prompt, given.task, given.visual_tokens, given.max_new_tokens, decoding
+    )
     answer = _shown(session, stream, given.json)
     if given.draw:
         _draw(open_image(picture), answer, given.draw)
@@ -161,7 +219,9 @@ def _next_line() -> str | None:
     try:
         return line.decode() if line else None
     except UnicodeDecodeError as error:
-        raise PromptError(f"the turn is not valid UTF-8 at byte {error.start}; enter it as UTF-8") from None
+        raise PromptError(
+            f"the turn is not valid UTF-8 at byte {error.start}; enter it as UTF-8"
+        ) from None
 
 
 def _batch(session: Session, given: argparse.Namespace, decoding: Decoding) -> None:
@@ -178,26 +238,47 @@ def _batch(session: Session, given: argparse.Namespace, decoding: Decoding) -> N
 
 def _as_json(session: Session, answer: Answer) -> str:
     times = {stage: round(value, 3) for stage, value in answer.timings.items()}
-    data = asdict(answer) | {"verdict": session.bundle.verdict, "timings": times, "step_ms": [round(value, 3) for value in answer.step_ms]}
+    data = asdict(answer) | {
+        "verdict": session.bundle.verdict,
+        "timings": times,
+        "step_ms": [round(value, 3) for value in answer.step_ms],
+    }
     return json.dumps(data, ensure_ascii=False)
 
 
 def _summary(answer: Answer) -> None:
     for found in answer.boxes:
-        note(f"box: {' '.join(f'{v:.0f}' for v in found.box)} (x1 y1 x2 y2, pixels){f'  {found.phrase}' if found.phrase else ''}")
+        note(
+            f"box: {' '.join(f'{v:.0f}' for v in found.box)} (x1 y1 x2 y2, "
+            f"pixels){f'  {found.phrase}' if found.phrase else ''}"
+        )
     times = answer.timings
-    stages = "  ".join(f"{name.replace('_', ' ')} {times[name]:.1f}" for name in ("decode_image", "preprocess", "vision", "prefill", "per_token"))
-    cached = f" {answer.cached_tokens} of {answer.prompt_tokens} prompt tokens from the cache," if answer.cached_tokens else ""
-    note(f"{len(answer.tokens)} tokens, {answer.visual_tokens} visual,{cached} finish: {answer.finish_reason} | ms: {stages}")
+    stages = "  ".join(
+        f"{name.replace('_', ' ')} {times[name]:.1f}"
+        for name in ("decode_image", "preprocess", "vision", "prefill", "per_token")
+    )
+    cached = (
+        f" {answer.cached_tokens} of {answer.prompt_tokens} prompt tokens from the cache,"
+        if answer.cached_tokens
+        else ""
+    )
+    note(
+        f"{len(answer.tokens)} tokens, {answer.visual_tokens} visual,{cached} finish: "
+        f"{answer.finish_reason} | ms: {stages}"
+    )
 
 
 def _draw(picture: Image.Image, answer: Answer, path: Path) -> None:
     from runtime.output.draw_boxes import FOUND, draw_boxes
 
     try:
-        draw_boxes(picture, ((found.box, FOUND, found.phrase) for found in answer.boxes)).save(path, format="PNG")
+        draw_boxes(picture, ((found.box, FOUND, found.phrase) for found in answer.boxes)).save(
+            path, format="PNG"
+        )
     except OSError as error:
-        raise UsageError(f"cannot write {path} ({error.strerror}); choose another --draw file") from None
+        raise UsageError(
+            f"cannot write {path} ({error.strerror}); choose another --draw file"
+        ) from None
 
 
 def _self_test(session: Session, given: argparse.Namespace, decoding: Decoding) -> None:
@@ -205,13 +286,26 @@ def _self_test(session: Session, given: argparse.Namespace, decoding: Decoding) 
 
     stages = replay(session, session.bundle.tolerance)
     if given.json:
-        print(json.dumps({"verdict": session.bundle.verdict, "stages": [asdict(s) | {"passed": s.passed} for s in stages]}))
+        print(
+            json.dumps(
+                {
+                    "verdict": session.bundle.verdict,
+                    "stages": [asdict(s) | {"passed": s.passed} for s in stages],
+                }
+            )
+        )
     else:
         for stage in stages:
-            print(f"{stage.stage:8} error {stage.error:.3g} (allowed {stage.tolerance:.3g}) {'ok' if stage.passed else 'FAILED'}")
+            print(
+                f"{stage.stage:8} error {stage.error:.3g} (allowed {stage.tolerance:.3g}) "
+                f"{'ok' if stage.passed else 'FAILED'}"
+            )
     failed = [stage.stage for stage in stages if not stage.passed]
     if failed:
-        raise ParityError(f"self-test: {', '.join(failed)} out of tolerance on this machine; rebuild the bundle here or report it")
+        raise ParityError(
+            f"self-test: {', '.join(failed)} out of tolerance on this machine; rebuild the bundle "
+            f"here or report it"
+        )
 
 
 def main() -> None:

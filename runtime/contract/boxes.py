@@ -1,7 +1,10 @@
-"""Boxes as text: `x1,y1 x2,y2`, four numbers in [0, 1] of the displayed picture's width and height.
+"""Boxes as text: `x1,y1 x2,y2`, four numbers in [0, 1] of the displayed picture's width
+and height.
 
-The reader is strict: exactly four numbers, each 0, 1 or a decimal fraction. It orders the corners and clamps nothing silently: numbers
-above 1 are no box. What cannot be read is None, and callers keep the raw text (the original code turned failures into a zero box).
+The reader is strict: exactly four numbers, each 0, 1 or a decimal fraction. It orders
+the corners and clamps nothing silently: numbers above 1 are no box. What cannot be read
+is None, and callers keep the raw text (the original code turned failures into a zero
+box).
 """
 
 from __future__ import annotations
@@ -11,7 +14,18 @@ from collections.abc import Sequence
 
 from runtime.contract.errors import DataError
 
-__all__ = ["Box", "box_continues", "box_ends", "check_inside", "find_boxes", "format_box", "iou", "parse_box", "to_pixel_box", "to_unit_box"]
+__all__ = [
+    "Box",
+    "box_continues",
+    "box_ends",
+    "check_inside",
+    "find_boxes",
+    "format_box",
+    "iou",
+    "parse_box",
+    "to_pixel_box",
+    "to_unit_box",
+]
 
 Box = tuple[float, float, float, float]
 """x1, y1, x2, y2 with x1 <= x2 and y1 <= y2."""
@@ -20,7 +34,9 @@ BOX_DECIMALS = 2
 _NUMBER = r"(?:0(?:\.\d{1,6})?|1(?:\.0{1,6})?|\.\d{1,6})"
 _WRITTEN = r"(?:[01](?:\.\d{1,4})?)"
 _WHOLE = re.compile(rf"{_WRITTEN},{_WRITTEN} {_WRITTEN},{_WRITTEN}")
-_BOX = re.compile(rf"(?<![\d.])({_NUMBER})\s?,\s?({_NUMBER})\s({_NUMBER})\s?,\s?({_NUMBER})(?![\d]|\.\d)")
+_BOX = re.compile(
+    rf"(?<![\d.])({_NUMBER})\s?,\s?({_NUMBER})\s({_NUMBER})\s?,\s?({_NUMBER})(?![\d]|\.\d)"
+)
 
 
 def _ordered(values: Sequence[float]) -> Box:
@@ -29,9 +45,13 @@ def _ordered(values: Sequence[float]) -> Box:
 
 
 def format_box(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> str:
-    """Writes a pixel box of a width x height picture (or a box in [0, 1]) as text, corners ordered and clamped to the picture."""
+    """Writes a pixel box of a width x height picture (or a box in [0, 1]) as text,
+    corners ordered and clamped to the picture.
+    """
     x1, y1, x2, y2 = _ordered(to_unit_box(box, width, height))
-    return f"{x1:.{BOX_DECIMALS}f},{y1:.{BOX_DECIMALS}f} {x2:.{BOX_DECIMALS}f},{y2:.{BOX_DECIMALS}f}"
+    return (
+        f"{x1:.{BOX_DECIMALS}f},{y1:.{BOX_DECIMALS}f} {x2:.{BOX_DECIMALS}f},{y2:.{BOX_DECIMALS}f}"
+    )
 
 
 def find_boxes(text: str) -> list[Box]:
@@ -40,19 +60,25 @@ def find_boxes(text: str) -> list[Box]:
 
 
 def parse_box(text: str) -> Box | None:
-    """The one box `text` consists of (white space and a final full stop allowed), or None."""
+    """The one box `text` consists of (white space and a final full stop allowed), or
+    None.
+    """
     match = _BOX.fullmatch(text.strip().removesuffix("."))
     return _ordered([float(v) for v in match.groups()]) if match else None
 
 
 def box_ends(text: str) -> bool:
-    """True if `text` is one box as models are taught to write it: `x1,y1 x2,y2` with at most four decimals."""
+    """True if `text` is one box as models are taught to write it: `x1,y1 x2,y2` with at
+    most four decimals.
+    """
     match = _WHOLE.fullmatch(text)
     return match is not None and parse_box(text) is not None
 
 
 def box_continues(text: str) -> bool:
-    """True if `text` begins such a box, or is one: something can be appended, possibly nothing, that makes `box_ends` true."""
+    """True if `text` begins such a box, or is one: something can be appended, possibly
+    nothing, that makes `box_ends` true.
+    """
     return any(box_ends(text + rest) for rest in _completions(text))
 
 
@@ -70,16 +96,25 @@ def to_pixel_box(box: Box, width: int, height: int) -> Box:
 
 
 def to_unit_box(box: Sequence[float], width: float, height: float) -> Box:
-    """Scales a box in pixels of a width x height picture to [0, 1], clamped to the picture."""
-    x1, y1, x2, y2 = (min(1.0, max(0.0, value / side)) for value, side in zip(box, (width, height, width, height), strict=True))
+    """Scales a box in pixels of a width x height picture to [0, 1], clamped to the
+    picture.
+    """
+    x1, y1, x2, y2 = (
+        min(1.0, max(0.0, value / side))
+        for value, side in zip(box, (width, height, width, height), strict=True)
+    )
     return (x1, y1, x2, y2)
 
 
 def check_inside(box: Sequence[float], width: int, height: int, what: str) -> None:
-    """Raises `DataError` unless a pixel box has an area and lies inside a width x height picture; `what` names it."""
+    """Raises `DataError` unless a pixel box has an area and lies inside a width x
+    height picture; `what` names it.
+    """
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
-        raise DataError(f"{what} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2")
+        raise DataError(
+            f"{what} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2"
+        )
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:

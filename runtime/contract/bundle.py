@@ -1,7 +1,10 @@
-"""The bundle: a folder with `manifest.json`, graphs, weights, token table, tokenizer and goldens, all named and hashed by the manifest.
+"""The bundle: a folder with `manifest.json`, graphs, weights, token table, tokenizer
+and goldens, all named and hashed by the manifest.
 
-`read_bundle` checks names, kinds and sizes before anything is allocated; `verify` checks every byte, and where graphs point before an ONNX parser
-sees them. A full check runs the first time a bundle is used on a machine and is remembered under the files' identity; later loads only compare that.
+`read_bundle` checks names, kinds and sizes before anything is allocated; `verify`
+checks every byte, and where graphs point before an ONNX parser sees them. A full check
+runs the first time a bundle is used on a machine and is remembered under the files'
+identity; later loads only compare that.
 """
 
 from __future__ import annotations
@@ -48,7 +51,13 @@ __all__ = [
 
 FORMAT, VERSION = "infmllm-bundle", 1
 MANIFEST = "manifest.json"
-VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS = "vision.onnx", "decoder.onnx", "embeddings.npy", "tokenizer.json", "goldens.npz"
+VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS = (
+    "vision.onnx",
+    "decoder.onnx",
+    "embeddings.npy",
+    "tokenizer.json",
+    "goldens.npz",
+)
 PREFILL = "prefill.onnx"  # optional: a second decoder graph for calls of more than one token
 # tensorrt target: the same graphs over the same weights, with operators only newer versions have.
 VISION_FUSED, DECODER_FUSED = "vision-fused.onnx", "decoder-fused.onnx"
@@ -79,7 +88,9 @@ def weights_file(graph: str) -> str:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A read manifest. `files` maps plain names to (bytes, SHA-256); `parity` is the verdict with its figures."""
+    """A read manifest. `files` maps plain names to (bytes, SHA-256); `parity` is the
+    verdict with its figures.
+    """
 
     path: Path
     spec: ModelSpec
@@ -107,17 +118,24 @@ class Bundle:
         if text is None:
             return most
         if not (text.isascii() and text.isdigit() and len(text) <= 9 and 0 < int(text) <= most):
-            raise BundleError(f"{self.path / MANIFEST}: capacity is {text!r:.20}, expected 1 to {most}; re-export the bundle")
+            raise BundleError(
+                f"{self.path / MANIFEST}: capacity is {text!r:.20}, expected 1 to {most}; "
+                f"re-export the bundle"
+            )
         return int(text)
 
     @property
     def verdict(self) -> str:
-        """ "VERIFIED" if the build proved the graphs equal to PyTorch, else "UNVERIFIED"."""
+        """ "VERIFIED" if the build proved the graphs equal to PyTorch, else
+        "UNVERIFIED".
+        """
         return VERIFIED if self.parity.get("verdict") == VERIFIED else UNVERIFIED
 
     @property
     def tolerance(self) -> Mapping[str, float]:
-        """Bounds of the parity stages; empty if the build stored none, so that nothing passes."""
+        """Bounds of the parity stages; empty if the build stored none, so that nothing
+        passes.
+        """
         tolerance: Mapping[str, float] = self.parity.get("tolerance", {})
         return tolerance
 
@@ -127,22 +145,34 @@ class Bundle:
         return sha256_file(self.path / MANIFEST)
 
     def verify(self) -> None:
-        """Hashes every file and checks that graphs refer to no data outside. Raises `BundleError` naming the first that fails."""
+        """Hashes every file and checks that graphs refer to no data outside. Raises
+        `BundleError` naming the first that fails.
+        """
         for name, (_, expected) in self.files.items():
             found = sha256_file(self.path / name)
             if found != expected:
-                raise BundleError(f"{self.path / name} has sha256 {found[:12]}…, manifest says {expected[:12]}…; re-export or copy the bundle again")
+                raise BundleError(
+                    f"{self.path / name} has sha256 {found[:12]}…, manifest says "
+                    f"{expected[:12]}…; re-export or copy the bundle again"
+                )
         for graph in self.graphs:
             outside = external_locations(self.path / graph) - set(self.files)
             if outside:
-                raise BundleError(f"{self.path / graph} refers to data outside the bundle: {min(outside)!r:.80}; do not use it")
+                raise BundleError(
+                    f"{self.path / graph} refers to data outside the bundle: "
+                    f"{min(outside)!r:.80}; do not use it"
+                )
 
     def verify_once(self) -> None:
-        """`verify`, unless these very files (inode, size, time) already passed on this machine."""
+        """`verify`, unless these very files (inode, size, time) already passed on this
+        machine.
+        """
         identity = hashlib.sha256((self.path / MANIFEST).read_bytes())
         for name in sorted(self.files):
             info = (self.path / name).stat()
-            identity.update(f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}\n".encode())
+            identity.update(
+                f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}\n".encode()
+            )
         marks = cache_folder() / "verified"
         mark = marks / identity.hexdigest()
         if _is_file(mark):
@@ -161,22 +191,36 @@ _MAX_MARKS = 256
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps what can be made again: $INFMLLM_CACHE, else the user's cache."""
-    return Path(os.environ.get("INFMLLM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infmllm")
+    """Where this machine keeps what can be made again: $INFMLLM_CACHE, else the user's
+    cache.
+    """
+    return Path(
+        os.environ.get("INFMLLM_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "infmllm"
+    )
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Reads and checks a bundle's manifest and the presence, kind and size of its files. Raises `BundleError`."""
+    """Reads and checks a bundle's manifest and the presence, kind and size of its
+    files. Raises `BundleError`.
+    """
     folder = Path(path)
     manifest = folder / MANIFEST
     if not _is_file(manifest):
-        raise BundleError(f"no bundle at {folder} ({MANIFEST} not found); build one with: infmllm-export build -o {folder}")
+        raise BundleError(
+            f"no bundle at {folder} ({MANIFEST} not found); build one with: infmllm-export build "
+            f"-o {folder}"
+        )
     if manifest.stat().st_size > _MAX_MANIFEST:
-        raise BundleError(f"{manifest} is larger than {_MAX_MANIFEST} bytes; this is no manifest of ours")
+        raise BundleError(
+            f"{manifest} is larger than {_MAX_MANIFEST} bytes; this is no manifest of ours"
+        )
     try:
         data = json.loads(manifest.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{manifest} cannot be read as JSON ({error}); re-export the bundle") from None
+        raise BundleError(
+            f"{manifest} cannot be read as JSON ({error}); re-export the bundle"
+        ) from None
     bundle = _parse(folder, data)
     _check_files(bundle)
     return bundle
@@ -197,13 +241,21 @@ def _expect(ok: bool, manifest: Path, message: str) -> None:
 
 def _parse(folder: Path, data: Any) -> Bundle:
     manifest = folder / MANIFEST
-    _expect(isinstance(data, dict) and data.get("format") == FORMAT, manifest, f'"format" is not "{FORMAT}"')
+    _expect(
+        isinstance(data, dict) and data.get("format") == FORMAT,
+        manifest,
+        f'"format" is not "{FORMAT}"',
+    )
     _expect(
         type(data.get("version")) is int and data["version"] == VERSION,
         manifest,
         f"format version is {data.get('version')!r:.20}, this runtime reads {VERSION}",
     )
-    _expect(set(data) == _FIELDS, manifest, f"fields differ from the format: {sorted(set(data) ^ _FIELDS)!s:.200}")
+    _expect(
+        set(data) == _FIELDS,
+        manifest,
+        f"fields differ from the format: {sorted(set(data) ^ _FIELDS)!s:.200}",
+    )
     try:
         spec = ModelSpec.from_json(data["spec"])
     except SpecError as error:
@@ -211,20 +263,39 @@ def _parse(folder: Path, data: Any) -> Bundle:
     _expect(isinstance(data["target"], str), manifest, "target is not text")
     for name in ("schemes", "files", "provenance", "parity"):
         _expect(isinstance(data[name], dict), manifest, f"{name} is not an object")
-    _expect(all(isinstance(v, str) for v in data["schemes"].values()), manifest, "a scheme is not text")
+    _expect(
+        all(isinstance(v, str) for v in data["schemes"].values()), manifest, "a scheme is not text"
+    )
     tolerance = data["parity"].get("tolerance", {})
-    _expect(isinstance(tolerance, dict) and all(type(v) in (int, float) for v in tolerance.values()), manifest, "a parity tolerance is no number")
+    _expect(
+        isinstance(tolerance, dict) and all(type(v) in (int, float) for v in tolerance.values()),
+        manifest,
+        "a parity tolerance is no number",
+    )
     _expect(len(data["files"]) <= _MAX_FILES, manifest, f"lists more than {_MAX_FILES} files")
     files: dict[str, tuple[int, str]] = {}
     for name, entry in data["files"].items():
-        _expect(bool(_NAME.fullmatch(name)) and name != MANIFEST, manifest, f"{name!r:.80} is not a plain file name inside the bundle")
-        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if type(size) is int and size >= 0 and isinstance(digest, str) and _DIGEST.fullmatch(digest):
+        _expect(
+            bool(_NAME.fullmatch(name)) and name != MANIFEST,
+            manifest,
+            f"{name!r:.80} is not a plain file name inside the bundle",
+        )
+        size, digest = (
+            (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        )
+        if (
+            type(size) is int
+            and size >= 0
+            and isinstance(digest, str)
+            and _DIGEST.fullmatch(digest)
+        ):
             files[name] = (size, digest)
         _expect(name in files, manifest, f"{name} lacks a byte count or a SHA-256 of 64 hex digits")
     missing = [name for name in REQUIRED if name not in files]
     _expect(not missing, manifest, f"lacks {', '.join(missing)}")
-    return Bundle(folder, spec, data["target"], data["schemes"], files, data["provenance"], data["parity"])
+    return Bundle(
+        folder, spec, data["target"], data["schemes"], files, data["provenance"], data["parity"]
+    )
 
 
 def _check_files(bundle: Bundle) -> None:
@@ -235,17 +306,31 @@ def _check_files(bundle: Bundle) -> None:
         except OSError:
             raise BundleError(f"{path} is missing; re-export or copy the bundle again") from None
         if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
-            raise BundleError(f"{path} is a link or not a regular file; bundles hold plain files only, copy it again")
+            raise BundleError(
+                f"{path} is a link or not a regular file; bundles hold plain files only, copy it "
+                f"again"
+            )
         if info.st_size != size:
-            raise BundleError(f"{path} has {info.st_size} bytes, manifest says {size}; re-export or copy the bundle again")
+            raise BundleError(
+                f"{path} has {info.st_size} bytes, manifest says {size}; re-export or copy the "
+                f"bundle again"
+            )
 
 
 def write_manifest(
-    folder: Path, spec: ModelSpec, target: str, schemes: Mapping[str, str], provenance: Mapping[str, Any], parity: Mapping[str, Any]
+    folder: Path,
+    spec: ModelSpec,
+    target: str,
+    schemes: Mapping[str, str],
+    provenance: Mapping[str, Any],
+    parity: Mapping[str, Any],
 ) -> None:
     """Hashes everything in `folder` and writes `manifest.json`, last, flushed to disk."""
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+        for name in names
+    }
     data = {
         "format": FORMAT,
         "version": VERSION,

@@ -1,7 +1,9 @@
-"""The errors a user can meet. Each carries one line: what, where, found, expected, what to do.
+"""The errors a user can meet. Each carries one line: what, where, found, expected, what
+to do.
 
-Everything the toolchain raises on bad input derives from `InfMLLMError`; the command lines print its one line and exit with its `exit_code`.
-Anything else that escapes is a bug of ours.
+Everything the toolchain raises on bad input derives from `InfMLLMError`; the command
+lines print its one line and exit with its `exit_code`. Anything else that escapes is a
+bug of ours.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ __all__ = [
 
 
 class InfMLLMError(Exception):
-    """Base of every error caused by input, files or the machine. `exit_code` is the process exit status a command returns for it."""
+    """Base of every error caused by input, files or the machine. `exit_code` is the
+    process exit status a command returns for it.
+    """
 
     exit_code = 1
 
@@ -42,7 +46,9 @@ class SpecError(InfMLLMError):
 
 
 class ImageError(InfMLLMError):
-    """An image cannot be read safely: missing, not an allowed format, truncated, too large or too small."""
+    """An image cannot be read safely: missing, not an allowed format, truncated, too
+    large or too small.
+    """
 
 
 class PromptError(InfMLLMError):

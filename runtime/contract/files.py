@@ -1,6 +1,8 @@
-"""Writing folders so that a reader never sees half of one: stage beside the target, flush to disk, then swap names in one step.
+"""Writing folders so that a reader never sees half of one: stage beside the target,
+flush to disk, then swap names in one step.
 
-A process killed at any point leaves the previous folder exactly as it was; what it left behind in the staging folder is cleared by the next writer.
+A process killed at any point leaves the previous folder exactly as it was; what it left
+behind in the staging folder is cleared by the next writer.
 """
 
 from __future__ import annotations
@@ -44,10 +46,13 @@ def sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_folder(target: Path, marker: str) -> Iterator[Path]:
-    """Yields an empty folder beside `target`; on a clean exit it becomes `target`, on an error `target` is untouched.
+    """Yields an empty folder beside `target`; on a clean exit it becomes `target`, on
+    an error `target` is untouched.
 
-    An existing `target` is replaced only if it is empty or holds the file `marker`, the sign that we wrote it; a link is followed. Raises
-    `BusyError` when another process stages the same target, `BuildError` when the target is not ours or the disk refuses (full, read-only).
+    An existing `target` is replaced only if it is empty or holds the file `marker`, the
+    sign that we wrote it; a link is followed. Raises `BusyError` when another process
+    stages the same target, `BuildError` when the target is not ours or the disk refuses
+    (full, read-only).
     """
     target = Path(os.path.realpath(target))
     staging = target.parent / f".{target.name}.staging"
@@ -70,14 +75,22 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
             finally:
                 _remove(staging)
     except OSError as error:
-        state = "the new content is in place, but was not flushed to disk" if swapped else "the previous content is unchanged"
+        state = (
+            "the new content is in place, but was not flushed to disk"
+            if swapped
+            else "the previous content is unchanged"
+        )
         reason = error.strerror or str(error)
-        raise BuildError(f"cannot write {target}: {reason}; {state}. Free space, or choose another output folder") from None
+        raise BuildError(
+            f"cannot write {target}: {reason}; {state}. Free space, or choose another output folder"
+        ) from None
 
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Holds `.NAME.lock` beside the target, or raises `BusyError`. The file goes away with the lock; who opened it earlier finds another inode."""
+    """Holds `.NAME.lock` beside the target, or raises `BusyError`. The file goes away
+    with the lock; who opened it earlier finds another inode.
+    """
     path = target.parent / f".{target.name}.lock"
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -87,7 +100,10 @@ def locked(target: Path) -> Iterator[None]:
         except OSError:
             current = False
         if not current:
-            raise BusyError(f"another process is building {target}; wait for it, or choose another output folder")
+            raise BusyError(
+                f"another process is building {target}; wait for it, or choose another output "
+                f"folder"
+            )
         try:
             yield
         finally:
@@ -97,11 +113,16 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def check_target(target: Path, marker: str) -> None:
-    """Raises `BuildError` if `target` exists and is not a folder of ours (one that holds `marker`) or an empty one."""
+    """Raises `BuildError` if `target` exists and is not a folder of ours (one that
+    holds `marker`) or an empty one.
+    """
     if target.exists() and not target.is_dir():
         raise BuildError(f"{target} exists and is not a folder; choose another output folder")
     if target.is_dir() and not (target / marker).is_file() and any(target.iterdir()):
-        raise BuildError(f"{target} holds other files (no {marker} among them) and is not replaced; choose another output folder")
+        raise BuildError(
+            f"{target} holds other files (no {marker} among them) and is not replaced; choose "
+            f"another output folder"
+        )
 
 
 def _remove(folder: Path) -> None:
@@ -116,13 +137,17 @@ def _aside(target: Path) -> Path:
 
 
 def _restore(target: Path) -> None:
-    """Brings back a folder that a killed writer had moved aside (only where names cannot be exchanged in one step)."""
+    """Brings back a folder that a killed writer had moved aside (only where names
+    cannot be exchanged in one step).
+    """
     if _aside(target).is_dir() and not target.exists():
         os.rename(_aside(target), target)
 
 
 def _swap(staging: Path, target: Path) -> None:
-    """Gives `staging` the name `target`; a previous `target` takes the staging name. One atomic step where the file system can."""
+    """Gives `staging` the name `target`; a previous `target` takes the staging name.
+    One atomic step where the file system can.
+    """
     if not target.exists():
         os.rename(staging, target)
     elif not _exchange(staging, target):
@@ -137,7 +162,9 @@ def _swap(staging: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two names with renameat2(2); False where the system or file system has no such call."""
+    """Swaps two names with renameat2(2); False where the system or file system has no
+    such call.
+    """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:
         return False

@@ -1,8 +1,11 @@
-"""The only image preprocessing: a file or bytes become an RGB picture, a picture becomes `pixels`.
+"""The only image preprocessing: a file or bytes become an RGB picture, a picture
+becomes `pixels`.
 
-Reading is defensive (allow-listed formats by content, sizes checked from the header before decoding, truncation refused) and defined for
-every pixel mode: EXIF orientation applied, alpha and palettes laid over the mean colour, CMYK converted, 16 bit scaled. Trainer and
-runtime share `to_pixels`, so what a model saw in training is bit for bit what it sees on the device.
+Reading is defensive (allow-listed formats by content, sizes checked from the header
+before decoding, truncation refused) and defined for every pixel mode: EXIF orientation
+applied, alpha and palettes laid over the mean colour, CMYK converted, 16 bit scaled.
+Trainer and runtime share `to_pixels`, so what a model saw in training is bit for bit
+what it sees on the device.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ __all__ = ["MEAN_COLOUR", "image_size", "open_image", "read_image_bytes", "to_pi
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOUR = (122, 116, 104)
-"""Background under transparency and around padded images (RGB, the mean above in 8 bit)."""
+"""Background under transparency and around padded images (RGB, the mean above in 8
+bit).
+"""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_BYTES = 64 << 20
@@ -36,25 +41,37 @@ MIN_SIDE = 4
 _ORIENTATION, _QUARTER_TURNS = 0x0112, 5  # EXIF tag; values from 5 on exchange width and height
 
 # (value / 255 - mean) / std for every byte value and channel: [3, 256] float32.
-_NORMALISE = ((np.arange(256, dtype=np.float64) / 255.0)[None, :] - np.array(MEAN)[:, None]) / np.array(STD)[:, None]
+_NORMALISE = (
+    (np.arange(256, dtype=np.float64) / 255.0)[None, :] - np.array(MEAN)[:, None]
+) / np.array(STD)[:, None]
 _LOOKUP: NDArray[np.float32] = _NORMALISE.astype(np.float32)
 
 
 def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file of at most 64 MiB. Raises `ImageError` for anything else."""
+    """The bytes of a regular file of at most 64 MiB. Raises `ImageError` for anything
+    else.
+    """
     where = Path(path)
     try:
         descriptor = os.open(where, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise ImageError(f"image {where} does not exist; check the path") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"image {where} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+        raise ImageError(
+            f"image {where} cannot be opened: {getattr(error, 'strerror', None) or error}"
+        ) from None
     try:
         info = os.fstat(descriptor)
         if not stat.S_ISREG(info.st_mode):
-            raise ImageError(f"image {where} is not a regular file; give a JPEG, PNG, WebP or BMP file, or - for standard input")
+            raise ImageError(
+                f"image {where} is not a regular file; give a JPEG, PNG, WebP or BMP file, or - "
+                f"for standard input"
+            )
         if info.st_size > MAX_BYTES:
-            raise ImageError(f"image {where} has {info.st_size} bytes, at most {MAX_BYTES} are read; scale it down first")
+            raise ImageError(
+                f"image {where} has {info.st_size} bytes, at most {MAX_BYTES} are read; scale it "
+                f"down first"
+            )
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read(MAX_BYTES + 1)
     finally:
@@ -62,9 +79,11 @@ def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def open_image(source: str | os.PathLike[str] | bytes, name: str = "") -> Image.Image:
-    """Reads a picture as displayed: RGB, 8 bit, EXIF orientation applied. First frame of animations.
+    """Reads a picture as displayed: RGB, 8 bit, EXIF orientation applied. First frame
+    of animations.
 
-    `source` is a path or the file's bytes, `name` what errors call it. Raises `ImageError`.
+    `source` is a path or the file's bytes, `name` what errors call it. Raises
+    `ImageError`.
     """
     data = source if isinstance(source, bytes) else read_image_bytes(source)
     where = f"image {name}".strip() if isinstance(source, bytes) else f"image {os.fspath(source)}"
@@ -74,26 +93,50 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str = "") -> Image.
         raise ImageError(f"{where} has more than {MAX_BYTES} bytes; scale it down first")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # bombs are checked below; damaged metadata is nothing a user must read
+            warnings.simplefilter(
+                "ignore"
+            )  # bombs are checked below; damaged metadata is nothing a user must read
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.size, where)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
-        raise ImageError(f"{where} declares more than {MAX_PIXELS} pixels; scale it down first") from None
+        raise ImageError(
+            f"{where} declares more than {MAX_PIXELS} pixels; scale it down first"
+        ) from None
     except UnidentifiedImageError:
-        raise ImageError(f"{where} is not a JPEG, PNG, WebP or BMP image (by its content); convert it first") from None
-    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, MemoryError, struct.error, AttributeError) as error:
+        raise ImageError(
+            f"{where} is not a JPEG, PNG, WebP or BMP image (by its content); convert it first"
+        ) from None
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        LookupError,
+        TypeError,
+        ArithmeticError,
+        MemoryError,
+        struct.error,
+        AttributeError,
+    ) as error:
         # Pillow's decoders raise any of these on damaged files.
-        raise ImageError(f"{where} is truncated or damaged ({error}); copy or convert it again") from None
+        raise ImageError(
+            f"{where} is truncated or damaged ({error}); copy or convert it again"
+        ) from None
 
 
 def _check_size(size: tuple[int, int], where: str) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{where} is {width}x{height}, at most {MAX_PIXELS} pixels are decoded; scale it down first")
+        raise ImageError(
+            f"{where} is {width}x{height}, at most {MAX_PIXELS} pixels are decoded; scale it down "
+            f"first"
+        )
     if min(width, height) < MIN_SIDE:
-        raise ImageError(f"{where} is {width}x{height}, both sides must be at least {MIN_SIDE} pixels")
+        raise ImageError(
+            f"{where} is {width}x{height}, both sides must be at least {MIN_SIDE} pixels"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -101,7 +144,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         values = np.asarray(image).astype(np.float64)
-        return Image.fromarray((values / 257.0).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((values / 257.0).round().clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, (*MEAN_COLOUR, 255))
@@ -110,11 +155,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Centred on a square of the mean colour. Extremely long pictures are shrunk first, so that the square stays within the pixel limit."""
+    """Centred on a square of the mean colour. Extremely long pictures are shrunk first,
+    so that the square stays within the pixel limit.
+    """
     longest = math.isqrt(MAX_PIXELS)
     if max(image.size) > longest:
         scale = longest / max(image.size)
-        image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC)
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))),
+            Image.Resampling.BICUBIC,
+        )
     side = max(image.size)
     square = Image.new("RGB", (side, side), MEAN_COLOUR)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -130,20 +180,31 @@ def image_size(path: Path) -> tuple[int, int]:
                 width, height = image.size
                 turned = image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNS
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise ImageError(f"image {path} is damaged or no JPEG, PNG, WebP or BMP image ({error}); copy or convert it again") from None
+        raise ImageError(
+            f"image {path} is damaged or no JPEG, PNG, WebP or BMP image ({error}); copy or "
+            f"convert it again"
+        ) from None
     return (height, width) if turned else (width, height)
 
 
 def to_square(image: Image.Image, spec: ModelSpec) -> Image.Image:
-    """The picture at S x S: stretched, or first centred on a square of the mean colour (mode "pad"). Bicubic with antialiasing."""
+    """The picture at S x S: stretched, or first centred on a square of the mean colour
+    (mode "pad"). Bicubic with antialiasing.
+    """
     size = spec.vision.image_size
     if spec.image_mode == "pad" and image.width != image.height:
         image = _padded(image)
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BICUBIC)
+    return (
+        image
+        if image.size == (size, size)
+        else image.resize((size, size), Image.Resampling.BICUBIC)
+    )
 
 
 def to_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.float32]:
-    """An RGB picture as the vision graph's `pixels`: [1, 3, S, S] float32, made square and normalised with the CLIP mean and deviation."""
+    """An RGB picture as the vision graph's `pixels`: [1, 3, S, S] float32, made square
+    and normalised with the CLIP mean and deviation.
+    """
     size = spec.vision.image_size
     bytes_HWC = np.asarray(to_square(image, spec))
     pixels = np.empty((1, 3, size, size), np.float32)

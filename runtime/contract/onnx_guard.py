@@ -1,7 +1,8 @@
 """Checks an ONNX file for references outside its bundle before any ONNX parser sees it.
 
-Only the protobuf framing is read: tensors are found wherever they nest (initializers, attributes, subgraphs, functions) and the locations of their
-external data are returned. No ONNX package is needed, so the runtime stays light.
+Only the protobuf framing is read: tensors are found wherever they nest (initializers,
+attributes, subgraphs, functions) and the locations of their external data are returned.
+No ONNX package is needed, so the runtime stays light.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ _FIELDS: dict[str, dict[int, str]] = {
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
     "Function": {7: "Node", 11: "Attribute"},
     "Node": {5: "Attribute"},
-    "Attribute": {5: "Tensor", 6: "Graph", 10: "Tensor", 11: "Graph", 22: "SparseTensor", 23: "SparseTensor"},
+    "Attribute": {
+        5: "Tensor",
+        6: "Graph",
+        10: "Tensor",
+        11: "Graph",
+        22: "SparseTensor",
+        23: "SparseTensor",
+    },
     "SparseTensor": {1: "Tensor", 2: "Tensor"},
     "Tensor": {13: "Entry"},
 }
@@ -29,14 +37,18 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def external_locations(path: Path) -> set[str]:
-    """The `location` of every tensor stored outside `path`. Raises `BundleError` if the file is no well-formed protobuf."""
+    """The `location` of every tensor stored outside `path`. Raises `BundleError` if the
+    file is no well-formed protobuf.
+    """
     if path.stat().st_size == 0:
         raise BundleError(f"{path} is empty; re-export the bundle")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
             return set(_locations(data, 0, len(data), "Model", 0))
         except (ValueError, IndexError, UnicodeDecodeError) as error:
-            raise BundleError(f"{path} is not a readable ONNX file ({error}); re-export the bundle") from None
+            raise BundleError(
+                f"{path} is not a readable ONNX file ({error}); re-export the bundle"
+            ) from None
 
 
 def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:

@@ -1,7 +1,9 @@
-"""The only prompt templates: text before the image, text after it, for each of the four tasks.
+"""The only prompt templates: text before the image, text after it, for each of the four
+tasks.
 
-Training, export and runtime all render through `render`; the image slot is structural (a gap between two strings), so nothing a user types can
-move it. Settings per task (beams, lengths) are the published ones and live in the same table.
+Training, export and runtime all render through `render`; the image slot is structural
+(a gap between two strings), so nothing a user types can move it. Settings per task
+(beams, lengths) are the published ones and live in the same table.
 """
 
 from __future__ import annotations
@@ -12,12 +14,25 @@ from dataclasses import dataclass
 
 from runtime.contract.errors import PromptError
 
-__all__ = ["CHAT_SYSTEM", "TASKS", "Message", "Prompt", "Task", "checked_text", "detect_task", "next_turn", "render", "render_chat"]
+__all__ = [
+    "CHAT_SYSTEM",
+    "TASKS",
+    "Message",
+    "Prompt",
+    "Task",
+    "checked_text",
+    "detect_task",
+    "next_turn",
+    "render",
+    "render_chat",
+]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Plain text on both sides of the visual embeddings. `has_image` is False for text-only chat (then all text is in `after`)."""
+    """Plain text on both sides of the visual embeddings. `has_image` is False for
+    text-only chat (then all text is in `after`).
+    """
 
     before: str
     after: str
@@ -47,7 +62,10 @@ def _caption(text: str) -> Prompt:
 def _vqa(text: str) -> Prompt:
     question = " ".join(text.lower().translate(_VQA_STRIP).split()[:_VQA_MAX_WORDS])
     if not question:
-        raise PromptError(f"the question {text!r:.40} has no words left after removing punctuation; ask one with words")
+        raise PromptError(
+            f"the question {text!r:.40} has no words left after removing punctuation; ask one "
+            f"with words"
+        )
     return Prompt("<image>", f"Question:{question} Short answer:")
 
 
@@ -60,19 +78,31 @@ def _chat(text: str) -> Prompt:
 
 
 def render_chat(messages: Sequence[Message], has_image: bool = True) -> Prompt:
-    """Renders a conversation that ends with a user turn, Vicuna v1 style; the image stays in the first turn.
+    """Renders a conversation that ends with a user turn, Vicuna v1 style; the image
+    stays in the first turn.
 
     Raises `PromptError` when turns do not alternate from user to user.
     """
     roles = [message.role for message in messages]
-    if not roles or roles != (["user", "assistant"] * len(roles))[: len(roles)] or roles[-1] != "user":
-        raise PromptError(f"conversation roles are {roles}, expected user and assistant in turns, ending with user")
+    if (
+        not roles
+        or roles != (["user", "assistant"] * len(roles))[: len(roles)]
+        or roles[-1] != "user"
+    ):
+        raise PromptError(
+            f"conversation roles are {roles}, expected user and assistant in turns, ending with "
+            f"user"
+        )
     text = ""
     for message in messages[1:]:
         text += f" {message.content}" if message.role == "assistant" else next_turn(message)
     opening = f"{CHAT_SYSTEM} USER: "
     first = f"{messages[0].content} ASSISTANT:"
-    return Prompt(opening, f"\n{first}{text}") if has_image else Prompt("", f"{opening}{first}{text}", has_image=False)
+    return (
+        Prompt(opening, f"\n{first}{text}")
+        if has_image
+        else Prompt("", f"{opening}{first}{text}", has_image=False)
+    )
 
 
 def next_turn(user: Message) -> str:
@@ -82,7 +112,9 @@ def next_turn(user: Message) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """One task: how its text becomes a prompt, and the published decoding settings. `answer_prefix` separates prompt and answer in training."""
+    """One task: how its text becomes a prompt, and the published decoding settings.
+    `answer_prefix` separates prompt and answer in training.
+    """
 
     name: str
     render: Callable[[str], Prompt]
@@ -97,22 +129,30 @@ class Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("caption", _caption, 30, 8, 5, 1.0, " ", "describe the image; the text is a free prompt"),
+        Task(
+            "caption", _caption, 30, 8, 5, 1.0, " ", "describe the image; the text is a free prompt"
+        ),
         Task("vqa", _vqa, 10, 1, 5, 0.0, " ", "answer a question shortly"),
         Task("ground", _ground, 30, 1, 5, 1.0, "", "find the phrase and answer with its box"),
         Task("chat", _chat, 128, 1, 1, 1.0, " ", "answer an instruction in sentences"),
     )
 }
 
-_LOCATE = re.compile(r"^\s*(?:where\s+(?:is|are)|locate|find|point\s+(?:to|at)|ground)\s+(?:the\s+)?(.+?)\s*[?.!]*\s*$", re.IGNORECASE | re.DOTALL)
+_LOCATE = re.compile(
+    r"^\s*(?:where\s+(?:is|are)|locate|find|point\s+(?:to|at)|ground)\s+(?:the\s+)?(.+?)\s*[?.!]*\s*$",
+    re.IGNORECASE | re.DOTALL,
+)
 _DESCRIBE = re.compile(r"^\s*(?:please\s+)?(?:describe|caption|summari[sz]e)\b", re.IGNORECASE)
-_QUESTION = re.compile(r"^\s*(?:what|how|is|are|does|do|which|who|can|why|when)\b.*\?\s*$", re.IGNORECASE | re.DOTALL)
+_QUESTION = re.compile(
+    r"^\s*(?:what|how|is|are|does|do|which|who|can|why|when)\b.*\?\s*$", re.IGNORECASE | re.DOTALL
+)
 
 
 def detect_task(text: str) -> tuple[str, str]:
     """Chooses the task for free user text: (task name, the text to render with it).
 
-    "where is the red circle?" gives ("ground", "red circle"); "describe ..." a caption; a question VQA; anything else chat.
+    "where is the red circle?" gives ("ground", "red circle"); "describe ..." a caption;
+    a question VQA; anything else chat.
     """
     folded = " ".join(text.split())  # also keeps the patterns linear
     if match := _LOCATE.match(folded):
@@ -125,18 +165,24 @@ def detect_task(text: str) -> tuple[str, str]:
 
 
 def render(task: str, text: str) -> Prompt:
-    """Renders user text for a task. Raises `PromptError` for an unknown task, empty text or text that is not valid Unicode."""
+    """Renders user text for a task. Raises `PromptError` for an unknown task, empty
+    text or text that is not valid Unicode.
+    """
     if task not in TASKS:
         raise PromptError(f"unknown task {task!r}; choose one of: {', '.join(TASKS)}")
     return TASKS[task].render(checked_text(text))
 
 
 def checked_text(text: str) -> str:
-    """What a user typed, without white space around it. Raises `PromptError` if nothing is left or it is not valid Unicode."""
+    """What a user typed, without white space around it. Raises `PromptError` if nothing
+    is left or it is not valid Unicode.
+    """
     if not text.strip():
         raise PromptError('the prompt is empty; say what to do, for example "describe"')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PromptError(f"the prompt is not valid Unicode at character {error.start}; re-enter it as UTF-8") from None
+        raise PromptError(
+            f"the prompt is not valid Unicode at character {error.start}; re-enter it as UTF-8"
+        ) from None
     return text.strip()

@@ -1,7 +1,9 @@
-"""What a model is: `ModelSpec`, the frozen description saved with every checkpoint and bundle, and the names of both graphs.
+"""What a model is: `ModelSpec`, the frozen description saved with every checkpoint and
+bundle, and the names of both graphs.
 
-A spec is read from JSON by `ModelSpec.from_json`, which accepts exactly the known fields with their types and bounds, so that a hostile
-or stale file ends in one `SpecError` and never in a crash later on.
+A spec is read from JSON by `ModelSpec.from_json`, which accepts exactly the known
+fields with their types and bounds, so that a hostile or stale file ends in one
+`SpecError` and never in a crash later on.
 """
 
 from __future__ import annotations
@@ -40,12 +42,18 @@ POOL = "pool"  # [T, s*s] float32, rows sum to one
 IMAGE_EMBEDS = "image_embeds"  # [N, T, H] float32
 INPUTS_EMBEDS = "inputs_embeds"  # [B, L, H] float32
 POSITION_IDS = "position_ids"  # [B, L] int64, also the cache rows that are written
-SEQLENS_K = "seqlens_k"  # [B] int32, cpu and cuda targets: cache rows filled after the call, minus one
+SEQLENS_K = (
+    "seqlens_k"  # [B] int32, cpu and cuda targets: cache rows filled after the call, minus one
+)
 TOTAL_LENGTH = "total_sequence_length"  # int32 scalar, likewise: cache rows filled after the call
-LOGITS_TO_KEEP = "logits_to_keep"  # [1] int64, cpu target: how many of the last positions get logits
+LOGITS_TO_KEEP = (
+    "logits_to_keep"  # [1] int64, cpu target: how many of the last positions get logits
+)
 LOGITS_ROWS = "logits_rows"  # [n] int64, targets on GPUs: positions along L that get logits
 NEXT_TOKEN = "next_token"  # [n] int64, targets on GPUs: the likeliest token of each such position
-LOGITS_MASS = "logits_mass"  # [n] float32, targets on GPUs: the sum of |logits| and of |hidden rows| of the call, finite exactly if all are
+# [n] float32, targets on GPUs: the sum of |logits| and of |hidden rows| of the call, finite
+# exactly if all are
+LOGITS_MASS = "logits_mass"
 LOGITS = "logits"  # [B, V] float32, of the last position; [B*n, V] where the last n are asked for
 
 
@@ -80,11 +88,16 @@ def _require(ok: bool, message: str) -> None:
 def _positive(spec: Any, *names: str) -> None:
     for name in names:
         value = getattr(spec, name)
-        _require(0 < value <= _MAX_DIM, f"{type(spec).__name__}.{name} is {value}, expected 1 to {_MAX_DIM}")
+        _require(
+            0 < value <= _MAX_DIM,
+            f"{type(spec).__name__}.{name} is {value}, expected 1 to {_MAX_DIM}",
+        )
 
 
 def _read(cls: type[T], data: object, where: str) -> T:
-    """Builds a flat dataclass from a JSON object: exactly its fields, exactly their types."""
+    """Builds a flat dataclass from a JSON object: exactly its fields, exactly their
+    types.
+    """
     if not isinstance(data, Mapping):
         raise SpecError(f"model spec: {where} is {type(data).__name__}, expected an object")
     hints = get_type_hints(cls)
@@ -97,7 +110,11 @@ def _read(cls: type[T], data: object, where: str) -> T:
         if hint is float and type(value) is int and abs(value) <= _MAX_FLOAT:
             value = float(value)
         if hint == tuple[int, ...]:
-            ok = isinstance(value, list | tuple) and len(value) <= 64 and all(type(v) is int for v in value)
+            ok = (
+                isinstance(value, list | tuple)
+                and len(value) <= 64
+                and all(type(v) is int for v in value)
+            )
             value = tuple(value) if ok else value
         else:
             ok = type(value) is hint or not isinstance(hint, type)
@@ -109,7 +126,9 @@ def _read(cls: type[T], data: object, where: str) -> T:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """The vision tower: a pre-norm ViT with CLS token and learned absolute positions (model-spec: EVA ViT as used by BLIP-2)."""
+    """The vision tower: a pre-norm ViT with CLS token and learned absolute positions
+    (model-spec: EVA ViT as used by BLIP-2).
+    """
 
     image_size: int
     patch_size: int
@@ -122,9 +141,18 @@ class VisionSpec:
 
     def __post_init__(self) -> None:
         _positive(self, "image_size", "patch_size", "width", "heads", "mlp_width")
-        _require(0 < self.layers <= _MAX_LAYERS, f"vision.layers is {self.layers}, expected 1 to {_MAX_LAYERS}")
-        _require(self.image_size % self.patch_size == 0, f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        _require(self.width % self.heads == 0, f"vision.width {self.width} is not a multiple of heads {self.heads}")
+        _require(
+            0 < self.layers <= _MAX_LAYERS,
+            f"vision.layers is {self.layers}, expected 1 to {_MAX_LAYERS}",
+        )
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}",
+        )
+        _require(
+            self.width % self.heads == 0,
+            f"vision.width {self.width} is not a multiple of heads {self.heads}",
+        )
 
     @property
     def grid(self) -> int:
@@ -134,13 +162,18 @@ class VisionSpec:
     @property
     def parameters(self) -> int:
         """How many numbers the tower holds."""
-        w, block = self.width, 4 * self.width**2 + 2 * self.width * self.mlp_width + self.mlp_width + 8 * self.width
+        w, block = (
+            self.width,
+            4 * self.width**2 + 2 * self.width * self.mlp_width + self.mlp_width + 8 * self.width,
+        )
         return 3 * self.patch_size**2 * w + w + (self.grid**2 + 2) * w + self.layers * block + 2 * w
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SiLU-gated MLP, untied output head."""
+    """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SiLU-gated
+    MLP, untied output head.
+    """
 
     vocab_size: int
     hidden: int
@@ -154,10 +187,22 @@ class DecoderSpec:
 
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "hidden", "heads", "kv_heads", "mlp_width", "context")
-        _require(0 < self.layers <= _MAX_LAYERS, f"decoder.layers is {self.layers}, expected 1 to {_MAX_LAYERS}")
-        _require(self.hidden % self.heads == 0, f"decoder.hidden {self.hidden} is not a multiple of heads {self.heads}")
-        _require(self.heads % self.kv_heads == 0, f"decoder.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        _require(self.head_dim % 2 == 0, f"decoder head dimension {self.head_dim} is odd; rotary positions need an even one")
+        _require(
+            0 < self.layers <= _MAX_LAYERS,
+            f"decoder.layers is {self.layers}, expected 1 to {_MAX_LAYERS}",
+        )
+        _require(
+            self.hidden % self.heads == 0,
+            f"decoder.hidden {self.hidden} is not a multiple of heads {self.heads}",
+        )
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"decoder.heads {self.heads} is not a multiple of kv_heads {self.kv_heads}",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"decoder head dimension {self.head_dim} is odd; rotary positions need an even one",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -166,21 +211,30 @@ class DecoderSpec:
 
     @property
     def cache_names(self) -> tuple[str, ...]:
-        """The graph inputs that hold keys and values, in graph order: keys, then values of each layer."""
-        return tuple(name for layer in range(self.layers) for name in (key_cache(layer), value_cache(layer)))
+        """The graph inputs that hold keys and values, in graph order: keys, then values
+        of each layer.
+        """
+        return tuple(
+            name for layer in range(self.layers) for name in (key_cache(layer), value_cache(layer))
+        )
 
     @property
     def parameters(self) -> int:
         """How many numbers the decoder holds, both vocabulary tables included."""
         h, kv = self.hidden, self.kv_heads * self.head_dim
-        return 2 * self.vocab_size * h + h + self.layers * (2 * h * h + 2 * h * kv + 3 * h * self.mlp_width + 2 * h)
+        return (
+            2 * self.vocab_size * h
+            + h
+            + self.layers * (2 * h * h + 2 * h * kv + 3 * h * self.mlp_width + 2 * h)
+        )
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A whole InfMLLM: tower, pool sizes, decoder, preprocessing mode and special ids.
 
-    `pool_sizes` are the p (side of the pooled grid) the model was trained for, the default first; each gives p*p visual tokens.
+    `pool_sizes` are the p (side of the pooled grid) the model was trained for, the
+    default first; each gives p*p visual tokens.
     """
 
     name: str
@@ -196,15 +250,25 @@ class ModelSpec:
         _require(bool(self.pool_sizes), "pool_sizes is empty, expected at least one p")
         for p in self.pool_sizes:
             self.check_pool_size(p)
-        _require(self.image_mode in IMAGE_MODES, f"image_mode is {self.image_mode!r}, expected one of {IMAGE_MODES}")
+        _require(
+            self.image_mode in IMAGE_MODES,
+            f"image_mode is {self.image_mode!r}, expected one of {IMAGE_MODES}",
+        )
         for name in ("bos_id", "eos_id", "pad_id"):
             value = getattr(self, name)
-            _require(0 <= value < self.decoder.vocab_size, f"{name} is {value}, outside the vocabulary of {self.decoder.vocab_size}")
+            _require(
+                0 <= value < self.decoder.vocab_size,
+                f"{name} is {value}, outside the vocabulary of {self.decoder.vocab_size}",
+            )
 
     @property
     def parameters(self) -> int:
         """How many numbers the whole model holds."""
-        adapter = self.vision.width * self.decoder.hidden + self.decoder.hidden**2 + 2 * self.decoder.hidden
+        adapter = (
+            self.vision.width * self.decoder.hidden
+            + self.decoder.hidden**2
+            + 2 * self.decoder.hidden
+        )
         return self.vision.parameters + adapter + self.decoder.parameters
 
     def check_pool_size(self, p: int) -> None:
@@ -213,14 +277,18 @@ class ModelSpec:
         _require(0 < p <= s and s % p == 0, f"pool size {p} does not divide the {s}x{s} patch grid")
 
     def pool_size_for(self, visual_tokens: int | None) -> int:
-        """The p that gives `visual_tokens` (p*p) embeddings; the default p for None. Raises `SpecError` naming the choices."""
+        """The p that gives `visual_tokens` (p*p) embeddings; the default p for None.
+        Raises `SpecError` naming the choices.
+        """
         if visual_tokens is None:
             return self.pool_sizes[0]
         for p in self.pool_sizes:
             if p * p == visual_tokens:
                 return p
         choices = ", ".join(str(p * p) for p in self.pool_sizes)
-        raise SpecError(f"{visual_tokens} visual tokens are not served by {self.name}; choose one of: {choices}")
+        raise SpecError(
+            f"{visual_tokens} visual tokens are not served by {self.name}; choose one of: {choices}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict, the inverse of `from_json`."""
@@ -228,7 +296,9 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: object) -> ModelSpec:
-        """Reads a spec strictly; raises `SpecError` on any unknown, missing, mistyped or out-of-bounds field."""
+        """Reads a spec strictly; raises `SpecError` on any unknown, missing, mistyped
+        or out-of-bounds field.
+        """
         if not isinstance(data, Mapping):
             raise SpecError(f"model spec: found {type(data).__name__}, expected an object")
         parts = dict(data)
@@ -242,4 +312,6 @@ class ModelSpec:
         try:
             return cls.from_json(json.loads(text))
         except (ValueError, RecursionError) as error:
-            raise SpecError(f"{where} is not valid JSON ({error}); re-create the checkpoint") from None
+            raise SpecError(
+                f"{where} is not valid JSON ({error}); re-create the checkpoint"
+            ) from None

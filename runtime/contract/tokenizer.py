@@ -1,6 +1,7 @@
 """Text to token ids and back, through `tokenizer.json`.
 
-User text is always encoded as plain text: a typed `</s>` or `<image>` is characters, never a control token. Decoding streams whole code points.
+User text is always encoded as plain text: a typed `</s>` or `<image>` is characters,
+never a control token. Decoding streams whole code points.
 """
 
 from __future__ import annotations
@@ -31,25 +32,44 @@ class Tokenizer:
         self._special = {spec.bos_id, spec.eos_id, spec.pad_id}
         self.bos_id, self.eos_id = spec.bos_id, spec.eos_id
         self.length = lru_cache(maxsize=4096)(lambda ids: len(self.decode(ids)))
-        """Characters of a tuple of ids by themselves; remembered, for streams ask it of every token."""
+        """Characters of a tuple of ids by themselves; remembered, for streams ask it of
+        every token.
+        """
 
     @classmethod
     def load(cls, path: Path, spec: ModelSpec) -> Tokenizer:
-        """Reads `tokenizer.json`; raises `BundleError` if it is missing, damaged or larger than the model's vocabulary."""
+        """Reads `tokenizer.json`; raises `BundleError` if it is missing, damaged or
+        larger than the model's vocabulary.
+        """
         try:
             if path.stat().st_size > _MAX_BYTES:
-                raise BundleError(f"{path} is larger than {_MAX_BYTES} bytes; this is no tokenizer of ours")
+                raise BundleError(
+                    f"{path} is larger than {_MAX_BYTES} bytes; this is no tokenizer of ours"
+                )
             inner = _Tokenizer.from_file(str(path))
         except BundleError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise BundleError(f"{path} cannot be read as a tokenizer ({error}); re-create the checkpoint or bundle") from None
+            raise BundleError(
+                f"{path} cannot be read as a tokenizer ({error}); re-create the checkpoint or "
+                f"bundle"
+            ) from None
         highest = max(inner.get_vocab(with_added_tokens=True).values(), default=0)
         if highest >= spec.decoder.vocab_size:
-            raise BundleError(f"{path} has token id {highest}, the model's vocabulary has {spec.decoder.vocab_size}; they do not belong together")
-        plain = [token.content for token in inner.get_added_tokens_decoder().values() if not token.special]
+            raise BundleError(
+                f"{path} has token id {highest}, the model's vocabulary has "
+                f"{spec.decoder.vocab_size}; they do not belong together"
+            )
+        plain = [
+            token.content
+            for token in inner.get_added_tokens_decoder().values()
+            if not token.special
+        ]
         if plain:
-            raise BundleError(f"{path} has added tokens that user text could match, such as {plain[0]!r:.40}; mark them special")
+            raise BundleError(
+                f"{path} has added tokens that user text could match, such as {plain[0]!r:.40}; "
+                f"mark them special"
+            )
         return cls(inner, spec)
 
     def encode(self, text: str) -> list[int]:
@@ -57,21 +77,41 @@ class Tokenizer:
         try:
             return list(self._inner.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # the tokenizers library raises bare Exception
-            raise PromptError(f"the tokenizer cannot encode {text!r:.40} ({error}); use other words, or repair tokenizer.json") from None
+            raise PromptError(
+                f"the tokenizer cannot encode {text!r:.40} ({error}); use other words, or repair "
+                f"tokenizer.json"
+            ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, control tokens left out."""
-        return str(self._inner.decode([i for i in ids if i not in self._special], skip_special_tokens=False))
+        return str(
+            self._inner.decode(
+                [i for i in ids if i not in self._special], skip_special_tokens=False
+            )
+        )
 
     def encode_prompt(self, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Ids before and after the visual embeddings; the beginning-of-sequence id comes first."""
+        """Ids before and after the visual embeddings; the beginning-of-sequence id
+        comes first.
+        """
         return [self.bos_id, *self.encode(prompt.before)], self.encode(prompt.after)
 
     def pieces(self) -> dict[int, str]:
-        """The text of every token that stands for the same plain ASCII text wherever it occurs (control tokens and parts of characters do not)."""
-        spaces = str.maketrans({"\u2581": " ", "\u0120": " "})  # how SentencePiece and byte-level BPE write a space
-        found = {token: key.translate(spaces) for key, token in self._inner.get_vocab(with_added_tokens=False).items()}
-        return {token: text for token, text in found.items() if text.isascii() and token not in self._special and not text.startswith("<0x")}
+        """The text of every token that stands for the same plain ASCII text wherever it
+        occurs (control tokens and parts of characters do not).
+        """
+        spaces = str.maketrans(
+            {"\u2581": " ", "\u0120": " "}
+        )  # how SentencePiece and byte-level BPE write a space
+        found = {
+            token: key.translate(spaces)
+            for key, token in self._inner.get_vocab(with_added_tokens=False).items()
+        }
+        return {
+            token: text
+            for token, text in found.items()
+            if text.isascii() and token not in self._special and not text.startswith("<0x")
+        }
 
     def to_json(self) -> str:
         """The `tokenizer.json`, for libraries that read one."""
@@ -86,7 +126,8 @@ class Tokenizer:
 class TextStream:
     """Turns ids that arrive one by one into pieces of text made of whole code points.
 
-    Only the ids since the last whole piece are decoded, behind those of the piece before: what a token reads as depends on its neighbour at most.
+    Only the ids since the last whole piece are decoded, behind those of the piece
+    before: what a token reads as depends on its neighbour at most.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

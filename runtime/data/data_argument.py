@@ -1,4 +1,6 @@
-"""How data sets are named on the command line: `NAME:PATH,option=value,...`, or just the path of a .jsonl file."""
+"""How data sets are named on the command line: `NAME:PATH,option=value,...`, or just
+the path of a .jsonl file.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ OWN = "jsonl"
 
 @dataclass(frozen=True)
 class DataSource:
-    """A parsed data argument: which reader, what it reads, and its options. `text` is the argument as given."""
+    """A parsed data argument: which reader, what it reads, and its options. `text` is
+    the argument as given.
+    """
 
     name: str
     argument: str
@@ -35,11 +39,16 @@ class DataSource:
         """Raises `UsageError` for an option the reader does not know."""
         unknown = sorted(set(self.options) - set(allowed))
         if unknown:
-            raise UsageError(f"data {self.text!r}: {self.name} has no option {unknown[0]!r}; it has: {', '.join(sorted(allowed)) or 'none'}")
+            raise UsageError(
+                f"data {self.text!r}: {self.name} has no option {unknown[0]!r}; it has: "
+                f"{', '.join(sorted(allowed)) or 'none'}"
+            )
 
 
 def parse_source(text: str, names: Collection[str]) -> DataSource:
-    """Reads a data argument; `names` are the known readers. What names none of them is the path of a jsonl file. Raises `UsageError`."""
+    """Reads a data argument; `names` are the known readers. What names none of them is
+    the path of a jsonl file. Raises `UsageError`.
+    """
     first, *rest = text.split(",")
     name, _, argument = first.partition(":")
     if name not in names or Path(first).is_file():
@@ -48,6 +57,9 @@ def parse_source(text: str, names: Collection[str]) -> DataSource:
     for part in rest:
         key, equals, value = part.partition("=")
         if not equals or not key or not value:
-            raise UsageError(f"data {text!r}: {part!r} is no option=value; write for example voc:FOLDER,split=train")
+            raise UsageError(
+                f"data {text!r}: {part!r} is no option=value; write for example "
+                f"voc:FOLDER,split=train"
+            )
         options[key] = value
     return DataSource(name, argument, options, text)

@@ -1,4 +1,6 @@
-"""Our own data format: one JSON object a line next to the images. Every fault is reported with file and line number."""
+"""Our own data format: one JSON object a line next to the images. Every fault is
+reported with file and line number.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _caption(row: dict[str, Any]) -> Sample:
-    return Sample("caption", _text(row, "prompt") if "prompt" in row else "describe", _text(row, "answer"))
+    return Sample(
+        "caption", _text(row, "prompt") if "prompt" in row else "describe", _text(row, "answer")
+    )
 
 
 def _vqa(row: dict[str, Any]) -> Sample:
@@ -35,9 +39,18 @@ def _vqa(row: dict[str, Any]) -> Sample:
 
 def _ground(row: dict[str, Any]) -> Sample:
     box = row.get("box")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in box)
+    ):
         raise ValueError(f'"box" is {box!r:.60}, expected [x1, y1, x2, y2] in pixels')
-    return Sample("ground", _text(row, "phrase"), "", pixel_box=(float(box[0]), float(box[1]), float(box[2]), float(box[3])))
+    return Sample(
+        "ground",
+        _text(row, "phrase"),
+        "",
+        pixel_box=(float(box[0]), float(box[1]), float(box[2]), float(box[3])),
+    )
 
 
 def _chat(row: dict[str, Any]) -> Sample:
@@ -45,23 +58,39 @@ def _chat(row: dict[str, Any]) -> Sample:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError('"messages" is no list of {"role", "content"} objects')
     messages = [Message(_text(turn, "role"), _text(turn, "content")) for turn in turns]
-    if len(messages) < 2 or len(messages) % 2 or [m.role for m in messages] != ["user", "assistant"] * (len(messages) // 2):
+    if (
+        len(messages) < 2
+        or len(messages) % 2
+        or [m.role for m in messages] != ["user", "assistant"] * (len(messages) // 2)
+    ):
         raise ValueError("messages must alternate user and assistant and end with the assistant")
     return Sample("chat", messages[-2].content, messages[-1].content, messages=tuple(messages[:-1]))
 
 
-_READERS: dict[str, Callable[[dict[str, Any]], Sample]] = {"caption": _caption, "vqa": _vqa, "ground": _ground, "chat": _chat}
+_READERS: dict[str, Callable[[dict[str, Any]], Sample]] = {
+    "caption": _caption,
+    "vqa": _vqa,
+    "ground": _ground,
+    "chat": _chat,
+}
 
 
 def read_jsonl(path: Path, faults: Faults | None = None) -> list[Example]:
-    """Examples in file order, one per line; images are opened later. Raises `DataError` at the first bad line, unless `faults` says to go on."""
+    """Examples in file order, one per line; images are opened later. Raises `DataError`
+    at the first bad line, unless `faults` says to go on.
+    """
     faults = faults or Faults()
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise DataError(f"data file {path} cannot be read ({error.strerror}); check the path") from None
+        raise DataError(
+            f"data file {path} cannot be read ({error.strerror}); check the path"
+        ) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"data file {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise DataError(
+            f"data file {path} is not UTF-8 text ({error.reason} at byte {error.start}); save it "
+            f"as UTF-8"
+        ) from None
     examples = []
     for number, line in enumerate(lines, 1):
         if line.strip():

@@ -1,4 +1,6 @@
-"""`Sample`, the one form every question about a picture takes, and `Example`, a picture with its samples. Training and evaluation share both."""
+"""`Sample`, the one form every question about a picture takes, and `Example`, a picture
+with its samples. Training and evaluation share both.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,12 @@ __all__ = ["Example", "Sample"]
 class Sample:
     """One question on one picture.
 
-    `text` is the prompt, question, phrase or instruction; `answer` the expected text (for grounding the box as text); `box` is in [0, 1] of the
-    displayed picture. For a conversation `messages` holds all turns but the last answer, and `text` repeats its last user turn. `kind` names a
-    finer class for reports. `pixel_box` stands in for `box` until the picture's size is known. `references` are several people's answers, where a
-    data set has them; `answer` is then the one trained on.
+    `text` is the prompt, question, phrase or instruction; `answer` the expected text
+    (for grounding the box as text); `box` is in [0, 1] of the displayed picture. For a
+    conversation `messages` holds all turns but the last answer, and `text` repeats its
+    last user turn. `kind` names a finer class for reports. `pixel_box` stands in for
+    `box` until the picture's size is known. `references` are several people's answers,
+    where a data set has them; `answer` is then the one trained on.
     """
 
     task: str
@@ -38,13 +42,17 @@ class Sample:
         return render_chat(self.messages) if self.messages else render(self.task, self.text)
 
     def checked(self) -> Sample:
-        """Itself, if its prompt renders and its texts are valid Unicode; raises `PromptError` or `ValueError`."""
+        """Itself, if its prompt renders and its texts are valid Unicode; raises
+        `PromptError` or `ValueError`.
+        """
         prompt = self.prompt()
         (prompt.before + prompt.after + self.answer).encode("utf-8")
         return self
 
     def placed(self, width: int, height: int, where: str) -> Sample:
-        """With `box` and `answer` set from `pixel_box`; raises `DataError` when it lies outside a width x height picture."""
+        """With `box` and `answer` set from `pixel_box`; raises `DataError` when it lies
+        outside a width x height picture.
+        """
         if self.pixel_box is None:
             return self
         check_inside(self.pixel_box, width, height, f"{where}: box {list(self.pixel_box)}")
@@ -54,7 +62,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (RGB, or the path of one) with the samples asked about it; `dense` optionally holds labels per patch for the warm-up stage."""
+    """A picture (RGB, or the path of one) with the samples asked about it; `dense`
+    optionally holds labels per patch for the warm-up stage.
+    """
 
     picture: Image.Image | Path
     samples: tuple[Sample, ...]
@@ -62,6 +72,8 @@ class Example:
     dense: object | None = field(default=None, repr=False)
 
     def load(self) -> tuple[Image.Image, tuple[Sample, ...]]:
-        """The opened picture and its samples, boxes in [0, 1]. Raises `ImageError` or `DataError`."""
+        """The opened picture and its samples, boxes in [0, 1]. Raises `ImageError` or
+        `DataError`.
+        """
         image = self.picture if isinstance(self.picture, Image.Image) else open_image(self.picture)
         return image, tuple(sample.placed(*image.size, self.name) for sample in self.samples)

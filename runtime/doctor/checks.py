@@ -1,4 +1,6 @@
-"""The table of all checks, and a diagnosis: every check asked, and which answers matter to the targets wanted."""
+"""The table of all checks, and a diagnosis: every check asked, and which answers matter
+to the targets wanted.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ CHECKS: tuple[Check, ...] = (*host.CHECKS, *gpu.CHECKS, *libraries.CHECKS, *jets
 
 @dataclass(frozen=True)
 class Result:
-    """A check's answer. Where it matters to none of the targets wanted (`aside`), it is a note at most."""
+    """A check's answer. Where it matters to none of the targets wanted (`aside`), it is
+    a note at most.
+    """
 
     check: str
     targets: tuple[str, ...]
@@ -39,7 +43,9 @@ class Diagnosis:
 
 
 def choose_targets(facts: Facts, wanted: str | None) -> tuple[str, ...]:
-    """The target asked for, or (None) the CPU and those that could be meant here: a Jetson's, and those whose packages are installed."""
+    """The target asked for, or (None) the CPU and those that could be meant here: a
+    Jetson's, and those whose packages are installed.
+    """
     if wanted is not None:
         if wanted not in WANTED:
             raise UsageError(f"unknown target {wanted!r}; choose one of: {', '.join(WANTED)}")

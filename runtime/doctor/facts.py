@@ -1,4 +1,6 @@
-"""Everything the checks look at, gathered once: the machine, its Python, its way to a GPU, packages, and what libraries say."""
+"""Everything the checks look at, gathered once: the machine, its Python, its way to a
+GPU, packages, and what libraries say.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,32 @@ __all__ = ["Facts", "GpuDevice", "Interpreter", "gather", "installed_packages", 
 _PLUGIN = "onnxruntime-ep-nv-tensorrt-rtx"
 _PACKAGES = (
     *("onnxruntime", "onnxruntime-gpu", _PLUGIN, f"{_PLUGIN}-cu12", f"{_PLUGIN}-cu13"),
-    *("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-cu12-libs", "tensorrt-cu13-libs", "tensorrt-cu12-bindings", "tensorrt-cu13-bindings"),
-    *("cuda-python", "cuda-bindings", "nvidia-ml-py", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cuda-runtime-cu12", "nvidia-cuda-runtime"),
+    *(
+        "tensorrt",
+        "tensorrt-cu12",
+        "tensorrt-cu13",
+        "tensorrt-cu12-libs",
+        "tensorrt-cu13-libs",
+        "tensorrt-cu12-bindings",
+        "tensorrt-cu13-bindings",
+    ),
+    *(
+        "cuda-python",
+        "cuda-bindings",
+        "nvidia-ml-py",
+        "nvidia-cudnn-cu12",
+        "nvidia-cudnn-cu13",
+        "nvidia-cuda-runtime-cu12",
+        "nvidia-cuda-runtime",
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """Python's version ("3.12"), whether it is a virtual environment, and whether it sees the packages of the system's Python."""
+    """Python's version ("3.12"), whether it is a virtual environment, and whether it
+    sees the packages of the system's Python.
+    """
 
     version: str
     virtual: bool
@@ -46,7 +66,9 @@ class GpuDevice:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a machine has. `cache` is the engine cache's folder, `free_mb` the space left there."""
+    """What a machine has. `cache` is the engine cache's folder, `free_mb` the space
+    left there.
+    """
 
     machine: Machine
     python: Interpreter
@@ -62,7 +84,14 @@ class Facts:
     def devices(self) -> tuple[GpuDevice, ...]:
         """The GPUs that CUDA finds."""
         found = self.probes["driver"].values.get("devices", ())
-        return tuple(GpuDevice(device["name"], (device["capability"][0], device["capability"][1]), device["memory_mb"]) for device in found)
+        return tuple(
+            GpuDevice(
+                device["name"],
+                (device["capability"][0], device["capability"][1]),
+                device["memory_mb"],
+            )
+            for device in found
+        )
 
     @property
     def driver_cuda(self) -> str:
@@ -76,7 +105,9 @@ class Facts:
 
     @property
     def tensorrt_cuda(self) -> int | None:
-        """The CUDA major TensorRT is built for: of the package, else of JetPack. None if there is nothing to tell it by."""
+        """The CUDA major TensorRT is built for: of the package, else of JetPack. None
+        if there is nothing to tell it by.
+        """
         for major in (13, 12):
             if any(name.startswith(f"tensorrt-cu{major}") for name in self.packages):
                 return major
@@ -85,7 +116,14 @@ class Facts:
     @property
     def plugin(self) -> str:
         """The installed package of the TensorRT-RTX plugin, empty if there is none."""
-        return next((name for name in (f"{_PLUGIN}-cu13", f"{_PLUGIN}-cu12", _PLUGIN) if name in self.packages), "")
+        return next(
+            (
+                name
+                for name in (f"{_PLUGIN}-cu13", f"{_PLUGIN}-cu12", _PLUGIN)
+                if name in self.packages
+            ),
+            "",
+        )
 
 
 def gather(
@@ -96,7 +134,11 @@ def gather(
 ) -> Facts:
     """Reads the machine below `root` and asks every library; takes a few seconds."""
     found = installed_packages() if packages is None else packages
-    asked = {name: probe(name) for name in PROBES if name != "cuda_provider" or "onnxruntime-gpu" in found}
+    asked = {
+        name: probe(name)
+        for name in PROBES
+        if name != "cuda_provider" or "onnxruntime-gpu" in found
+    }
     cache = cache_folder()
     near = next(path for path in (cache, *cache.absolute().parents) if path.exists())
     return Facts(
@@ -124,7 +166,15 @@ def installed_packages() -> dict[str, str]:
 
 
 def this_interpreter() -> Interpreter:
-    """The Python that runs this. A virtual environment says in its pyvenv.cfg whether it sees the system's packages."""
+    """The Python that runs this. A virtual environment says in its pyvenv.cfg whether
+    it sees the system's packages.
+    """
     virtual = sys.prefix != sys.base_prefix
-    shared = not virtual or "include-system-site-packages = true" in read_text(Path(sys.prefix) / "pyvenv.cfg").lower()
-    return Interpreter(".".join(platform.python_version_tuple()[:2]), virtual, shared and sys.base_prefix == "/usr")
+    shared = (
+        not virtual
+        or "include-system-site-packages = true"
+        in read_text(Path(sys.prefix) / "pyvenv.cfg").lower()
+    )
+    return Interpreter(
+        ".".join(platform.python_version_tuple()[:2]), virtual, shared and sys.base_prefix == "/usr"
+    )

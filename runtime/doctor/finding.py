@@ -1,4 +1,6 @@
-"""What a check says: a level, what was found, and where something does not fit, its cause and its fix."""
+"""What a check says: a level, what was found, and where something does not fit, its
+cause and its fix.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,25 @@ from dataclasses import dataclass
 
 from runtime.doctor.facts import Facts
 
-__all__ = ["CPU", "CUDA", "LEVELS", "RTX", "TENSORRT", "WANTED", "Check", "Finding", "note", "ok", "problem", "warning"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "LEVELS",
+    "RTX",
+    "TENSORRT",
+    "WANTED",
+    "Check",
+    "Finding",
+    "note",
+    "ok",
+    "problem",
+    "warning",
+]
 
 LEVELS = ("ok", "note", "warning", "problem")
-"""From harmless to fatal: `note` is good to know, `warning` costs speed or comfort, `problem` keeps a target from running."""
+"""From harmless to fatal: `note` is good to know, `warning` costs speed or comfort,
+`problem` keeps a target from running.
+"""
 
 CPU, CUDA, TENSORRT, RTX = "cpu", "cuda", "tensorrt", "rtx"
 WANTED = {
@@ -33,12 +50,16 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.level in LEVELS, f"{self.level} is no level"
-        assert bool(self.cause) == bool(self.fix) and (self.cause or self.level in ("ok", "note")), "what is wrong has a cause and a fix"
+        assert bool(self.cause) == bool(self.fix) and (
+            self.cause or self.level in ("ok", "note")
+        ), "what is wrong has a cause and a fix"
 
 
 @dataclass(frozen=True)
 class Check:
-    """A question, the targets its answer matters to, and the function that answers it; None where the question does not arise."""
+    """A question, the targets its answer matters to, and the function that answers it;
+    None where the question does not arise.
+    """
 
     name: str
     targets: tuple[str, ...]

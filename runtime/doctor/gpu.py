@@ -1,29 +1,48 @@
-"""Checks of the way to an NVIDIA GPU: device files, container, driver, and whether the driver is new enough for each library."""
+"""Checks of the way to an NVIDIA GPU: device files, container, driver, and whether the
+driver is new enough for each library.
+"""
 
 from __future__ import annotations
 
-from runtime.doctor.compatibility import DRIVER_FOR_CUDA, LEAST_CAPABILITY, RTX_CAPABILITIES, numbers
+from runtime.doctor.compatibility import (
+    DRIVER_FOR_CUDA,
+    LEAST_CAPABILITY,
+    RTX_CAPABILITIES,
+    numbers,
+)
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CUDA, RTX, TENSORRT, Check, Finding, note, ok, problem, warning
 
 __all__ = ["CHECKS", "PIP_ONNXRUNTIME_GPU", "driver_runs"]
 
-PIP_ONNXRUNTIME_GPU = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+PIP_ONNXRUNTIME_GPU = (
+    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+)
 """How to have onnxruntime-gpu alone, with the libraries of its CUDA."""
 
 _GPU = (CUDA, TENSORRT, RTX)
-_MISMATCH, _NO_COMPAT = 803, 804  # CUDA_ERROR_SYSTEM_DRIVER_MISMATCH and CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE, of cuda.h
+_MISMATCH, _NO_COMPAT = (
+    803,
+    804,
+)  # CUDA_ERROR_SYSTEM_DRIVER_MISMATCH and CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE, of cuda.h
 
 
 def _gpu(facts: Facts) -> Finding:
     if facts.devices:
-        names = ", ".join(f"{gpu.name} ({gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory_mb / 1e3:.1f} GB)" for gpu in facts.devices)
+        names = ", ".join(
+            f"{gpu.name} ({gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory_mb / 1e3:.1f} GB)"
+            for gpu in facts.devices
+        )
         return ok(f"{names}; {_driver(facts)} runs CUDA up to {facts.driver_cuda}")
     found = _failure(facts)
     for reason in (_hidden, _forbidden, _init, _contained, _driverless):
         if answer := reason(facts):
             return problem(found, *answer)
-    return problem("no NVIDIA GPU", "there is none on this machine's bus", "use the CPU: infmllm-export build --target cpu")
+    return problem(
+        "no NVIDIA GPU",
+        "there is none on this machine's bus",
+        "use the CPU: infmllm-export build --target cpu",
+    )
 
 
 def _driver(facts: Facts) -> str:
@@ -33,21 +52,31 @@ def _driver(facts: Facts) -> str:
 
 def _failure(facts: Facts) -> str:
     probe = facts.probes["driver"]
-    return f"CUDA finds no GPU ({probe.error or 'cuInit gives {}'.format(probe.values.get('code'))})"
+    return (
+        f"CUDA finds no GPU ({probe.error or 'cuInit gives {}'.format(probe.values.get('code'))})"
+    )
 
 
 def _hidden(facts: Facts) -> tuple[str, str] | None:
     visible = facts.access.visible_devices
     if visible is None or visible.strip() not in ("", "-1"):
         return None
-    return f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides every GPU", "unset CUDA_VISIBLE_DEVICES"
+    return (
+        f"CUDA_VISIBLE_DEVICES is {visible!r}, which hides every GPU",
+        "unset CUDA_VISIBLE_DEVICES",
+    )
 
 
 def _forbidden(facts: Facts) -> tuple[str, str] | None:
-    """A Jetson's /dev/nvmap belongs to root:video (github.com/NVIDIA/NemoClaw/pull/5018)."""
+    """A Jetson's /dev/nvmap belongs to root:video
+    (github.com/NVIDIA/NemoClaw/pull/5018).
+    """
     if not facts.access.closed:
         return None
-    groups = [group for group in facts.access.groups if group not in ("root", "0")] or ["video", "render"]
+    groups = [group for group in facts.access.groups if group not in ("root", "0")] or [
+        "video",
+        "render",
+    ]
     cause = f"this user may not open /{', /'.join(facts.access.closed)}"
     if facts.access.container:
         return cause, f"docker run {' '.join(f'--group-add {group}' for group in groups)} …"
@@ -55,44 +84,80 @@ def _forbidden(facts: Facts) -> tuple[str, str] | None:
 
 
 def _init(facts: Facts) -> tuple[str, str] | None:
-    """Results of cuInit that say more than that there is no device. NVIDIA's CUDA images have forward-compatibility libraries."""
+    """Results of cuInit that say more than that there is no device. NVIDIA's CUDA
+    images have forward-compatibility libraries.
+    """
     code = int(facts.probes["driver"].values.get("code", 0))
     if code not in (_MISMATCH, _NO_COMPAT):
         return None
     if facts.access.compat:
-        cause = "CUDA's forward-compatibility libraries come before the driver's own, and this GPU or driver does not take them"
+        cause = (
+            "CUDA's forward-compatibility libraries come before the driver's own, and this "
+            "GPU or driver does not take them"
+        )
         return cause, "rm -rf /usr/local/cuda*/compat* && ldconfig (in a Dockerfile: a RUN line)"
-    return "the driver's kernel module and its libraries are of different versions, as after an update", "restart the machine"
+    return (
+        "the driver's kernel module and its libraries are of different versions, as after an "
+        "update",
+        "restart the machine",
+    )
 
 
 def _contained(facts: Facts) -> tuple[str, str] | None:
-    """Jetsons need the runtime named; alone it adds devices only if NVIDIA_VISIBLE_DEVICES is set (github.com/mudler/vllm.cpp/pull/422)."""
+    """Jetsons need the runtime named; alone it adds devices only if
+    NVIDIA_VISIBLE_DEVICES is set (github.com/mudler/vllm.cpp/pull/422).
+    """
     if not facts.access.container:
         return None
     flags = "--runtime nvidia --gpus all" if facts.jetson else "--gpus all"
-    return "this container was given no GPU", f"docker run {flags} …; the host needs a driver and nvidia-container-toolkit"
+    return (
+        "this container was given no GPU",
+        f"docker run {flags} …; the host needs a driver and nvidia-container-toolkit",
+    )
 
 
 def _driverless(facts: Facts) -> tuple[str, str] | None:
     if facts.jetson:
-        return "JetPack's driver libraries are missing or not found", "sudo apt install --reinstall nvidia-l4t-cuda nvidia-l4t-core"
+        return (
+            "JetPack's driver libraries are missing or not found",
+            "sudo apt install --reinstall nvidia-l4t-cuda nvidia-l4t-core",
+        )
     if facts.access.wsl:
-        return "Windows gives WSL no GPU", "update the NVIDIA driver in Windows, then: wsl --update && wsl --shutdown"
+        return (
+            "Windows gives WSL no GPU",
+            "update the NVIDIA driver in Windows, then: wsl --update && wsl --shutdown",
+        )
     if facts.access.card or facts.access.nodes:
-        return "there is an NVIDIA card, but no working driver", "install one (Ubuntu: sudo ubuntu-drivers install), then restart"
+        return (
+            "there is an NVIDIA card, but no working driver",
+            "install one (Ubuntu: sudo ubuntu-drivers install), then restart",
+        )
     return None
 
 
 def _unused(facts: Facts) -> Finding | None:
-    """A GPU is there and nothing that would use it; a Jetson's missing TensorRT is told by the check of that."""
+    """A GPU is there and nothing that would use it; a Jetson's missing TensorRT is told
+    by the check of that.
+    """
     engines = {"onnxruntime-gpu", "tensorrt", facts.plugin} - {""}
-    if not facts.devices or facts.jetson or engines & set(facts.packages) or facts.probes["tensorrt"].installed:
+    if (
+        not facts.devices
+        or facts.jetson
+        or engines & set(facts.packages)
+        or facts.probes["tensorrt"].installed
+    ):
         return None
-    return note("the GPU is not used", "no engine for it is installed", f"{PIP_ONNXRUNTIME_GPU}, or: pip install -e '.[tensorrt]'")
+    return note(
+        "the GPU is not used",
+        "no engine for it is installed",
+        f"{PIP_ONNXRUNTIME_GPU}, or: pip install -e '.[tensorrt]'",
+    )
 
 
 def driver_runs(facts: Facts, library: str, major: int | None) -> Finding | None:
-    """Whether the driver is new enough for a library built for a CUDA major; an older major always runs on a newer driver."""
+    """Whether the driver is new enough for a library built for a CUDA major; an older
+    major always runs on a newer driver.
+    """
     if not facts.driver_cuda or not major:
         return None
     newest = numbers(facts.driver_cuda)[0]
@@ -101,27 +166,45 @@ def driver_runs(facts: Facts, library: str, major: int | None) -> Finding | None
     found = f"{library} is built for CUDA {major}, {_driver(facts)} runs up to {facts.driver_cuda}"
     cause = f"CUDA {major} needs driver {DRIVER_FOR_CUDA.get(major, 'of a newer release')} or newer"
     if facts.jetson:
-        return problem(found, "a Jetson's driver is part of JetPack", f"take the build for CUDA {newest}, or flash a JetPack with CUDA {major}")
+        return problem(
+            found,
+            "a Jetson's driver is part of JetPack",
+            f"take the build for CUDA {newest}, or flash a JetPack with CUDA {major}",
+        )
     return problem(found, cause, f"update the driver, or install {library} for CUDA {newest}")
 
 
 def _capability(facts: Facts) -> Finding | None:
-    """TensorRT 10.1 still took 7.0 (its support matrix), so a Volta with an older 10.x gets the benefit of the doubt."""
+    """TensorRT 10.1 still took 7.0 (its support matrix), so a Volta with an older 10.x
+    gets the benefit of the doubt.
+    """
     if not facts.devices or max(gpu.capability for gpu in facts.devices) >= LEAST_CAPABILITY:
         return None
     gpu = facts.devices[0]
-    found = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, old for TensorRT"
+    found = (
+        f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, old for "
+        f"TensorRT"
+    )
     version = numbers(str(facts.probes["tensorrt"].values.get("version", "")))
     if gpu.capability >= (7, 0) and version[:1] == (10,):
-        return warning(found, "late versions of TensorRT begin with 7.5 (Turing)", "stay with this TensorRT if it builds engines")
-    return problem(found, "TensorRT begins with 7.5 (Turing)", "use another GPU, or the CPU: --target cpu")
+        return warning(
+            found,
+            "late versions of TensorRT begin with 7.5 (Turing)",
+            "stay with this TensorRT if it builds engines",
+        )
+    return problem(
+        found, "TensorRT begins with 7.5 (Turing)", "use another GPU, or the CPU: --target cpu"
+    )
 
 
 def _rtx_capability(facts: Facts) -> Finding | None:
     if not facts.devices or any(gpu.capability in RTX_CAPABILITIES for gpu in facts.devices):
         return None
     gpu = facts.devices[0]
-    found = f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, not one of TensorRT-RTX's"
+    found = (
+        f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, not one "
+        f"of TensorRT-RTX's"
+    )
     cause = "TensorRT-RTX is for RTX GPUs: 8.6 (Ampere), 8.9 (Ada), 12.0 and 12.1 (Blackwell)"
     return problem(found, cause, "use --target tensorrt, --target cuda or --target cpu")
 
@@ -131,7 +214,9 @@ def _nvml(facts: Facts) -> Finding | None:
     if not facts.devices or facts.jetson or "nvidia-ml-py" in facts.packages:
         return None
     return warning(
-        "nvidia-ml-py is not installed", "infmllm-bench reads energy, memory and throttling of the GPU with it", "pip install nvidia-ml-py"
+        "nvidia-ml-py is not installed",
+        "infmllm-bench reads energy, memory and throttling of the GPU with it",
+        "pip install nvidia-ml-py",
     )
 
 

@@ -1,10 +1,23 @@
-"""Checks of the machine itself: processor, memory, disk, WSL, and ONNX Runtime on the CPU."""
+"""Checks of the machine itself: processor, memory, disk, WSL, and ONNX Runtime on the
+CPU.
+"""
 
 from __future__ import annotations
 
 from runtime.doctor.compatibility import OLDEST_ONNXRUNTIME, release
 from runtime.doctor.facts import Facts
-from runtime.doctor.finding import CPU, CUDA, RTX, WANTED, Check, Finding, note, ok, problem, warning
+from runtime.doctor.finding import (
+    CPU,
+    CUDA,
+    RTX,
+    WANTED,
+    Check,
+    Finding,
+    note,
+    ok,
+    problem,
+    warning,
+)
 from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU
 
 __all__ = ["CHECKS"]
@@ -16,20 +29,39 @@ _ALL = tuple(WANTED)
 
 
 def _processor(facts: Facts) -> Finding:
-    """Without 8-bit product instructions int8 still runs, and still wins in memory: docs/benchmarks.md measures such a machine."""
+    """Without 8-bit product instructions int8 still runs, and still wins in memory:
+    docs/benchmarks.md measures such a machine.
+    """
     features = set(facts.machine.isa)
     fast, bf16 = sorted(features & _FAST_8_BIT), sorted(features & _BF16)
-    has = f"{facts.machine.cpu}: 8-bit products by {', '.join(fast)}" if fast else f"{facts.machine.cpu}: no instructions for 8-bit products (VNNI)"
+    has = (
+        f"{facts.machine.cpu}: 8-bit products by {', '.join(fast)}"
+        if fast
+        else f"{facts.machine.cpu}: no instructions for 8-bit products (VNNI)"
+    )
     has += f"; bf16 by {', '.join(bf16)}" if bf16 else "; no bf16"
-    return ok(has) if fast else note(f"{has}. int8 is right here, and faster than fp32 by less than on newer processors")
+    return (
+        ok(has)
+        if fast
+        else note(
+            f"{has}. int8 is right here, and faster than fp32 by less than on newer processors"
+        )
+    )
 
 
 def _memory(facts: Facts) -> Finding:
     memory = facts.memory
-    found = f"{memory.available_mb / 1e3:.1f} of {memory.total_mb / 1e3:.1f} GB available, swap {memory.swap_mb / 1e3:.1f} GB"
+    found = (
+        f"{memory.available_mb / 1e3:.1f} of {memory.total_mb / 1e3:.1f} GB available, swap "
+        f"{memory.swap_mb / 1e3:.1f} GB"
+    )
     if memory.available_mb >= _LITTLE_MEMORY_MB:
         return ok(found)
-    return warning(found, "other programs hold the memory", "close them; `infmllm-export plan` tells what a model needs")
+    return warning(
+        found,
+        "other programs hold the memory",
+        "close them; `infmllm-export plan` tells what a model needs",
+    )
 
 
 def _disk(facts: Facts) -> Finding:
@@ -37,32 +69,64 @@ def _disk(facts: Facts) -> Finding:
     if facts.free_mb >= _LITTLE_DISK_MB:
         return ok(found)
     cause = "engines and packed weights take about twice a bundle's weights"
-    return warning(found, cause, "free some space, or set INFMLLM_CACHE to a folder on a larger disk; INFMLLM_ENGINE_CACHE_GB bounds it")
+    return warning(
+        found,
+        cause,
+        "free some space, or set INFMLLM_CACHE to a folder on a larger disk; "
+        "INFMLLM_ENGINE_CACHE_GB bounds it",
+    )
 
 
 def _wsl(facts: Facts) -> Finding | None:
-    return note("this is WSL: the GPU's driver is the one of Windows; install none in Linux") if facts.access.wsl else None
+    return (
+        note("this is WSL: the GPU's driver is the one of Windows; install none in Linux")
+        if facts.access.wsl
+        else None
+    )
 
 
 def _onnxruntime(facts: Facts) -> Finding:
     probe = facts.probes["onnxruntime"]
     if not probe.installed:
-        return problem("onnxruntime is not installed", "this Python environment lacks it", "pip install 'onnxruntime>=1.24'")
+        return problem(
+            "onnxruntime is not installed",
+            "this Python environment lacks it",
+            "pip install 'onnxruntime>=1.24'",
+        )
     if probe.error:
-        fix = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --force-reinstall onnxruntime"
-        return problem(f"onnxruntime does not load: {probe.error}", "its files are damaged, or made for another Python or system", fix)
+        fix = (
+            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --force-reinstall "
+            "onnxruntime"
+        )
+        return problem(
+            f"onnxruntime does not load: {probe.error}",
+            "its files are damaged, or made for another Python or system",
+            fix,
+        )
     version = str(probe.values["version"])
     if release(version) < OLDEST_ONNXRUNTIME:
-        return problem(f"onnxruntime {version}", "graphs and plugins of this project need 1.24 or newer", "pip install -U 'onnxruntime>=1.24'")
+        return problem(
+            f"onnxruntime {version}",
+            "graphs and plugins of this project need 1.24 or newer",
+            "pip install -U 'onnxruntime>=1.24'",
+        )
     return ok(f"onnxruntime {version}: {', '.join(probe.values['providers'])}")
 
 
 def _one_onnxruntime(facts: Facts) -> Finding | None:
-    """Both packages install the module `onnxruntime` (github.com/microsoft/onnxruntime/issues/26996)."""
+    """Both packages install the module `onnxruntime`
+    (github.com/microsoft/onnxruntime/issues/26996).
+    """
     if not {"onnxruntime", "onnxruntime-gpu"} <= set(facts.packages):
         return None
-    found = f"onnxruntime {facts.packages['onnxruntime']} and onnxruntime-gpu {facts.packages['onnxruntime-gpu']} are both installed"
-    cause = "they are the same module and overwrite each other's files: which one runs is a matter of chance"
+    found = (
+        f"onnxruntime {facts.packages['onnxruntime']} and onnxruntime-gpu "
+        f"{facts.packages['onnxruntime-gpu']} are both installed"
+    )
+    cause = (
+        "they are the same module and overwrite each other's files: which one runs is a "
+        "matter of chance"
+    )
     return problem(found, cause, f"{PIP_ONNXRUNTIME_GPU} (for rtx: pip install onnxruntime)")
 
 

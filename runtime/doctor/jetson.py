@@ -1,4 +1,6 @@
-"""Checks of a Jetson: its JetPack, whether the TensorRT installed may run on it, power mode, clocks, and memory for building engines."""
+"""Checks of a Jetson: its JetPack, whether the TensorRT installed may run on it, power
+mode, clocks, and memory for building engines.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,10 @@ __all__ = ["CHECKS"]
 _FASTEST = ("MAXN_SUPER", "MAXN")
 _SMALL_MB, _FREE_MB = 10_000, 3_000
 _TENSORRT_11 = (39, 2, 2)
-"""Jetson Linux of JetPack 7.2.2 (7.2 is 39.2.0, 7.2.1 is 39.2.1), from which TensorRT 11.4 runs: NVIDIA's page "Migrating TensorRT from 10.x to 11.x
-on Jetson/JetPack", 11.4.1."""
+"""Jetson Linux of JetPack 7.2.2 (7.2 is 39.2.0, 7.2.1 is 39.2.1), from which TensorRT
+11.4 runs: NVIDIA's page "Migrating TensorRT from 10.x to 11.x on Jetson/JetPack",
+11.4.1.
+"""
 
 
 def _jetpack(facts: Facts) -> Finding | None:
@@ -20,28 +24,54 @@ def _jetpack(facts: Facts) -> Finding | None:
         return None
     if not facts.jetson.l4t:
         cause = "a container shows the release only if its image has /etc/nv_tegra_release"
-        return note(f"{facts.machine.board}, JetPack unknown", cause, "run the doctor on the device itself, too")
+        return note(
+            f"{facts.machine.board}, JetPack unknown",
+            cause,
+            "run the doctor on the device itself, too",
+        )
     jetpack = facts.jetpack
     if jetpack is None:
-        return note(f"{facts.machine.board}: Jetson Linux {facts.jetson.l4t}, a JetPack this doctor does not know")
+        return note(
+            f"{facts.machine.board}: Jetson Linux {facts.jetson.l4t}, a JetPack this doctor does "
+            f"not know"
+        )
     tensorrt = facts.jetson.tensorrt or jetpack.tensorrt
-    found = f"{facts.machine.board}: JetPack {jetpack.name} (L4T {facts.jetson.l4t}), CUDA {jetpack.cuda}, TensorRT {tensorrt}"
+    found = (
+        f"{facts.machine.board}: JetPack {jetpack.name} (L4T {facts.jetson.l4t}), CUDA "
+        f"{jetpack.cuda}, TensorRT {tensorrt}"
+    )
     if release(tensorrt) >= OLDEST_TENSORRT:
         return ok(found)
-    return problem(found, f"TensorRT {tensorrt} does not take our graphs", "flash JetPack 6.2 or newer; --target cpu runs as it is")
+    return problem(
+        found,
+        f"TensorRT {tensorrt} does not take our graphs",
+        "flash JetPack 6.2 or newer; --target cpu runs as it is",
+    )
 
 
 def _tensorrt_on_jetson(facts: Facts) -> Finding | None:
-    version = str(facts.probes["tensorrt"].values.get("version", "") or facts.packages.get("tensorrt", ""))
+    version = str(
+        facts.probes["tensorrt"].values.get("version", "") or facts.packages.get("tensorrt", "")
+    )
     if facts.jetson is None or not version or not facts.jetson.l4t:
         return None
     l4t = numbers(facts.jetson.l4t)
     if numbers(version) >= (11,) and l4t < _TENSORRT_11:
         fix = "pip uninstall -y tensorrt, and use JetPack's; or update to JetPack 7.2.2"
-        return problem(f"TensorRT {version} on L4T {facts.jetson.l4t}", "TensorRT 11 runs on Jetson from JetPack 7.2.2 on", fix)
+        return problem(
+            f"TensorRT {version} on L4T {facts.jetson.l4t}",
+            "TensorRT 11 runs on Jetson from JetPack 7.2.2 on",
+            fix,
+        )
     if l4t < (38,) and any(name.endswith("-libs") for name in facts.packages):
-        cause = "PyPI's TensorRT for aarch64 is the build for servers (SBSA), which does not run on an Orin before JetPack 7"
-        fix = "pip uninstall -y tensorrt tensorrt-cu12-libs tensorrt-cu13-libs, then install the wheel that docs/jetson.md names"
+        cause = (
+            "PyPI's TensorRT for aarch64 is the build for servers (SBSA), which does not run "
+            "on an Orin before JetPack 7"
+        )
+        fix = (
+            "pip uninstall -y tensorrt tensorrt-cu12-libs tensorrt-cu13-libs, then install the "
+            "wheel that docs/jetson.md names"
+        )
         return problem(f"TensorRT {version} from PyPI on L4T {facts.jetson.l4t}", cause, fix)
     return None
 
@@ -50,11 +80,18 @@ def _power_mode(facts: Facts) -> Finding | None:
     if facts.jetson is None or not facts.jetson.mode:
         return None
     mode, modes = facts.jetson.mode, facts.jetson.modes
-    best = next(((number, name) for name in _FASTEST for number, known in modes.items() if known == name), None)
+    best = next(
+        ((number, name) for name in _FASTEST for number, known in modes.items() if known == name),
+        None,
+    )
     if best is None or mode == best[1]:
         return ok(f"power mode {mode}")
     cause = "this mode caps clocks and cores"
-    return warning(f"power mode {mode}, {best[1]} is faster", cause, f"sudo nvpmodel -m {best[0]} (needs the supply and cooling for it)")
+    return warning(
+        f"power mode {mode}, {best[1]} is faster",
+        cause,
+        f"sudo nvpmodel -m {best[0]} (needs the supply and cooling for it)",
+    )
 
 
 def _clocks(facts: Facts) -> Finding | None:
@@ -62,7 +99,11 @@ def _clocks(facts: Facts) -> Finding | None:
         return None
     if facts.jetson.clocks_pinned:
         return ok("clocks are pinned at the power mode's maximum (jetson_clocks)")
-    return note("clocks follow the load", "short answers end before clocks are up, and latencies scatter", "sudo jetson_clocks before measuring")
+    return note(
+        "clocks follow the load",
+        "short answers end before clocks are up, and latencies scatter",
+        "sudo jetson_clocks before measuring",
+    )
 
 
 def _memory(facts: Facts) -> Finding | None:
@@ -70,14 +111,30 @@ def _memory(facts: Facts) -> Finding | None:
     memory = facts.memory
     if facts.jetson is None or memory.total_mb > _SMALL_MB:
         return None
-    found = f"{memory.available_mb / 1e3:.1f} GB of memory shared by CPU and GPU are free, swap {memory.swap_mb / 1e3:.1f} GB"
+    found = (
+        f"{memory.available_mb / 1e3:.1f} GB of memory shared by CPU and GPU are free, swap "
+        f"{memory.swap_mb / 1e3:.1f} GB"
+    )
     disk = memory.swap_mb - memory.zram_mb
     if disk < 1000:
-        cause = "zram is memory, too: building an engine may be killed" if memory.zram_mb else "without swap, building an engine may be killed"
-        fix = "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && sudo swapon /swapfile"
-        return warning(found, cause, f"sudo systemctl disable nvzramconfig; {fix}" if memory.zram_mb else fix)
+        cause = (
+            "zram is memory, too: building an engine may be killed"
+            if memory.zram_mb
+            else "without swap, building an engine may be killed"
+        )
+        fix = (
+            "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap "
+            "/swapfile && sudo swapon /swapfile"
+        )
+        return warning(
+            found, cause, f"sudo systemctl disable nvzramconfig; {fix}" if memory.zram_mb else fix
+        )
     if memory.available_mb < _FREE_MB:
-        return warning(found, "the desktop and other programs hold the rest", "sudo systemctl isolate multi-user.target frees about 1 GB")
+        return warning(
+            found,
+            "the desktop and other programs hold the rest",
+            "sudo systemctl isolate multi-user.target frees about 1 GB",
+        )
     return ok(found)
 
 

@@ -1,10 +1,18 @@
-"""Checks of the GPU engines' libraries: ONNX Runtime's CUDA provider, TensorRT with its bindings and cuda-python, the TensorRT-RTX plugin."""
+"""Checks of the GPU engines' libraries: ONNX Runtime's CUDA provider, TensorRT with its
+bindings and cuda-python, the TensorRT-RTX plugin.
+"""
 
 from __future__ import annotations
 
 import re
 
-from runtime.doctor.compatibility import FUSED_TENSORRT, OLDEST_ONNXRUNTIME, OLDEST_TENSORRT, numbers, release
+from runtime.doctor.compatibility import (
+    FUSED_TENSORRT,
+    OLDEST_ONNXRUNTIME,
+    OLDEST_TENSORRT,
+    numbers,
+    release,
+)
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CUDA, RTX, TENSORRT, Check, Finding, ok, problem, warning
 from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU, driver_runs
@@ -15,15 +23,23 @@ _LIBRARY = re.compile(r"(lib[\w+-]+)\.so(?:\.(\d+))?[\w.]*: cannot open shared o
 
 
 def _cuda_major(facts: Facts) -> int | None:
-    """What onnxruntime-gpu is built for, as it says itself: PyPI's is for CUDA 13 since 1.27 (github.com/microsoft/onnxruntime/issues/29032)."""
+    """What onnxruntime-gpu is built for, as it says itself: PyPI's is for CUDA 13 since
+    1.27 (github.com/microsoft/onnxruntime/issues/29032).
+    """
     major = numbers(str(facts.probes["onnxruntime"].values.get("cuda", "")))
     return major[0] if major else None
 
 
 def _cuda_provider(facts: Facts) -> Finding | None:
     if "onnxruntime-gpu" not in facts.packages:
-        fix = "use --target tensorrt: PyPI has no onnxruntime-gpu for Jetson" if facts.jetson else PIP_ONNXRUNTIME_GPU
-        return problem("onnxruntime-gpu is not installed", "the CPU's onnxruntime has no CUDA provider", fix)
+        fix = (
+            "use --target tensorrt: PyPI has no onnxruntime-gpu for Jetson"
+            if facts.jetson
+            else PIP_ONNXRUNTIME_GPU
+        )
+        return problem(
+            "onnxruntime-gpu is not installed", "the CPU's onnxruntime has no CUDA provider", fix
+        )
     if not facts.probes["onnxruntime"].works:
         return None  # the check of onnxruntime tells why
     if "CUDAExecutionProvider" not in facts.probes["onnxruntime"].values["providers"]:
@@ -31,31 +47,54 @@ def _cuda_provider(facts: Facts) -> Finding | None:
         return problem(found, "another onnxruntime overwrote its files", PIP_ONNXRUNTIME_GPU)
     probe = facts.probes["cuda_provider"]
     if probe.works and probe.values["runs"]:
-        return ok(f"CUDAExecutionProvider computes (onnxruntime-gpu {facts.packages['onnxruntime-gpu']})")
+        return ok(
+            f"CUDAExecutionProvider computes (onnxruntime-gpu {facts.packages['onnxruntime-gpu']})"
+        )
     return _failed_provider(facts, probe.error, f"{probe.error}\n{probe.log}")
 
 
 def _failed_provider(facts: Facts, error: str, log: str) -> Finding:
-    """Which library it did not find tells what is missing; without a driver that one is libcuda, which the check of the GPU explains."""
+    """Which library it did not find tells what is missing; without a driver that one is
+    libcuda, which the check of the GPU explains.
+    """
     missing = _LIBRARY.search(log)
     built = _cuda_major(facts)
     if missing is None:
         return problem(
-            f"CUDAExecutionProvider does not start: {error or 'it fell back to the CPU'}", "see the check of the GPU", "repair what that says"
+            f"CUDAExecutionProvider does not start: {error or 'it fell back to the CPU'}",
+            "see the check of the GPU",
+            "repair what that says",
         )
     name, major = missing[1], missing[2]
-    found = f"CUDAExecutionProvider does not start: {name}.so{'.' + major if major else ''} is not found"
+    found = (
+        f"CUDAExecutionProvider does not start: {name}.so{'.' + major if major else ''} is "
+        f"not found"
+    )
     if "cudnn" in name:
-        return problem(found, f"cuDNN {major or 9} is not installed", f"pip install nvidia-cudnn-cu{built or 13}")
+        return problem(
+            found,
+            f"cuDNN {major or 9} is not installed",
+            f"pip install nvidia-cudnn-cu{built or 13}",
+        )
     if name == "libcuda":
         return problem(found, "there is no NVIDIA driver", "see the check of the GPU")
-    others = [package for package in facts.packages if package.startswith(("nvidia-cuda", "nvidia-cudnn"))]
-    cause = f"it needs the libraries of CUDA {built or major}" + (f", installed are {', '.join(others)}" if others else "")
-    return problem(found, cause, "pip install 'onnxruntime-gpu[cuda,cudnn]', or install that CUDA toolkit")
+    others = [
+        package for package in facts.packages if package.startswith(("nvidia-cuda", "nvidia-cudnn"))
+    ]
+    cause = f"it needs the libraries of CUDA {built or major}" + (
+        f", installed are {', '.join(others)}" if others else ""
+    )
+    return problem(
+        found, cause, "pip install 'onnxruntime-gpu[cuda,cudnn]', or install that CUDA toolkit"
+    )
 
 
 def _driver_onnxruntime(facts: Facts) -> Finding | None:
-    return driver_runs(facts, "onnxruntime-gpu", _cuda_major(facts)) if "onnxruntime-gpu" in facts.packages else None
+    return (
+        driver_runs(facts, "onnxruntime-gpu", _cuda_major(facts))
+        if "onnxruntime-gpu" in facts.packages
+        else None
+    )
 
 
 def _tensorrt(facts: Facts) -> Finding:
@@ -67,34 +106,80 @@ def _tensorrt(facts: Facts) -> Finding:
     found = f"TensorRT's bindings do not load: {probe.error}"
     missing = _LIBRARY.search(probe.error)
     if missing and missing[1].startswith(("libnvinfer", "libnvonnxparser")):
-        fix = "sudo apt install tensorrt libnvinfer-bin" if facts.jetson else "pip install --force-reinstall tensorrt"
-        return problem(found, f"{missing[1]} is missing: only the bindings are installed, or another major version of the library", fix)
-    cause = "a library it needs is missing, or bindings and library do not fit each other or this Python"
-    return problem(found, cause, "install bindings and library of one version (docs/jetson.md, or pip install --force-reinstall tensorrt)")
+        fix = (
+            "sudo apt install tensorrt libnvinfer-bin"
+            if facts.jetson
+            else "pip install --force-reinstall tensorrt"
+        )
+        return problem(
+            found,
+            f"{missing[1]} is missing: only the bindings are installed, or another major version "
+            f"of the library",
+            fix,
+        )
+    cause = (
+        "a library it needs is missing, or bindings and library do not fit each other or this "
+        "Python"
+    )
+    return problem(
+        found,
+        cause,
+        "install bindings and library of one version (docs/jetson.md, or pip install "
+        "--force-reinstall tensorrt)",
+    )
 
 
 def _no_bindings(facts: Facts) -> Finding:
     python, system = facts.python, facts.jetson.bindings if facts.jetson else ()
     if system and python.version not in system:
-        found = f"TensorRT's bindings of JetPack are for Python {', '.join(system)}, this is {python.version}"
+        found = (
+            f"TensorRT's bindings of JetPack are for Python {', '.join(system)}, this is "
+            f"{python.version}"
+        )
         cause = "bindings are compiled for one Python; this project needs 3.11 or newer"
-        return problem(found, cause, "install TensorRT's own wheel for this Python, of JetPack's version (docs/jetson.md)")
+        return problem(
+            found,
+            cause,
+            "install TensorRT's own wheel for this Python, of JetPack's version (docs/jetson.md)",
+        )
     if system and not python.sees_system:
         found = "this virtual environment does not see JetPack's TensorRT"
-        return problem(found, "it was made without the system's packages", "make it again: python3 -m venv --system-site-packages .venv")
+        return problem(
+            found,
+            "it was made without the system's packages",
+            "make it again: python3 -m venv --system-site-packages .venv",
+        )
     if facts.jetson:
-        return problem("TensorRT's bindings are not installed", "JetPack's compute packages are missing", "sudo apt install nvidia-jetpack")
-    return problem("TensorRT is not installed", "this Python environment lacks it", 'pip install -e ".[tensorrt]"')
+        return problem(
+            "TensorRT's bindings are not installed",
+            "JetPack's compute packages are missing",
+            "sudo apt install nvidia-jetpack",
+        )
+    return problem(
+        "TensorRT is not installed",
+        "this Python environment lacks it",
+        'pip install -e ".[tensorrt]"',
+    )
 
 
 def _tensorrt_library(facts: Facts) -> Finding | None:
-    """Libraries before 10 number themselves in another way; the check of the version speaks of those."""
+    """Libraries before 10 number themselves in another way; the check of the version
+    speaks of those.
+    """
     values = facts.probes["tensorrt"].values
     bindings, library = str(values.get("version", "")), str(values.get("library", ""))
-    if not bindings or not library or numbers(library) < (10,) or release(bindings) == release(library):
+    if (
+        not bindings
+        or not library
+        or numbers(library) < (10,)
+        or release(bindings) == release(library)
+    ):
         return None
     found = f"TensorRT's bindings are {bindings}, the library is {library}"
-    fix = f"install both of one version: pip install 'tensorrt=={'.'.join(map(str, release(library)))}.*', or the library of the bindings"
+    fix = (
+        f"install both of one version: pip install "
+        f"'tensorrt=={'.'.join(map(str, release(library)))}.*', or the library of the bindings"
+    )
     return problem(found, "two installations are mixed, such as one by pip and one by apt", fix)
 
 
@@ -105,13 +190,25 @@ def _tensorrt_version(facts: Facts) -> Finding | None:
     version = str(values["version"])
     if release(version) < OLDEST_TENSORRT:
         fix = "flash JetPack 6.2 or newer" if facts.jetson else "pip install -U tensorrt"
-        return problem(f"TensorRT {version} is too old", "its parser does not take our graphs; 10.3 is the oldest that does", fix)
+        return problem(
+            f"TensorRT {version} is too old",
+            "its parser does not take our graphs; 10.3 is the oldest that does",
+            fix,
+        )
     fused = values.get("fused", release(version) >= FUSED_TENSORRT)
-    return ok("the fused decoder runs: the cache is updated in place" if fused else "the plain decoder runs: no KVCacheUpdate layer before 10.15")
+    return ok(
+        "the fused decoder runs: the cache is updated in place"
+        if fused
+        else "the plain decoder runs: no KVCacheUpdate layer before 10.15"
+    )
 
 
 def _driver_tensorrt(facts: Facts) -> Finding | None:
-    return driver_runs(facts, "TensorRT", facts.tensorrt_cuda) if facts.probes["tensorrt"].installed else None
+    return (
+        driver_runs(facts, "TensorRT", facts.tensorrt_cuda)
+        if facts.probes["tensorrt"].installed
+        else None
+    )
 
 
 def _cuda_python(facts: Facts) -> Finding | None:
@@ -119,9 +216,17 @@ def _cuda_python(facts: Facts) -> Finding | None:
     wanted = facts.tensorrt_cuda or (numbers(facts.driver_cuda)[0] if facts.driver_cuda else None)
     span = f"'cuda-python>={wanted},<{wanted + 1}'" if wanted else "cuda-python"
     if not version:
-        return problem("cuda-python is not installed", "the TensorRT engine handles device memory with it", f"pip install {span}")
+        return problem(
+            "cuda-python is not installed",
+            "the TensorRT engine handles device memory with it",
+            f"pip install {span}",
+        )
     if wanted and numbers(version)[0] != wanted:
-        return problem(f"cuda-python {version} beside TensorRT for CUDA {wanted}", "they are of different CUDA majors", f"pip install {span}")
+        return problem(
+            f"cuda-python {version} beside TensorRT for CUDA {wanted}",
+            "they are of different CUDA majors",
+            f"pip install {span}",
+        )
     return ok(f"cuda-python {version}")
 
 
@@ -130,27 +235,56 @@ def _rtx(facts: Facts) -> Finding:
     if not facts.plugin and not probe.installed:
         cuda = 12 if facts.driver_cuda and numbers(facts.driver_cuda)[0] < 13 else 13
         fix = f"pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx-cu{cuda} (146 MB)"
-        return problem("the TensorRT-RTX plugin is not installed", "ONNX Runtime has it as a package of its own", fix)
+        return problem(
+            "the TensorRT-RTX plugin is not installed",
+            "ONNX Runtime has it as a package of its own",
+            fix,
+        )
     version = str(facts.probes["onnxruntime"].values.get("version", ""))
     if version and release(version) < OLDEST_ONNXRUNTIME:
-        return problem(f"onnxruntime {version} beside the TensorRT-RTX plugin", "the plugin needs 1.24 or newer", "pip install -U onnxruntime")
+        return problem(
+            f"onnxruntime {version} beside the TensorRT-RTX plugin",
+            "the plugin needs 1.24 or newer",
+            "pip install -U onnxruntime",
+        )
     if probe.error:
-        return problem(f"the TensorRT-RTX plugin does not load: {probe.error}", "a driver or library it needs is missing", "see the check of the GPU")
+        return problem(
+            f"the TensorRT-RTX plugin does not load: {probe.error}",
+            "a driver or library it needs is missing",
+            "see the check of the GPU",
+        )
     if not probe.values.get("devices"):
-        return problem("the TensorRT-RTX plugin finds no GPU", "it takes RTX GPUs from Ampere on", "see the checks of the GPU, or use --target cpu")
-    return ok(f"the TensorRT-RTX plugin {facts.packages.get(facts.plugin, '')} finds {probe.values['devices']} GPU")
+        return problem(
+            "the TensorRT-RTX plugin finds no GPU",
+            "it takes RTX GPUs from Ampere on",
+            "see the checks of the GPU, or use --target cpu",
+        )
+    return ok(
+        f"the TensorRT-RTX plugin {facts.packages.get(facts.plugin, '')} finds "
+        f"{probe.values['devices']} GPU"
+    )
 
 
 def _rtx_packages(facts: Facts) -> Finding | None:
     """NVIDIA's installation page says to uninstall onnxruntime-gpu first."""
     if not facts.plugin or "onnxruntime-gpu" not in facts.packages:
         return None
-    cause = "the plugin is made for the plain onnxruntime, which is another version of the same module"
-    return warning("onnxruntime-gpu beside the TensorRT-RTX plugin", cause, "pip uninstall -y onnxruntime-gpu && pip install onnxruntime")
+    cause = (
+        "the plugin is made for the plain onnxruntime, which is another version of the same module"
+    )
+    return warning(
+        "onnxruntime-gpu beside the TensorRT-RTX plugin",
+        cause,
+        "pip uninstall -y onnxruntime-gpu && pip install onnxruntime",
+    )
 
 
 def _driver_rtx(facts: Facts) -> Finding | None:
-    return driver_runs(facts, facts.plugin, 12 if facts.plugin.endswith("cu12") else 13) if facts.plugin else None
+    return (
+        driver_runs(facts, facts.plugin, 12 if facts.plugin.endswith("cu12") else 13)
+        if facts.plugin
+        else None
+    )
 
 
 CHECKS = (

@@ -1,4 +1,6 @@
-"""What libraries say of themselves, each asked in a process of its own: a broken installation may abort, hang or print, and none of it reaches us."""
+"""What libraries say of themselves, each asked in a process of its own: a broken
+installation may abort, hang or print, and none of it reaches us.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ _LONGEST = 400  # characters of an error
 
 @dataclass(frozen=True)
 class Probe:
-    """An answer: whether the module is installed, what it said, and the error's last line if it failed. `log` is what it printed as errors."""
+    """An answer: whether the module is installed, what it said, and the error's last
+    line if it failed. `log` is what it printed as errors.
+    """
 
     installed: bool
     values: dict[str, Any] = field(default_factory=dict)
@@ -36,7 +40,9 @@ class Probe:
 
 @dataclass(frozen=True)
 class Question:
-    """Code that fills `found`, and the module without which it is not asked ("" for none)."""
+    """Code that fills `found`, and the module without which it is not asked ("" for
+    none).
+    """
 
     module: str
     code: str
@@ -68,7 +74,8 @@ found["version"], found["package"] = ort.__version__, getattr(built, "package_na
 found["cuda"], found["providers"] = str(getattr(built, "cuda_version", "") or ""), ort.get_available_providers()
 """
 
-# A session with one product of matrices; onnxruntime falls back to the CPU by itself, and prints why.
+# A session with one product of matrices; onnxruntime falls back to the CPU by itself, and
+# prints why.
 _CUDA_PROVIDER = """
 import numpy, onnxruntime as ort
 from runtime.bench.limits import one_node_model
@@ -79,7 +86,8 @@ session = ort.InferenceSession(one_node_model("MatMul", left, (2, 2), kind, kind
 found["runs"] = session.get_providers()[0] == "CUDAExecutionProvider" and float(session.run(None, {"a": left})[0][0, 0]) == 2.0
 """
 
-# The library is asked, too: it may be another than the bindings were made for. Since TensorRT 10 its version is 10000 x major + 100 x minor + patch.
+# The library is asked, too: it may be another than the bindings were made for. Since TensorRT
+# 10 its version is 10000 x major + 100 x minor + patch.
 _TENSORRT = """
 import ctypes
 import tensorrt as trt
@@ -106,19 +114,33 @@ PROBES: dict[str, Question] = {
 }
 
 
-def run_probe(name: str, seconds: float = _SECONDS, find: Callable[[str], object] = importlib.util.find_spec) -> Probe:
+def run_probe(
+    name: str, seconds: float = _SECONDS, find: Callable[[str], object] = importlib.util.find_spec
+) -> Probe:
     """Asks one question of `PROBES`; whatever happens there comes back as an answer."""
     question = PROBES[name]
     if question.module and find(question.module) is None:
         return Probe(installed=False)
     code = f"import json\nfound = {{}}\n{question.code}\nprint({_MARK!r} + json.dumps(found))"
     try:
-        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, errors="replace", timeout=seconds)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
     except subprocess.TimeoutExpired:
         return Probe(True, error=f"no answer within {seconds:.0f} s")
-    answers = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    answers = [
+        line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)
+    ]
     log = re.sub(r"\x1b\[[0-9;]*m", "", done.stderr.strip())
-    return Probe(True, json.loads(answers[-1]), log=log) if answers else Probe(True, error=_failure(done.returncode, log), log=log)
+    return (
+        Probe(True, json.loads(answers[-1]), log=log)
+        if answers
+        else Probe(True, error=_failure(done.returncode, log), log=log)
+    )
 
 
 def _failure(code: int, log: str) -> str:

@@ -26,8 +26,9 @@ def verdict(diagnosis: Diagnosis) -> str:
     targets = ", ".join(diagnosis.targets)
     if not diagnosis.problems:
         return f"nothing keeps {targets} from running here"
-    return f"{len(diagnosis.problems)} problem{'s' if len(diagnosis.problems) > 1 else ''} for {targets}: " + ", ".join(
-        result.check for result in diagnosis.problems
+    return (
+        f"{len(diagnosis.problems)} problem{'s' if len(diagnosis.problems) > 1 else ''} for "
+        f"{targets}: " + ", ".join(result.check for result in diagnosis.problems)
     )
 
 
@@ -37,43 +38,81 @@ def _ordered(diagnosis: Diagnosis) -> list[Result]:
 
 
 def _machine(facts: Facts) -> str:
-    python = f"Python {facts.python.version}" + (" in a virtual environment" if facts.python.virtual else "")
+    python = f"Python {facts.python.version}" + (
+        " in a virtual environment" if facts.python.virtual else ""
+    )
     place = "a container" if facts.access.container else "WSL" if facts.access.wsl else ""
-    return ", ".join(part for part in (facts.machine.board or facts.machine.cpu, facts.machine.os, python, place) if part)
+    return ", ".join(
+        part
+        for part in (facts.machine.board or facts.machine.cpu, facts.machine.os, python, place)
+        if part
+    )
 
 
 def diagnosis_text(facts: Facts, diagnosis: Diagnosis, width: int = 110) -> str:
-    """A line for each finding, with cause and fix under it; what matters to other targets only is kept to that line."""
+    """A line for each finding, with cause and fix under it; what matters to other
+    targets only is kept to that line.
+    """
     lines, aside = [_machine(facts)], False
     for result in _ordered(diagnosis):
         if result.aside and not aside:
             lines.append("for other targets:")
             aside = True
         lines += _lines(result, width)
-    return "\n".join(lines if diagnosis.problems else [*lines, verdict(diagnosis)])  # problems end in an error of one line
+    return "\n".join(
+        lines if diagnosis.problems else [*lines, verdict(diagnosis)]
+    )  # problems end in an error of one line
 
 
 def _lines(result: Result, width: int) -> list[str]:
     head = f"{result.finding.level:8} {result.check:23} "
-    found = textwrap.wrap(result.finding.found, width, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False)
+    found = textwrap.wrap(
+        result.finding.found,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_on_hyphens=False,
+    )
     if result.finding.cause and not result.aside:
         start = f"{'':9}{'cause':23} "
-        found += textwrap.wrap(result.finding.cause, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
-        found.append(f"{'':9}{'fix':23} {result.finding.fix}")  # on one line: it is made to be copied
+        found += textwrap.wrap(
+            result.finding.cause,
+            width,
+            initial_indent=start,
+            subsequent_indent=" " * len(start),
+            break_on_hyphens=False,
+        )
+        found.append(
+            f"{'':9}{'fix':23} {result.finding.fix}"
+        )  # on one line: it is made to be copied
     return found
 
 
 def diagnosis_json(facts: Facts, diagnosis: Diagnosis) -> str:
     """Everything: facts, and findings with the targets they matter to."""
-    findings = [{"check": r.check, "targets": r.targets, "aside": r.aside, **asdict(r.finding)} for r in diagnosis.results]
+    findings = [
+        {"check": r.check, "targets": r.targets, "aside": r.aside, **asdict(r.finding)}
+        for r in diagnosis.results
+    ]
     counts = {level: sum(r.finding.level == level for r in diagnosis.results) for level in LEVELS}
-    return json.dumps({"targets": diagnosis.targets, "ok": not diagnosis.problems, "counts": counts, "findings": findings, "facts": asdict(facts)})
+    return json.dumps(
+        {
+            "targets": diagnosis.targets,
+            "ok": not diagnosis.problems,
+            "counts": counts,
+            "findings": findings,
+            "facts": asdict(facts),
+        }
+    )
 
 
 def diagnosis_page(facts: Facts, diagnosis: Diagnosis) -> str:
     """The page's text."""
     body = f"<h1>Doctor</h1><p>{escape(_machine(facts))}</p><p><b>{escape(verdict(diagnosis))}</b></p>{_table(_ordered(diagnosis))}"
-    packages = ", ".join(f"{name} {version}" for name, version in facts.packages.items()) or "none of those looked for"
+    packages = (
+        ", ".join(f"{name} {version}" for name, version in facts.packages.items())
+        or "none of those looked for"
+    )
     return html_page("infmllm doctor", f"{body}<h2>Packages</h2><p>{escape(packages)}</p>", _STYLE)
 
 
@@ -84,5 +123,7 @@ def _table(results: list[Result]) -> str:
         f"<td>{f'<code>{escape(result.finding.fix)}</code>' if result.finding.fix else ''}</td><td>{', '.join(result.targets)}</td></tr>"
         for result in results
     )
-    head = "".join(f"<th>{name}</th>" for name in ("level", "check", "found", "cause", "fix", "matters to"))
+    head = "".join(
+        f"<th>{name}</th>" for name in ("level", "check", "found", "cause", "fix", "matters to")
+    )
     return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'

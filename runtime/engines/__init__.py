@@ -1,6 +1,7 @@
 """Inference engines behind one protocol, and the table of targets that names them.
 
-An engine owns both graphs and the key/value cache buffers. Heavy imports live in each engine's own file and happen on `load_engine`.
+An engine owns both graphs and the key/value cache buffers. Heavy imports live in each
+engine's own file and happen on `load_engine`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from runtime.contract.bundle import Bundle
 from runtime.contract.errors import EngineError
 from runtime.output.console import note
 
-__all__ = ["TARGETS", "Batch", "Engine", "EngineOptions", "Target", "Trial", "available_cores", "load_engine"]
+__all__ = [
+    "TARGETS",
+    "Batch",
+    "Engine",
+    "EngineOptions",
+    "Target",
+    "Trial",
+    "available_cores",
+    "load_engine",
+]
 
 
 def available_cores() -> int:
@@ -29,10 +39,12 @@ def available_cores() -> int:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Settings of an engine: CPU threads (None: all cores this process may use) and cache rows (None: the model's context).
+    """Settings of an engine: CPU threads (None: all cores this process may use) and
+    cache rows (None: the model's context).
 
-    `engine_cache` lets it keep large weights on disk in the form its kernels want. `workspace_mb` is what a GPU compiler may use while building
-    (None: $INFMLLM_WORKSPACE_MB, else half of the memory that is free).
+    `engine_cache` lets it keep large weights on disk in the form its kernels want.
+    `workspace_mb` is what a GPU compiler may use while building (None:
+    $INFMLLM_WORKSPACE_MB, else half of the memory that is free).
     """
 
     threads: int | None = None
@@ -42,14 +54,20 @@ class EngineOptions:
 
 
 class Batch(Protocol):
-    """Several sequences decoded together, each in a slot with cache rows of its own. Holds copies: the engine's own cache is left alone."""
+    """Several sequences decoded together, each in a slot with cache rows of its own.
+    Holds copies: the engine's own cache is left alone.
+    """
 
     def fill(self, slot: int, rows: int) -> None:
         """Copies the first `rows` rows of the engine's own cache into a slot."""
         ...
 
-    def step(self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]) -> NDArray[np.float32]:
-        """One token [n,1,H] for each of the first n slots, written to row starts[i] [n]; logits [n,V], valid until the next call."""
+    def step(
+        self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
+        """One token [n,1,H] for each of the first n slots, written to row starts[i]
+        [n]; logits [n,V], valid until the next call.
+        """
         ...
 
     def copy(self, sources: Sequence[int], start: int, end: int) -> None:
@@ -58,12 +76,16 @@ class Batch(Protocol):
 
 
 class Trial(Protocol):
-    """What an engine made on this machine must pass before it answers: the bundle's goldens, replayed through it."""
+    """What an engine made on this machine must pass before it answers: the bundle's
+    goldens, replayed through it.
+    """
 
     def judge(self, failed: Mapping[str, str]) -> None:
-        """Takes the outcome: the stages (vision, prefill, decode) out of tolerance, and by how much.
+        """Takes the outcome: the stages (vision, prefill, decode) out of tolerance, and
+        by how much.
 
-        What failed is replaced by another form of the same graph, if the bundle has one, and is on trial again. Raises `EngineError` if it has none.
+        What failed is replaced by another form of the same graph, if the bundle has
+        one, and is on trial again. Raises `EngineError` if it has none.
         """
         ...
 
@@ -79,35 +101,49 @@ class Engine(Protocol):
 
     @property
     def trial(self) -> Trial | None:
-        """Set while the engine must not answer yet (see `Trial`); engines that run the bundle's own graphs need none."""
+        """Set while the engine must not answer yet (see `Trial`); engines that run the
+        bundle's own graphs need none.
+        """
         ...
 
-    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
+    def embed_image(
+        self, pixels: NDArray[np.float32], pool: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         """pixels [N,3,S,S] and pool [T,s*s] to image embeddings [N,T,H]."""
         ...
 
     def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        """Writes cache rows start to start+L from inputs [1,L,H] and returns the last position's logits [V], valid until the next call."""
+        """Writes cache rows start to start+L from inputs [1,L,H] and returns the last
+        position's logits [V], valid until the next call.
+        """
         ...
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
-        """`forward` of one position [1,1,H] and its likeliest token, chosen where the logits are. Raises `NonFiniteError`."""
+        """`forward` of one position [1,1,H] and its likeliest token, chosen where the
+        logits are. Raises `NonFiniteError`.
+        """
         ...
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        """`forward` of a few decoding steps at once, with the decoding graph: logits of every position [L,V], valid until the next call."""
+        """`forward` of a few decoding steps at once, with the decoding graph: logits of
+        every position [L,V], valid until the next call.
+        """
         ...
 
     def batch(self, slots: int, rows: int) -> Batch:
-        """Room for `slots` sequences of up to `rows` rows. Raises `ContextError` if there is no memory for it."""
+        """Room for `slots` sequences of up to `rows` rows. Raises `ContextError` if
+        there is no memory for it.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Target:
-    """A place bundles run: the engine class as "module:class" and the extra that installs it.
+    """A place bundles run: the engine class as "module:class" and the extra that
+    installs it.
 
-    Where `module` is installed it also runs bundles of the targets `spares`, if their own engine is not.
+    Where `module` is installed it also runs bundles of the targets `spares`, if their
+    own engine is not.
     """
 
     name: str
@@ -122,10 +158,25 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("cpu", "runtime.engines.onnxruntime.cpu:OrtEngine", "", "ONNX Runtime on the CPU"),
-        Target("cuda", "runtime.engines.onnxruntime.cuda:OrtCudaEngine", "gpu", "ONNX Runtime on an NVIDIA GPU"),
-        Target("tensorrt", "runtime.engines.tensorrt.engine:TensorRtEngine", "tensorrt", "TensorRT on an NVIDIA GPU or Jetson"),
         Target(
-            *("rtx", "runtime.engines.onnxruntime.tensorrt_rtx:OrtRtxEngine", "rtx", "ONNX Runtime's TensorRT-RTX plugin on a desktop RTX GPU"),
+            "cuda",
+            "runtime.engines.onnxruntime.cuda:OrtCudaEngine",
+            "gpu",
+            "ONNX Runtime on an NVIDIA GPU",
+        ),
+        Target(
+            "tensorrt",
+            "runtime.engines.tensorrt.engine:TensorRtEngine",
+            "tensorrt",
+            "TensorRT on an NVIDIA GPU or Jetson",
+        ),
+        Target(
+            *(
+                "rtx",
+                "runtime.engines.onnxruntime.tensorrt_rtx:OrtRtxEngine",
+                "rtx",
+                "ONNX Runtime's TensorRT-RTX plugin on a desktop RTX GPU",
+            ),
             *(("tensorrt",), "onnxruntime_ep_nv_tensorrt_rtx"),
         ),
     )
@@ -133,20 +184,35 @@ TARGETS: dict[str, Target] = {
 
 
 def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
-    """Creates the engine a bundle was built for. Raises `EngineError` if it is unknown or not installed."""
+    """Creates the engine a bundle was built for. Raises `EngineError` if it is unknown
+    or not installed.
+    """
     target = TARGETS.get(bundle.target)
     if target is None:
-        raise EngineError(f"bundle target is {bundle.target!r:.40}, this runtime has: {', '.join(TARGETS)}; rebuild with --target")
+        raise EngineError(
+            f"bundle target is {bundle.target!r:.40}, this runtime has: {', '.join(TARGETS)}; "
+            f"rebuild with --target"
+        )
     try:
         return _made(target, bundle, options)
     except ImportError as error:
         for spare in TARGETS.values():
             if bundle.target in spare.spares and importlib.util.find_spec(spare.module):
-                note(f"the engine of target {target.name} is not installed; {spare.help} runs this bundle")
+                note(
+                    f"the engine of target {target.name} is not installed; {spare.help} runs this "
+                    f"bundle"
+                )
                 return _made(spare, bundle, options)
         extra = f"[{target.extra}]" if target.extra else ""
-        fault = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded ({' '.join(str(error).split()):.160})"
-        raise EngineError(f"target {target.name} needs {error.name or 'a library'}, which {fault}; run: pip install 'infmllm-edge{extra}'") from None
+        fault = (
+            "is not installed"
+            if isinstance(error, ModuleNotFoundError)
+            else f"cannot be loaded ({' '.join(str(error).split()):.160})"
+        )
+        raise EngineError(
+            f"target {target.name} needs {error.name or 'a library'}, which {fault}; run: pip "
+            f"install 'infmllm-edge{extra}'"
+        ) from None
 
 
 def _made(target: Target, bundle: Bundle, options: EngineOptions) -> Engine:

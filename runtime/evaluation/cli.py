@@ -1,6 +1,8 @@
-"""`infmllm-eval MODEL DATA`: scores a bundle (torch-free) or a checkpoint on a jsonl file or on held-out synthetic scenes.
+"""`infmllm-eval MODEL DATA`: scores a bundle (torch-free) or a checkpoint on a jsonl
+file or on held-out synthetic scenes.
 
-Checkpoints are answered by a package this one must not import; it registers itself as an entry point and is found by name.
+Checkpoints are answered by a package this one must not import; it registers itself as
+an entry point and is found by name.
 """
 
 from __future__ import annotations
@@ -50,45 +52,86 @@ class BundleAnswerer:
 
     def answer(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> str:
         """See `Answerer.answer`."""
-        return self.session.answer_prompt(image, sample.prompt(), sample.task, sample.text, visual_tokens).text
+        return self.session.answer_prompt(
+            image, sample.prompt(), sample.task, sample.text, visual_tokens
+        ).text
 
 
 def open_answerer(path: Path) -> Answerer:
-    """A bundle's or a checkpoint's answerer, by what the folder holds. Raises `UsageError` if it is neither."""
+    """A bundle's or a checkpoint's answerer, by what the folder holds. Raises
+    `UsageError` if it is neither.
+    """
     if (path / MANIFEST).exists():
         return BundleAnswerer(path)
     if (path / "config.json").exists():
         return find_plugin(ANSWERERS, "checkpoint")(path)  # type: ignore[no-any-return]
-    raise UsageError(f"{path} is neither a bundle ({MANIFEST}) nor a checkpoint (config.json); check the path")
+    raise UsageError(
+        f"{path} is neither a bundle ({MANIFEST}) nor a checkpoint (config.json); check the path"
+    )
 
 
 @app.command(epilog=_EXAMPLES)
 def run(
     model: Annotated[Path, typer.Argument(help="Bundle or checkpoint folder.")],
-    data: Annotated[str, typer.Argument(help="A .jsonl file, synthetic[:COUNT], or NAME:PATH,option=value (coco, vqav2, refcoco, llava, voc).")],
-    visual_tokens: Annotated[int | None, typer.Option(help="Visual embeddings per image. Default: the model's best.")] = None,
-    control: Annotated[bool, typer.Option("--control", help="Also score with plain pictures: what the questions alone give away.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out bad rows and count them, instead of stopping.")] = False,
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A .jsonl file, synthetic[:COUNT], or NAME:PATH,option=value (coco, vqav2, "
+            "refcoco, llava, voc)."
+        ),
+    ],
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Visual embeddings per image. Default: the model's best.")
+    ] = None,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control", help="Also score with plain pictures: what the questions alone give away."
+        ),
+    ] = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Leave out bad rows and count them, instead of stopping."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write every answer to this jsonl file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with pictures, answers and boxes, worst first.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with pictures, answers and boxes, worst first."),
+    ] = None,
 ) -> None:
     """Prints accuracy per task with its 95 % interval."""
     check_output(out)
     check_output(html)
     examples, answerer = open_examples(data, skip_bad), open_answerer(model)
     faults, shown = Faults(skip_bad), track(examples, len(examples), "answering")
-    tasks, kinds, rows = evaluate(answerer, shown, visual_tokens, thumbnails=html is not None, faults=faults)
+    tasks, kinds, rows = evaluate(
+        answerer, shown, visual_tokens, thumbnails=html is not None, faults=faults
+    )
     if summary := faults.summary():
         note(summary)
     if not rows:
         raise DataError(f"data {data!r} has no samples left; check the file and its format")
-    result: dict[str, Any] = {"model": model.name, "data": data, "visual_tokens": visual_tokens, "tasks": tasks.figures(), "kinds": kinds.figures()}
+    result: dict[str, Any] = {
+        "model": model.name,
+        "data": data,
+        "visual_tokens": visual_tokens,
+        "tasks": tasks.figures(),
+        "kinds": kinds.figures(),
+    }
     if control:
-        blank, _, _ = evaluate(answerer, track(examples, len(examples), "answering without pictures"), visual_tokens, True, faults=Faults(skip_bad))
+        blank, _, _ = evaluate(
+            answerer,
+            track(examples, len(examples), "answering without pictures"),
+            visual_tokens,
+            True,
+            faults=Faults(skip_bad),
+        )
         result["control"] = blank.figures()
     if out:
-        out.write_text("".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows))
+        out.write_text(
+            "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
+        )
     if html:
         html.write_text(report_page(result, rows))
         note(f"wrote {html}")
@@ -103,8 +146,14 @@ def format_result(result: dict[str, Any]) -> str:
         extra += f", CIDEr-D {figures['cider']:.1f}" if "cider" in figures else ""
         if "control" in result:
             extra += f", without pictures {result['control'][task]['accuracy']:.1f}"
-        lines.append(f"{task:8} {_share(figures)} {METRIC_NAMES[task]} ({figures['count']:.0f} samples{extra})")
-    lines += [f"  {kind:32} {_share(figures)} of {figures['count']:.0f}" for kind, figures in sorted(result["kinds"].items())]
+        lines.append(
+            f"{task:8} {_share(figures)} {METRIC_NAMES[task]} ({figures['count']:.0f} "
+            f"samples{extra})"
+        )
+    lines += [
+        f"  {kind:32} {_share(figures)} of {figures['count']:.0f}"
+        for kind, figures in sorted(result["kinds"].items())
+    ]
     return "\n".join(lines)
 
 

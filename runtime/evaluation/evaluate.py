@@ -1,6 +1,8 @@
-"""Scoring answers over examples, and finding what other packages registered: things that answer, and data sets that can be made.
+"""Scoring answers over examples, and finding what other packages registered: things
+that answer, and data sets that can be made.
 
-Synthetic data and checkpoints come from packages the runtime must not import; they register entry points and are found by name.
+Synthetic data and checkpoints come from packages the runtime must not import; they
+register entry points and are found by name.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from runtime.data.sample import Example, Sample
 from runtime.evaluation.metrics import Scoreboard, Scored, score
 from runtime.output.draw_boxes import draw_boxes, truth_and_found
 
-__all__ = ["ANSWERERS", "DATASETS", "AnswerRow", "Answerer", "evaluate", "find_plugin", "open_examples"]
+__all__ = [
+    "ANSWERERS",
+    "DATASETS",
+    "AnswerRow",
+    "Answerer",
+    "evaluate",
+    "find_plugin",
+    "open_examples",
+]
 
 ANSWERERS, DATASETS = "infmllm.answerers", "infmllm.datasets"
 _THUMBNAIL, _RIGHT_PICTURED = 256, 400
@@ -35,24 +45,35 @@ class Answerer(Protocol):
 
 
 def find_plugin(group: str, name: str) -> Any:
-    """Loads what an installed package registered; raises `UsageError` when it, or something it needs, is not installed."""
+    """Loads what an installed package registered; raises `UsageError` when it, or
+    something it needs, is not installed.
+    """
     for entry in entry_points(group=group, name=name):
         try:
             return entry.load()
         except ImportError as error:
-            raise UsageError(f"{name} needs {error.name}, which is not installed; run: pip install 'infmllm-edge[train]'") from None
-    raise UsageError(f"{name} is not available in this installation; run: pip install 'infmllm-edge[train]'")
+            raise UsageError(
+                f"{name} needs {error.name}, which is not installed; run: pip install "
+                f"'infmllm-edge[train]'"
+            ) from None
+    raise UsageError(
+        f"{name} is not available in this installation; run: pip install 'infmllm-edge[train]'"
+    )
 
 
 def open_examples(data: str, skip_bad: bool = False) -> list[Example]:
-    """Examples of a data argument (see `data_source`), read by whatever package registered readers. Raises `DataError` or `UsageError`."""
+    """Examples of a data argument (see `data_source`), read by whatever package
+    registered readers. Raises `DataError` or `UsageError`.
+    """
     examples: list[Example] = find_plugin(DATASETS, "readers")(data, skip_bad)
     return examples
 
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One scored answer with what a report shows of it; `thumbnail` is a JPEG with true and found boxes drawn, where asked for."""
+    """One scored answer with what a report shows of it; `thumbnail` is a JPEG with true
+    and found boxes drawn, where asked for.
+    """
 
     name: str
     sample: Sample
@@ -62,8 +83,18 @@ class AnswerRow:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
-        row: dict[str, Any] = {"name": self.name, "task": self.sample.task, "kind": self.sample.kind, "text": self.sample.text, "answer": self.answer}
-        row |= {"expected": self.sample.answer, "value": self.scored.value, "right": self.scored.value >= 0.5}
+        row: dict[str, Any] = {
+            "name": self.name,
+            "task": self.sample.task,
+            "kind": self.sample.kind,
+            "text": self.sample.text,
+            "answer": self.answer,
+        }
+        row |= {
+            "expected": self.sample.answer,
+            "value": self.scored.value,
+            "right": self.scored.value >= 0.5,
+        }
         return row | ({"iou": self.scored.iou} if self.scored.iou is not None else {})
 
 
@@ -75,10 +106,13 @@ def evaluate(
     thumbnails: bool = False,
     faults: Faults | None = None,
 ) -> tuple[Scoreboard, Scoreboard, list[AnswerRow]]:
-    """Scores by task, scores of each kind within a task ("vqa/colour"), and one row per answer.
+    """Scores by task, scores of each kind within a task ("vqa/colour"), and one row per
+    answer.
 
-    `blank` shows a plain picture of the mean colour instead: what a model scores then it knows from the questions alone. Thumbnails are made of all
-    wrong answers and of some right ones. A picture that cannot be used, or a prompt too long, goes to `faults` (default: is an error).
+    `blank` shows a plain picture of the mean colour instead: what a model scores then
+    it knows from the questions alone. Thumbnails are made of all wrong answers and of
+    some right ones. A picture that cannot be used, or a prompt too long, goes to
+    `faults` (default: is an error).
     """
     tasks, kinds, rows = Scoreboard(), Scoreboard(), list[AnswerRow]()
     faults, right = faults or Faults(), 0
@@ -92,7 +126,15 @@ def evaluate(
                 scored = score(sample, text)
                 right += scored.value == 1
                 pictured = thumbnails and (scored.value < 1 or right <= _RIGHT_PICTURED)
-                found.append(AnswerRow(example.name, sample, text, scored, _thumbnail(shown, sample, scored) if pictured else b""))
+                found.append(
+                    AnswerRow(
+                        example.name,
+                        sample,
+                        text,
+                        scored,
+                        _thumbnail(shown, sample, scored) if pictured else b"",
+                    )
+                )
         for row in found:
             tasks.add(row.sample.task, row.scored)
             if row.sample.kind and row.sample.kind != row.sample.task:
@@ -105,5 +147,7 @@ def _thumbnail(image: Image.Image, sample: Sample, scored: Scored) -> bytes:
     small = image.copy()
     small.thumbnail((_THUMBNAIL, _THUMBNAIL))
     data = io.BytesIO()
-    draw_boxes(small, truth_and_found(small.size, sample.box, scored.found)).save(data, "JPEG", quality=80, subsampling=0)
+    draw_boxes(small, truth_and_found(small.size, sample.box, scored.found)).save(
+        data, "JPEG", quality=80, subsampling=0
+    )
     return data.getvalue()

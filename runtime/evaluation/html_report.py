@@ -1,4 +1,6 @@
-"""The evaluation as one HTML page that needs nothing else: tables of figures, then every picture with its answer and boxes, worst first."""
+"""The evaluation as one HTML page that needs nothing else: tables of figures, then
+every picture with its answer and boxes, worst first.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +32,41 @@ def _rgb(colour: tuple[int, int, int]) -> str:
     return f"rgb({colour[0]},{colour[1]},{colour[2]})"
 
 
-def _table(figures: Mapping[str, Mapping[str, float]], control: Mapping[str, Mapping[str, float]]) -> str:
+def _table(
+    figures: Mapping[str, Mapping[str, float]], control: Mapping[str, Mapping[str, float]]
+) -> str:
     rows = []
     for name, row in figures.items():
         accuracy, low, high = row["accuracy"], row["low"], row["high"]
-        bar = f'<span class="bar"><i style="width:{accuracy:.1f}%"></i><b style="left:{low:.1f}%;width:{max(0.5, high - low):.1f}%"></b></span>'
+        bar = (
+            f'<span class="bar"><i style="width:{accuracy:.1f}%"></i><b '
+            f'style="left:{low:.1f}%;width:{max(0.5, high - low):.1f}%"></b></span>'
+        )
         iou = f"{row['mean_iou']:.3f}" if "mean_iou" in row else ""
         cider = f"{row['cider']:.0f}" if "cider" in row else ""
         blank = f"{control[name]['accuracy']:.1f}" if name in control else ""
-        rows.append((escape(name), f"{row['count']:.0f}", f"{accuracy:.1f}", f"{low:.1f} to {high:.1f}", bar, iou, cider, blank))
-    head = ("", "samples", "right, %", "95 % interval", "", "mean IoU", "CIDEr-D", "without picture, %")
+        rows.append(
+            (
+                escape(name),
+                f"{row['count']:.0f}",
+                f"{accuracy:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                bar,
+                iou,
+                cider,
+                blank,
+            )
+        )
+    head = (
+        "",
+        "samples",
+        "right, %",
+        "95 % interval",
+        "",
+        "mean IoU",
+        "CIDEr-D",
+        "without picture, %",
+    )
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
     lines = ["".join(f"<th>{head[column]}</th>" for column in kept)]
     lines += ["".join(f"<td>{row[column]}</td>" for column in kept) for row in rows]
@@ -55,18 +82,31 @@ def _figure(row: AnswerRow) -> str:
     turns = "".join(f"{escape(m.role)}: {escape(m.content)}<br>" for m in sample.messages[:-1])
     return (
         f'<figure class="{"right" if value >= 0.5 else "wrong"}">{picture}'
-        f"<figcaption><em>{escape(row.name)} · {escape(sample.task)}{overlap}</em><br>{turns}{escape(sample.text)}<br>"
+        f"<figcaption><em>{escape(row.name)} · "
+        f"{escape(sample.task)}{overlap}</em><br>{turns}{escape(sample.text)}<br>"
         f"<b>{escape(row.answer) or '(nothing)'}</b>{'' if value == 1 else f'<br><em>expected</em> {escape(expected)}'}</figcaption></figure>"
     )
 
 
 def report_page(result: Mapping[str, Any], rows: Sequence[AnswerRow]) -> str:
-    """The page's text. `result` holds figures as `infmllm-eval --json` prints them; at most 400 answers are shown, the worst first."""
-    ordered = sorted(rows, key=lambda row: (row.scored.value, row.scored.iou if row.scored.iou is not None else 1.0))[:_MAX_ROWS]
+    """The page's text. `result` holds figures as `infmllm-eval --json` prints them; at
+    most 400 answers are shown, the worst first.
+    """
+    ordered = sorted(
+        rows,
+        key=lambda row: (row.scored.value, row.scored.iou if row.scored.iou is not None else 1.0),
+    )[:_MAX_ROWS]
     tokens = f", {result['visual_tokens']} visual tokens" if result.get("visual_tokens") else ""
     title = f"{result['model']} on {result['data']}{tokens}"
-    legend = f'<span style="color:{_rgb(TRUE)}">■</span> true box, <span style="color:{_rgb(FOUND)}">■</span> found box'
-    shown = f"{len(ordered)} of {len(rows)} answers, worst first" if len(ordered) < len(rows) else f"All {len(rows)} answers, worst first"
+    legend = (
+        f'<span style="color:{_rgb(TRUE)}">■</span> true box, <span '
+        f'style="color:{_rgb(FOUND)}">■</span> found box'
+    )
+    shown = (
+        f"{len(ordered)} of {len(rows)} answers, worst first"
+        if len(ordered) < len(rows)
+        else f"All {len(rows)} answers, worst first"
+    )
     body = (
         f"<h1>{escape(title)}</h1><h2>Tasks</h2>{_table(result['tasks'], result.get('control', {}))}"
         f"<h2>Kinds</h2>{_table(dict(sorted(result['kinds'].items())), {})}"

@@ -1,4 +1,6 @@
-"""What counts as a right answer, for each task, and how sure a figure is. Trainer, compiler and runtime all score with these."""
+"""What counts as a right answer, for each task, and how sure a figure is. Trainer,
+compiler and runtime all score with these.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from runtime.evaluation.vqa_accuracy import vqa_accuracy
 __all__ = ["IOU_HIT", "METRIC_NAMES", "Scoreboard", "Scored", "caption_right", "score"]
 
 IOU_HIT = 0.5
-"""A predicted box counts when its IoU with the true one reaches this (RefCOCO convention)."""
+"""A predicted box counts when its IoU with the true one reaches this (RefCOCO
+convention).
+"""
 
 _SPACES = re.compile(r"\s+")
 _LIST = re.compile(r",\s*|\s+and\s+|\s+with\s+")
@@ -28,13 +32,17 @@ def _plain(text: str) -> str:
 
 
 def caption_right(answer: str, expected: str) -> bool:
-    """Names the same things with the same attributes: equal lists of phrases, in any order."""
+    """Names the same things with the same attributes: equal lists of phrases, in any
+    order.
+    """
     return Counter(_LIST.split(_plain(answer))) == Counter(_LIST.split(_plain(expected)))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One scored answer: `value` in [0, 1], for grounding the IoU and the box found, for texts what they are compared with."""
+    """One scored answer: `value` in [0, 1], for grounding the IoU and the box found,
+    for texts what they are compared with.
+    """
 
     value: float
     iou: float | None = None
@@ -44,7 +52,9 @@ class Scored:
 
 
 def score(sample: Sample, answer: str) -> Scored:
-    """Scores one answer. Grounding compares boxes in [0, 1]; an unreadable box has IoU 0."""
+    """Scores one answer. Grounding compares boxes in [0, 1]; an unreadable box has IoU
+    0.
+    """
     references = sample.references or (sample.answer,)
     if sample.task == "ground":
         truth, found = sample.box or parse_box(sample.answer), parse_box(answer)
@@ -53,8 +63,14 @@ def score(sample: Sample, answer: str) -> Scored:
     if sample.task == "vqa":
         return Scored(vqa_accuracy(answer, references))
     if sample.task == "caption":
-        return Scored(float(any(caption_right(answer, text) for text in references)), answer=answer, references=references)
-    return Scored(float(_plain(answer) == _plain(sample.answer)), answer=answer, references=references)
+        return Scored(
+            float(any(caption_right(answer, text) for text in references)),
+            answer=answer,
+            references=references,
+        )
+    return Scored(
+        float(_plain(answer) == _plain(sample.answer)), answer=answer, references=references
+    )
 
 
 @dataclass
@@ -68,14 +84,21 @@ class Scoreboard:
         self.scores.setdefault(name, []).append(scored)
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Per name: count, accuracy in percent with its 95 % interval, for boxes mean IoU with its interval, for captions and chat CIDEr-D."""
+        """Per name: count, accuracy in percent with its 95 % interval, for boxes mean
+        IoU with its interval, for captions and chat CIDEr-D.
+        """
         return {name: _figures(rows) for name, rows in self.scores.items()}
 
 
 def _figures(rows: Sequence[Scored]) -> dict[str, float]:
     values = [row.value for row in rows]
     low, high = proportion_interval(values)
-    figures = {"count": len(rows), "accuracy": 100 * sum(values) / len(values), "low": 100 * low, "high": 100 * high}
+    figures = {
+        "count": len(rows),
+        "accuracy": 100 * sum(values) / len(values),
+        "low": 100 * low,
+        "high": 100 * high,
+    }
     overlaps = [row.iou for row in rows if row.iou is not None]
     if overlaps:
         low, high = mean_interval(overlaps)
@@ -88,12 +111,19 @@ def _figures(rows: Sequence[Scored]) -> dict[str, float]:
 
 
 def proportion_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of values in [0, 1]: Wilson's for zeros and ones, else the normal one."""
+    """95 % interval of the mean of values in [0, 1]: Wilson's for zeros and ones, else
+    the normal one.
+    """
     if any(value not in (0.0, 1.0) for value in values):
         return mean_interval(values)
     n, share = len(values), sum(values) / len(values)
-    centre, spread = share + _Z**2 / (2 * n), _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return max(0.0, (centre - spread) / (1 + _Z**2 / n)), min(1.0, (centre + spread) / (1 + _Z**2 / n))
+    centre, spread = (
+        share + _Z**2 / (2 * n),
+        _Z * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)),
+    )
+    return max(0.0, (centre - spread) / (1 + _Z**2 / n)), min(
+        1.0, (centre + spread) / (1 + _Z**2 / n)
+    )
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,6 +1,8 @@
-"""Several questions decoded side by side: each prompt is computed by itself, then every step takes one token of each.
+"""Several questions decoded side by side: each prompt is computed by itself, then every
+step takes one token of each.
 
-A decoding step reads all weights once, however many sequences share it. Finished sequences leave the batch, so it never waits for the longest.
+A decoding step reads all weights once, however many sequences share it. Finished
+sequences leave the batch, so it never waits for the longest.
 """
 
 from __future__ import annotations
@@ -60,17 +62,28 @@ class _Sequence:
 
 def decode_together(session: Session, jobs: Sequence[Job]) -> list[Answer]:
     """Answers in the order of the jobs."""
-    return [answer for start in range(0, len(jobs), WAVE) for answer in _wave(session, jobs[start : start + WAVE])]
+    return [
+        answer
+        for start in range(0, len(jobs), WAVE)
+        for answer in _wave(session, jobs[start : start + WAVE])
+    ]
 
 
 def _wave(session: Session, jobs: Sequence[Job]) -> list[Answer]:
     eos = session.spec.eos_id
     session.claim()
-    batch = session.engine.batch(len(jobs), max(job.budget.prompt_tokens + job.limit for job in jobs))
+    batch = session.engine.batch(
+        len(jobs), max(job.budget.prompt_tokens + job.limit for job in jobs)
+    )
     everyone: list[_Sequence] = []
     active: list[_Sequence] = []
     for job in jobs:
-        one = _Sequence(job, Chooser(job.decoding, eos, job.constraint), AnswerText(session.tokenizer, job.decoding.stop), eos)
+        one = _Sequence(
+            job,
+            Chooser(job.decoding, eos, job.constraint),
+            AnswerText(session.tokenizer, job.decoding.stop),
+            eos,
+        )
         logits, one.cached = session.prefill(job, one.progress)
         one.rows = job.budget.prompt_tokens
         everyone.append(one)
@@ -80,7 +93,9 @@ def _wave(session: Session, jobs: Sequence[Job]) -> list[Answer]:
     while active:
         started = time.perf_counter()
         tokens = [one.progress.tokens[-1] for one in active]
-        logits = batch.step(session.table[tokens][:, None], np.array([one.rows for one in active], np.int32))
+        logits = batch.step(
+            session.table[tokens][:, None], np.array([one.rows for one in active], np.int32)
+        )
         seconds = time.perf_counter() - started
         going = []
         for slot, one in enumerate(active):
@@ -95,8 +110,12 @@ def _wave(session: Session, jobs: Sequence[Job]) -> list[Answer]:
     return [session.answered(one.job, one.words.text, one.progress, one.cached) for one in everyone]
 
 
-def read_questions(path: Path, task: str, visual_tokens: int | None, max_new_tokens: int | None) -> list[Question]:
-    """Questions of a jsonl file, `image` relative to its folder; the arguments stand in for what a line leaves out. Raises `DataError`."""
+def read_questions(
+    path: Path, task: str, visual_tokens: int | None, max_new_tokens: int | None
+) -> list[Question]:
+    """Questions of a jsonl file, `image` relative to its folder; the arguments stand in
+    for what a line leaves out. Raises `DataError`.
+    """
     from runtime.session import Question
 
     try:
@@ -104,13 +123,21 @@ def read_questions(path: Path, task: str, visual_tokens: int | None, max_new_tok
             raise DataError(f"{path} is larger than {_MAX_BYTES} bytes; split it")
         lines = path.read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); give a jsonl file of questions") from None
+        raise DataError(
+            f"{path} cannot be read ({error}); give a jsonl file of questions"
+        ) from None
     questions = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             row = _row(line, f"{path}:{number}")
-            settings = {"task": task, "visual_tokens": visual_tokens, "max_new_tokens": max_new_tokens} | row
-            questions.append(Question(path.parent / settings.pop("image"), settings.pop("prompt"), **settings))
+            settings = {
+                "task": task,
+                "visual_tokens": visual_tokens,
+                "max_new_tokens": max_new_tokens,
+            } | row
+            questions.append(
+                Question(path.parent / settings.pop("image"), settings.pop("prompt"), **settings)
+            )
     if not questions:
         raise DataError(f'{path} holds no questions; write one {{"image": …, "prompt": …}} a line')
     return questions
@@ -122,8 +149,13 @@ def _row(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not valid JSON ({error}); write one object a line") from None
     if not isinstance(row, dict) or not {"image", "prompt"} <= set(row) <= set(_FIELDS):
-        raise DataError(f"{where}: expected an object with image and prompt, and perhaps {', '.join(list(_FIELDS)[2:])}; found {line[:60]!r}")
+        raise DataError(
+            f"{where}: expected an object with image and prompt, and perhaps "
+            f"{', '.join(list(_FIELDS)[2:])}; found {line[:60]!r}"
+        )
     wrong = [name for name, value in row.items() if type(value) is not _FIELDS[name]]
     if wrong:
-        raise DataError(f"{where}: {wrong[0]} is {row[wrong[0]]!r:.40}, expected {_FIELDS[wrong[0]].__name__}")
+        raise DataError(
+            f"{where}: {wrong[0]} is {row[wrong[0]]!r:.40}, expected {_FIELDS[wrong[0]].__name__}"
+        )
     return row

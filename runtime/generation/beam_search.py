@@ -1,7 +1,10 @@
-"""Beam search: several sequences side by side, the likeliest kept, scored by log probability over length ** length penalty.
+"""Beam search: several sequences side by side, the likeliest kept, scored by log
+probability over length ** length penalty.
 
-It follows `transformers`' rules (candidates twice the beams, ended ones compete with a score of their own, the search ends when no open beam can beat
-the worst ended one), and gives its tokens. The beams are decoded as a batch; when they change places, only rows behind the prompt are copied.
+It follows `transformers`' rules (candidates twice the beams, ended ones compete with a
+score of their own, the search ends when no open beam can beat the worst ended one), and
+gives its tokens. The beams are decoded as a batch; when they change places, only rows
+behind the prompt are copied.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ Row = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Beam:
-    """An open or ended sequence. `score` is the sum of log probabilities; for ended ones, divided by the length penalty. `parent` is its slot."""
+    """An open or ended sequence. `score` is the sum of log probabilities; for ended
+    ones, divided by the length penalty. `parent` is its slot.
+    """
 
     tokens: tuple[int, ...]
     score: float
@@ -37,8 +42,19 @@ class _Beam:
 
 
 class _Search:
-    def __init__(self, decoding: Decoding, limits: Limits, constraint: Constraint | None, stopped: Callable[[Sequence[int]], bool]) -> None:
-        self._decoding, self._limits, self._constraint, self._stopped = decoding, limits, constraint, stopped
+    def __init__(
+        self,
+        decoding: Decoding,
+        limits: Limits,
+        constraint: Constraint | None,
+        stopped: Callable[[Sequence[int]], bool],
+    ) -> None:
+        self._decoding, self._limits, self._constraint, self._stopped = (
+            decoding,
+            limits,
+            constraint,
+            stopped,
+        )
         self.open = [_Beam((), 0.0, constraint.start() if constraint else None)]
         self._ended: list[_Beam] = []
         self._hopeful = True
@@ -50,28 +66,46 @@ class _Search:
         opened: list[_Beam] = []
         for place, (beam, token) in enumerate(following):
             tokens = (*beam.tokens, token)
-            ends = token == self._limits.eos_id or len(tokens) >= self._limits.new_tokens or self._stopped(tokens)
+            ends = (
+                token == self._limits.eos_id
+                or len(tokens) >= self._limits.new_tokens
+                or self._stopped(tokens)
+            )
             if not ends:
                 if len(opened) < self._decoding.beams:
                     opened.append(self._opened(beam, tokens))
             elif place < self._decoding.beams and self._hopeful:
                 itself = token == self._limits.eos_id
                 score = beam.score / len(tokens) ** self._decoding.length_penalty
-                self._ended.append(_Beam(tokens[:-1] if itself else tokens, score, ended_itself=itself or len(tokens) < self._limits.new_tokens))
+                self._ended.append(
+                    _Beam(
+                        tokens[:-1] if itself else tokens,
+                        score,
+                        ended_itself=itself or len(tokens) < self._limits.new_tokens,
+                    )
+                )
         self._ended = sorted(self._ended, key=lambda beam: -beam.score)[: self._decoding.beams]
         self.open = opened
         if opened and len(self._ended) == self._decoding.beams:
             length = len(opened[0].tokens)
-            self._hopeful = self._hopeful and opened[0].score / length**self._decoding.length_penalty > self._ended[-1].score
+            self._hopeful = (
+                self._hopeful
+                and opened[0].score / length**self._decoding.length_penalty > self._ended[-1].score
+            )
 
     def _candidates(self, logits: Row) -> list[tuple[_Beam, int]]:
-        """(the beam with its new score, token) of the best continuations, twice as many as there are beams, the best first."""
+        """(the beam with its new score, token) of the best continuations, twice as many
+        as there are beams, the best first.
+        """
         rows = []
         for index, beam in enumerate(self.open):
             values = log_softmax(logits[index])
             if self._constraint is not None:
                 values = np.where(self._constraint.allowed(beam.state), values, np.float32(-np.inf))
-            rows.append(scores(values, self._decoding, beam.tokens, self._limits.eos_id) + np.float32(beam.score))
+            rows.append(
+                scores(values, self._decoding, beam.tokens, self._limits.eos_id)
+                + np.float32(beam.score)
+            )
         flat = np.concatenate(rows)
         count = min(2 * self._decoding.beams, flat.size)
         best = np.argpartition(-flat, count - 1)[:count]
@@ -84,7 +118,9 @@ class _Search:
         return found
 
     def _opened(self, beam: _Beam, tokens: tuple[int, ...]) -> _Beam:
-        state = self._constraint.after(beam.state, tokens[-1]) if self._constraint is not None else None
+        state = (
+            self._constraint.after(beam.state, tokens[-1]) if self._constraint is not None else None
+        )
         return _Beam(tokens, beam.score, state, beam.parent)
 
     @property
@@ -108,9 +144,11 @@ def beam_search(
     stopped: Callable[[Sequence[int]], bool] = lambda tokens: False,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Searches to the end; `progress` holds the best sequence. `logits` [V] are the prompt's, whose `limits.rows` rows are in the engine's cache.
+    """Searches to the end; `progress` holds the best sequence. `logits` [V] are the
+    prompt's, whose `limits.rows` rows are in the engine's cache.
 
-    `stopped` says whether a sequence ends in a stop text, `cancelled` whether to give up. Raises `NonFiniteError`, `ContextError`.
+    `stopped` says whether a sequence ends in a stop text, `cancelled` whether to give
+    up. Raises `NonFiniteError`, `ContextError`.
     """
     search = _Search(decoding, limits, constraint, stopped)
     batch = engine.batch(decoding.beams, limits.rows + limits.new_tokens)
@@ -129,4 +167,10 @@ def beam_search(
         progress.step_seconds.append(time.perf_counter() - started)
     winner = search.best()
     progress.tokens = list(winner.tokens)
-    progress.finish_reason = "cancelled" if cancelled() and not search.over else "stop" if winner.ended_itself else "length"
+    progress.finish_reason = (
+        "cancelled"
+        if cancelled() and not search.over
+        else "stop"
+        if winner.ended_itself
+        else "length"
+    )

@@ -1,7 +1,8 @@
 """What an answer may say, token by token: the box grammar, and JSON of a given schema.
 
-A constraint is a state machine over tokens without side effects, so that beams and drafted tokens can branch: `start` gives a state, `allowed` the
-tokens that may follow it, `after` the next state.
+A constraint is a state machine over tokens without side effects, so that beams and
+drafted tokens can branch: `start` gives a state, `allowed` the tokens that may follow
+it, `after` the next state.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class Constraint(Protocol):
         ...
 
     def allowed(self, state: Any) -> Mask:
-        """Which tokens may come next, [V]; the end of the answer among them where it may end."""
+        """Which tokens may come next, [V]; the end of the answer among them where it
+        may end.
+        """
         ...
 
     def after(self, state: Any, token: int) -> Any:
@@ -39,14 +42,22 @@ class Constraint(Protocol):
 
 
 class BoxGrammar:
-    """One box as `runtime.contract.boxes` reads it: `x1,y1 x2,y2`. States are the text so far."""
+    """One box as `runtime.contract.boxes` reads it: `x1,y1 x2,y2`. States are the text
+    so far.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
         self._eos, self._vocabulary = tokenizer.eos_id, vocabulary
-        self._pieces = {token: text for token, text in tokenizer.pieces().items() if text and not set(text) - set("0123456789., ")}
+        self._pieces = {
+            token: text
+            for token, text in tokenizer.pieces().items()
+            if text and not set(text) - set("0123456789., ")
+        }
         self._allowed = lru_cache(maxsize=256)(self._find)
         if not self.allowed("").any():
-            raise UsageError("this model's tokenizer cannot write a box; ask for free text with --free")
+            raise UsageError(
+                "this model's tokenizer cannot write a box; ask for free text with --free"
+            )
 
     def start(self) -> str:
         """See `Constraint`."""
@@ -75,19 +86,31 @@ class JsonSchema:
         try:
             import llguidance
         except ImportError:
-            raise UsageError("--json-schema needs llguidance, which is not installed; run: pip install 'infmllm-edge[json]'") from None
+            raise UsageError(
+                "--json-schema needs llguidance, which is not installed; run: pip install "
+                "'infmllm-edge[json]'"
+            ) from None
         try:
             parsed = json.loads(schema)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"the JSON schema is no JSON ({error}); give a file with a JSON Schema object") from None
+            raise UsageError(
+                f"the JSON schema is no JSON ({error}); give a file with a JSON Schema object"
+            ) from None
         if not isinstance(parsed, dict):
-            raise UsageError(f"the JSON schema is {type(parsed).__name__}, expected an object such as {{'type': 'object', …}}")
+            raise UsageError(
+                f"the JSON schema is {type(parsed).__name__}, expected an object such as "
+                f"{{'type': 'object', …}}"
+            )
         self._vocabulary, self._eos = vocabulary, tokenizer.eos_id
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(parsed, overrides={"whitespace_flexible": False})
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                parsed, overrides={"whitespace_flexible": False}
+            )
         except (ValueError, RecursionError) as error:
             raise _unusable(str(error)) from None
-        words = llguidance.LLTokenizer(tokenizer.to_json(), n_vocab=vocabulary, eos_token=tokenizer.eos_id)
+        words = llguidance.LLTokenizer(
+            tokenizer.to_json(), n_vocab=vocabulary, eos_token=tokenizer.eos_id
+        )
         self._first = llguidance.LLMatcher(words, grammar, log_level=0)
         if self._first.is_error():
             raise _unusable(self._first.get_error())
@@ -103,7 +126,9 @@ class JsonSchema:
             mask = np.zeros(self._vocabulary, np.bool_)
             mask[self._eos] = True
             return mask
-        mask = np.unpackbits(np.frombuffer(state.compute_bitmask(), np.uint8), bitorder="little")[: self._vocabulary].astype(np.bool_)
+        mask = np.unpackbits(np.frombuffer(state.compute_bitmask(), np.uint8), bitorder="little")[
+            : self._vocabulary
+        ].astype(np.bool_)
         if state.is_error():
             raise _unusable(state.get_error())
         return mask
@@ -117,4 +142,6 @@ class JsonSchema:
 
 
 def _unusable(reason: str) -> UsageError:
-    return UsageError(f"the JSON schema cannot be followed: {' '.join(reason.split()):.200}; simplify it")
+    return UsageError(
+        f"the JSON schema cannot be followed: {' '.join(reason.split()):.200}; simplify it"
+    )

@@ -1,6 +1,8 @@
-"""Decoding one sequence: from the prompt's logits to a stream of token ids, with the time each step took.
+"""Decoding one sequence: from the prompt's logits to a stream of token ids, with the
+time each step took.
 
-Where drafted tokens are at hand (`Lookup`), several steps are computed in one call, and as many tokens taken as plain decoding would have chosen.
+Where drafted tokens are at hand (`Lookup`), several steps are computed in one call, and
+as many tokens taken as plain decoding would have chosen.
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ _TRIALS = 4  # drafts tried before judging whether they pay
 
 @dataclass
 class Generation:
-    """Progress of one answer. `finish_reason` is "stop" (the model or a stop text ended it), "length" (token limit or full cache) or "cancelled".
+    """Progress of one answer. `finish_reason` is "stop" (the model or a stop text ended
+    it), "length" (token limit or full cache) or "cancelled".
 
-    `exact` counts the tokens whose rows are in the cache, up to the first that was checked among others (whose row equals a stepwise one only up to
-    rounding, and is not kept); times are seconds, `step_seconds` one for each call after the prompt (without drafts: each token). `drafted` and
-    `accepted` count looked-up tokens.
+    `exact` counts the tokens whose rows are in the cache, up to the first that was
+    checked among others (whose row equals a stepwise one only up to rounding, and is
+    not kept); times are seconds, `step_seconds` one for each call after the prompt
+    (without drafts: each token). `drafted` and `accepted` count looked-up tokens.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -42,7 +46,9 @@ class Generation:
 
 @dataclass(frozen=True)
 class Limits:
-    """Where an answer ends: at `eos_id`, after `new_tokens`; `rows` are those the prompt fills."""
+    """Where an answer ends: at `eos_id`, after `new_tokens`; `rows` are those the
+    prompt fills.
+    """
 
     eos_id: int
     new_tokens: int
@@ -50,7 +56,9 @@ class Limits:
 
 
 class _Pays:
-    """Whether checking drafts gives more tokens a second than plain steps. Speed only: the tokens are the same either way."""
+    """Whether checking drafts gives more tokens a second than plain steps. Speed only:
+    the tokens are the same either way.
+    """
 
     def __init__(self) -> None:
         self._plain: list[float] = []
@@ -63,7 +71,11 @@ class _Pays:
 
     def note(self, seconds: float, tokens: int, drafted: bool) -> None:
         if drafted:
-            self._seconds, self._tokens, self._calls = self._seconds + seconds, self._tokens + tokens, self._calls + 1
+            self._seconds, self._tokens, self._calls = (
+                self._seconds + seconds,
+                self._tokens + tokens,
+                self._calls + 1,
+            )
         else:
             self._plain.append(seconds)
 
@@ -78,14 +90,19 @@ def generate(
     lookup: int = 0,
     context: Lookup | None = None,
 ) -> Iterator[int]:
-    """Yields token ids; `progress` is updated before each yield and holds the outcome at the end.
+    """Yields token ids; `progress` is updated before each yield and holds the outcome
+    at the end.
 
-    Where `choose` is `runtime.generation.sampling.greedy` itself, the engine chooses where its logits are. `logits` [V] are the prompt's, `table` the token
-    embeddings [V, H], `lookup` the most tokens drafted from `context`. The caller has checked that everything fits (`CacheBudget`).
+    Where `choose` is `runtime.generation.sampling.greedy` itself, the engine chooses
+    where its logits are. `logits` [V] are the prompt's, `table` the token embeddings
+    [V, H], `lookup` the most tokens drafted from `context`. The caller has checked that
+    everything fits (`CacheBudget`).
     """
     pays, seen = _Pays(), context or Lookup()
     rows, elapsed, drafts = limits.rows, 0.0, list[int]()
-    step: Callable[[NDArray[np.float32], int], NDArray[np.float32] | int] = engine.greedy if choose is greedy else engine.forward
+    step: Callable[[NDArray[np.float32], int], NDArray[np.float32] | int] = (
+        engine.greedy if choose is greedy else engine.forward
+    )
     waiting: list[NDArray[np.float32] | int] = [logits]
     while True:
         chosen = 0
@@ -108,11 +125,19 @@ def generate(
                 break
         if lookup and elapsed:
             pays.note(elapsed, chosen, bool(drafts))
-        room = min(lookup, limits.new_tokens - len(progress.tokens) - 1, engine.capacity - rows - 1) if lookup else 0
+        room = (
+            min(lookup, limits.new_tokens - len(progress.tokens) - 1, engine.capacity - rows - 1)
+            if lookup
+            else 0
+        )
         drafts = seen.draft(room) if room > 0 and pays else []
         started = time.perf_counter()
         last = table[None, token : token + 1]
-        waiting = list(engine.verify(table[None, [token, *drafts]], rows)) if drafts else [step(last, rows)]
+        waiting = (
+            list(engine.verify(table[None, [token, *drafts]], rows))
+            if drafts
+            else [step(last, rows)]
+        )
         elapsed = time.perf_counter() - started
         rows, progress.drafted = rows + 1, progress.drafted + len(drafts)
         if not progress.drafted:

@@ -1,7 +1,10 @@
-"""Image embeddings kept for the next question on the same picture: in memory, and on disk for the next process.
+"""Image embeddings kept for the next question on the same picture: in memory, and on
+disk for the next process.
 
-An entry is known by the picture's hash, the bundle's and the pool size. Files are written whole or not at all, carry their own hash, and are
-numbers only; a damaged one is thrown away. Both stores drop what was used longest ago when they outgrow their bound.
+An entry is known by the picture's hash, the bundle's and the pool size. Files are
+written whole or not at all, carry their own hash, and are numbers only; a damaged one
+is thrown away. Both stores drop what was used longest ago when they outgrow their
+bound.
 """
 
 from __future__ import annotations
@@ -30,16 +33,22 @@ _HEADER = 16  # width and height of the picture, 8 bytes each
 
 @dataclass(frozen=True)
 class Features:
-    """Image embeddings [T, H] float32, and the (width, height) in pixels of the picture they are of."""
+    """Image embeddings [T, H] float32, and the (width, height) in pixels of the picture
+    they are of.
+    """
 
     embeds: NDArray[np.float32]
     size: tuple[int, int]
 
 
 class FeatureCache:
-    """See the module. `identity` names the bundle; `disk` is the folder's bound in bytes, 0 for none."""
+    """See the module. `identity` names the bundle; `disk` is the folder's bound in
+    bytes, 0 for none.
+    """
 
-    def __init__(self, identity: str, hidden: int, memory: int = MEMORY_BYTES, disk: int = 0) -> None:
+    def __init__(
+        self, identity: str, hidden: int, memory: int = MEMORY_BYTES, disk: int = 0
+    ) -> None:
         self._identity, self._hidden, self._memory, self._disk = identity, hidden, memory, disk
         self._entries: OrderedDict[str, Features] = OrderedDict()
         self._folder = cache_folder() / "images"
@@ -56,7 +65,9 @@ class FeatureCache:
         return found
 
     def put(self, picture: str, p: int, features: Features) -> None:
-        """Keeps embeddings. A disk that cannot be written to costs time next time, nothing else."""
+        """Keeps embeddings. A disk that cannot be written to costs time next time,
+        nothing else.
+        """
         name = self._name(picture, p)
         self._remember(name, features)
         if self._disk:
@@ -70,7 +81,10 @@ class FeatureCache:
     def _remember(self, name: str, features: Features) -> None:
         self._entries[name] = features
         self._entries.move_to_end(name)
-        while len(self._entries) > 1 and sum(entry.embeds.nbytes for entry in self._entries.values()) > self._memory:
+        while (
+            len(self._entries) > 1
+            and sum(entry.embeds.nbytes for entry in self._entries.values()) > self._memory
+        ):
             self._entries.popitem(last=False)
 
     def _read(self, name: str, p: int) -> Features | None:
@@ -93,7 +107,10 @@ class FeatureCache:
         return Features(embeds, (width, height))
 
     def _write(self, name: str, features: Features) -> None:
-        body = np.array(features.size, "<u8").tobytes() + np.ascontiguousarray(features.embeds, "<f4").tobytes()
+        body = (
+            np.array(features.size, "<u8").tobytes()
+            + np.ascontiguousarray(features.embeds, "<f4").tobytes()
+        )
         if _DIGEST + len(body) > self._disk:
             return
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,7 +1,10 @@
-"""Bookkeeping of the key/value cache: whether a request fits before anything is computed, and which of its rows are there already.
+"""Bookkeeping of the key/value cache: whether a request fits before anything is
+computed, and which of its rows are there already.
 
-Prompts come in segments: the text before the image with the image, the text after it, then, in a conversation, each answer and each further turn.
-A segment is always computed by itself, so that a row is the same to the bit whether the ones before it were computed now or for an earlier question.
+Prompts come in segments: the text before the image with the image, the text after it,
+then, in a conversation, each answer and each further turn. A segment is always computed
+by itself, so that a row is the same to the bit whether the ones before it were computed
+now or for an earlier question.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ __all__ = ["CacheBudget", "Prefix", "Segment"]
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """The rows of one request: prompt text, visual tokens and new tokens against the engine's capacity."""
+    """The rows of one request: prompt text, visual tokens and new tokens against the
+    engine's capacity.
+    """
 
     capacity: int
     text_tokens: int
@@ -33,22 +38,28 @@ class CacheBudget:
         return self.text_tokens + self.visual_tokens
 
     def allow(self, wanted: int) -> int:
-        """How many new tokens can be generated, at most `wanted`; at least one must fit. Raises `ContextError` with the counts."""
+        """How many new tokens can be generated, at most `wanted`; at least one must
+        fit. Raises `ContextError` with the counts.
+        """
         # The last token is never fed back, so it needs no row.
         room = self.capacity - self.prompt_tokens + 1
         if room < 1:
             raise ContextError(
-                f"the prompt does not fit: {self.text_tokens} text + {self.visual_tokens} visual tokens, "
-                f"the cache holds {self.capacity}; shorten the text, or choose fewer --visual-tokens"
+                f"the prompt does not fit: {self.text_tokens} text + {self.visual_tokens} visual "
+                f"tokens, "
+                f"the cache holds {self.capacity}; shorten the text, or choose fewer "
+                f"--visual-tokens"
             )
         return min(room, wanted)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a prompt: what it is (`key`), how many rows it fills, and its input embeddings [1, rows, H], made when asked for.
+    """A stretch of a prompt: what it is (`key`), how many rows it fills, and its input
+    embeddings [1, rows, H], made when asked for.
 
-    Segments with equal keys behind equal segments fill equal rows. `stepwise` ones, answers that were generated, are computed token by token.
+    Segments with equal keys behind equal segments fill equal rows. `stepwise` ones,
+    answers that were generated, are computed token by token.
     """
 
     key: Hashable
@@ -65,7 +76,9 @@ class Prefix:
     _held: list[tuple[Hashable, int]] = field(default_factory=list)
 
     def _reusable(self, segments: Sequence[Segment]) -> int:
-        """How many leading segments are there already. The last one is always computed: its logits are wanted."""
+        """How many leading segments are there already. The last one is always computed:
+        its logits are wanted.
+        """
         count = 0
         for segment, held in zip(segments[:-1], self._held, strict=False):
             if (segment.key, segment.rows) != held:
@@ -74,7 +87,9 @@ class Prefix:
         return count
 
     def prefill(self, segments: Sequence[Segment]) -> tuple[NDArray[np.float32], int]:
-        """Computes what is missing: the last position's logits [V], valid until the engine's next call, and how many rows were there already."""
+        """Computes what is missing: the last position's logits [V], valid until the
+        engine's next call, and how many rows were there already.
+        """
         reused = self._reusable(segments)
         del self._held[reused:]
         cached = start = sum(rows for _, rows in self._held)
@@ -84,7 +99,9 @@ class Prefix:
             width = 1 if segment.stepwise else segment.rows
             for at in range(0, segment.rows, width):
                 logits = self.engine.forward(embeds[:, at : at + width], start + at)
-                check_finite(logits)  # of every segment: what follows one that is not finite may look as if it were
+                check_finite(
+                    logits
+                )  # of every segment: what follows one that is not finite may look as if it were
             start += segment.rows
             self._held.append((segment.key, segment.rows))
         assert logits is not None, "the last segment is always computed"

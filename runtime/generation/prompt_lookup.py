@@ -1,6 +1,8 @@
-"""Drafting tokens by looking them up: what followed the last few tokens where they occurred before, in the question or in the answer.
+"""Drafting tokens by looking them up: what followed the last few tokens where they
+occurred before, in the question or in the answer.
 
-Drafts are only guesses for `generate` to check in one step (prompt lookup decoding; the n-gram case of speculative decoding, arXiv 2211.17192).
+Drafts are only guesses for `generate` to check in one step (prompt lookup decoding; the
+n-gram case of speculative decoding, arXiv 2211.17192).
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class Lookup:
         self._tokens.append(token)
 
     def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that followed the longest run of last tokens seen before; none if not even two of them were."""
+        """Up to `most` tokens that followed the longest run of last tokens seen before;
+        none if not even two of them were.
+        """
         for length in range(min(_LONGEST, len(self._tokens)), 1, -1):
             place = self._places.get(tuple(self._tokens[-length:]))
             if place is not None:

@@ -1,4 +1,6 @@
-"""A question made ready: the picture (looked at only as far as needed), the prompt as segments of rows, and the limits it runs under."""
+"""A question made ready: the picture (looked at only as far as needed), the prompt as
+segments of rows, and the limits it runs under.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,21 @@ IMAGE_STAGES = ("decode_image", "preprocess", "vision")
 
 
 class Picture:
-    """A picture and its embeddings at one pool size. Nothing is decoded that a cache knows; `timings` are milliseconds of what was done."""
+    """A picture and its embeddings at one pool size. Nothing is decoded that a cache
+    knows; `timings` are milliseconds of what was done.
+    """
 
-    def __init__(self, source: PictureSource, p: int, spec: ModelSpec, engine: Engine, cache: FeatureCache) -> None:
+    def __init__(
+        self, source: PictureSource, p: int, spec: ModelSpec, engine: Engine, cache: FeatureCache
+    ) -> None:
         if isinstance(source, Image.Image) and source.mode != "RGB":
-            raise ImageError(f"the picture is in mode {source.mode}, expected RGB; give its file, or picture.convert('RGB')")
-        self._source = source if isinstance(source, Image.Image | bytes) else read_image_bytes(source)
+            raise ImageError(
+                f"the picture is in mode {source.mode}, expected RGB; give its file, or "
+                f"picture.convert('RGB')"
+            )
+        self._source = (
+            source if isinstance(source, Image.Image | bytes) else read_image_bytes(source)
+        )
         self._name = "" if isinstance(source, Image.Image | bytes) else os.fspath(source)
         self._spec, self._engine, self._cache, self.p = spec, engine, cache, p
         self.timings = dict.fromkeys(IMAGE_STAGES, 0.0)
@@ -46,7 +57,9 @@ class Picture:
         """SHA-256 of the file's bytes, or of a given picture's pixels."""
         if isinstance(self._source, bytes):
             return hashlib.sha256(self._source).hexdigest()
-        return hashlib.sha256(f"{self._source.mode}{self._source.size}".encode() + self._source.tobytes()).hexdigest()
+        return hashlib.sha256(
+            f"{self._source.mode}{self._source.size}".encode() + self._source.tobytes()
+        ).hexdigest()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -55,11 +68,18 @@ class Picture:
 
     @cached_property
     def features(self) -> Features:
-        """Embeddings [T, H], from a cache or computed. Raises `ImageError`, `EngineError`."""
+        """Embeddings [T, H], from a cache or computed. Raises `ImageError`,
+        `EngineError`.
+        """
         found = self._cache.get(self.digest, self.p)
         if found is None:
             picture = self._timed(
-                "decode_image", lambda: self._source if isinstance(self._source, Image.Image) else open_image(self._source, self._name)
+                "decode_image",
+                lambda: (
+                    self._source
+                    if isinstance(self._source, Image.Image)
+                    else open_image(self._source, self._name)
+                ),
             )
             pixels = self._timed("preprocess", lambda: to_pixels(picture, self._spec))
             pool = pool_matrix(self._spec.vision.grid, self.p)
@@ -78,7 +98,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Job:
-    """One question ready to run; `text` is the phrase that boxes stand for, `context` the tokens drafts are looked up in."""
+    """One question ready to run; `text` is the phrase that boxes stand for, `context`
+    the tokens drafts are looked up in.
+    """
 
     picture: Picture
     task: str

@@ -1,4 +1,6 @@
-"""Choosing tokens from logits. A token is only ever taken from finite logits, and only an allowed one."""
+"""Choosing tokens from logits. A token is only ever taken from finite logits, and only
+an allowed one.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Row = NDArray[np.float32]
 
 
 def greedy(logits_V: Row) -> int:
-    """The most likely token; ties go to the lowest id. Raises `NonFiniteError` if any logit is NaN or infinite."""
+    """The most likely token; ties go to the lowest id. Raises `NonFiniteError` if any
+    logit is NaN or infinite.
+    """
     token = int(logits_V.argmax())
     # NaN and +inf are their row's argmax; what is left is -inf.
     if not (math.isfinite(logits_V[token]) and math.isfinite(logits_V.min())):
@@ -27,14 +31,17 @@ def greedy(logits_V: Row) -> int:
 
 
 def check_finite(values: Row, maker: str = "the decoder", what: str = "logits") -> None:
-    """Raises `NonFiniteError` if any logit (or whatever `maker` made) is NaN or infinite."""
+    """Raises `NonFiniteError` if any logit (or whatever `maker` made) is NaN or
+    infinite.
+    """
     if not np.isfinite(values).all():
         _refuse(maker, what)
 
 
 def _refuse(maker: str = "the decoder", what: str = "logits") -> None:
     raise NonFiniteError(
-        f"{maker} produced NaN or infinite {what}; no token was taken. Run infmllm-run --self-test, or rebuild with --precision fp32"
+        f"{maker} produced NaN or infinite {what}; no token was taken. Run infmllm-run "
+        f"--self-test, or rebuild with --precision fp32"
     )
 
 
@@ -46,7 +53,9 @@ def log_softmax(logits: Row) -> Row:
 
 
 def scores(values_V: Row, decoding: Decoding, generated: Sequence[int], eos_id: int) -> Row:
-    """Logits or log probabilities with the repetition penalty applied, and too early an end forbidden unless nothing else is allowed."""
+    """Logits or log probabilities with the repetition penalty applied, and too early an
+    end forbidden unless nothing else is allowed.
+    """
     if decoding.repetition_penalty == 1 and len(generated) >= decoding.min_new_tokens:
         return values_V
     values = values_V.copy()
@@ -57,13 +66,17 @@ def scores(values_V: Row, decoding: Decoding, generated: Sequence[int], eos_id: 
     if len(generated) < decoding.min_new_tokens:
         ends = values[eos_id]
         values[eos_id] = -np.inf
-        if not np.isfinite(values).any():  # nothing else is allowed: a form that is complete ends, short as it is
+        if not np.isfinite(
+            values
+        ).any():  # nothing else is allowed: a form that is complete ends, short as it is
             values[eos_id] = ends
     return values
 
 
 def distribution(logits_V: Row, decoding: Decoding) -> NDArray[np.float64]:
-    """Probabilities [V] after temperature, top-k, top-p and min-p, in that order; at least the likeliest token stays."""
+    """Probabilities [V] after temperature, top-k, top-p and min-p, in that order; at
+    least the likeliest token stays.
+    """
     values = (logits_V.astype(np.float64) - float(logits_V.max())) / decoding.temperature
     if 0 < decoding.top_k < values.size:
         values[values < np.partition(values, -decoding.top_k)[-decoding.top_k]] = -np.inf
@@ -84,9 +97,13 @@ def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class Chooser:
-    """Chooses one sequence's tokens in order: greedily or by a seeded draw, within a constraint where there is one."""
+    """Chooses one sequence's tokens in order: greedily or by a seeded draw, within a
+    constraint where there is one.
+    """
 
-    def __init__(self, decoding: Decoding, eos_id: int, constraint: Constraint | None = None) -> None:
+    def __init__(
+        self, decoding: Decoding, eos_id: int, constraint: Constraint | None = None
+    ) -> None:
         self._decoding, self._eos, self._constraint = decoding, eos_id, constraint
         self._state = constraint.start() if constraint else None
         self._random = np.random.default_rng(decoding.seed) if decoding.temperature > 0 else None
@@ -103,7 +120,11 @@ class Chooser:
         if self._constraint is not None:
             values = np.where(self._constraint.allowed(self._state), logits_V, np.float32(-np.inf))
         values = scores(values, self._decoding, self._generated, self._eos)
-        token = int(values.argmax()) if self._random is None else int(self._random.choice(values.size, p=distribution(values, self._decoding)))
+        token = (
+            int(values.argmax())
+            if self._random is None
+            else int(self._random.choice(values.size, p=distribution(values, self._decoding)))
+        )
         self._generated.append(token)
         if self._constraint is not None and token != self._eos:
             self._state = self._constraint.after(self._state, token)

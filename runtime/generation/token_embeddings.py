@@ -1,4 +1,6 @@
-"""The token table: embeddings of the vocabulary, mapped into memory, and input embeddings of token ids."""
+"""The token table: embeddings of the vocabulary, mapped into memory, and input
+embeddings of token ids.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,13 @@ def open_table(bundle: Bundle) -> NDArray[np.floating]:
     except (OSError, ValueError, EOFError) as error:
         raise BundleError(f"{path} is no readable array ({error}); re-export the bundle") from None
     if table.shape != (spec.vocab_size, spec.hidden) or table.dtype not in (np.float32, np.float16):
-        raise BundleError(f"{path} is {table.dtype} {table.shape}, expected ({spec.vocab_size}, {spec.hidden}) of float; re-export the bundle")
-    return np.asarray(table)  # a plain view of the map: indexing numpy's own class for maps costs microseconds a token
+        raise BundleError(
+            f"{path} is {table.dtype} {table.shape}, expected ({spec.vocab_size}, {spec.hidden}) "
+            f"of float; re-export the bundle"
+        )
+    return np.asarray(
+        table
+    )  # a plain view of the map: indexing numpy's own class for maps costs microseconds a token
 
 
 def embedded(table: NDArray[np.floating], ids: Sequence[int]) -> NDArray[np.float32]:

@@ -1,4 +1,6 @@
-"""What machine this is: processor, instruction sets that matter here, memory, caches and board, as the system tells it."""
+"""What machine this is: processor, instruction sets that matter here, memory, caches
+and board, as the system tells it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,20 @@ __all__ = ["ROOT", "Machine", "read_machine", "read_number", "read_text", "reset
 ROOT = Path("/")
 # x86 flags and ARM features that decide which kernels run.
 _ISA = {
-    *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_tile"),
+    *(
+        "avx",
+        "avx2",
+        "fma",
+        "f16c",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_int8",
+        "amx_bf16",
+        "amx_tile",
+    ),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 }
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "": 1}
@@ -20,7 +35,9 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "": 1}
 
 @dataclass(frozen=True)
 class Machine:
-    """Processor, board (None unless the device tree names one), instruction sets, memory and last cache level in MB (10^6 bytes)."""
+    """Processor, board (None unless the device tree names one), instruction sets,
+    memory and last cache level in MB (10^6 bytes).
+    """
 
     cpu: str
     board: str | None
@@ -31,23 +48,41 @@ class Machine:
 
 
 def read_machine(root: Path = ROOT) -> Machine:
-    """Reads `/proc`, `/sys` and the device tree below `root`; what is not there is left out, never guessed."""
+    """Reads `/proc`, `/sys` and the device tree below `root`; what is not there is left
+    out, never guessed.
+    """
     info = read_text(root / "proc/cpuinfo")
     board = read_text(root / "proc/device-tree/model") or None
     flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", info, re.MULTILINE)).split())
     name = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
     part = re.search(r"^CPU part\s*:\s*(.+)$", info, re.MULTILINE)
-    cpu = name[1].strip() if name else f"{platform.machine()} part {part[1].strip()}" if part else platform.processor() or platform.machine()
+    cpu = (
+        name[1].strip()
+        if name
+        else f"{platform.machine()} part {part[1].strip()}"
+        if part
+        else platform.processor() or platform.machine()
+    )
     total = re.search(r"^MemTotal:\s*(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE)
     memory = int(total[1]) * 1024 / 1e6 if total else 0.0
-    return Machine(cpu, board, tuple(sorted(flags & _ISA)), memory, _last_cache(root), platform.platform(terse=True))
+    return Machine(
+        cpu,
+        board,
+        tuple(sorted(flags & _ISA)),
+        memory,
+        _last_cache(root),
+        platform.platform(terse=True),
+    )
 
 
 def _last_cache(root: Path) -> float | None:
     """Size of the highest cache level in MB."""
     found: list[tuple[float, float]] = []
     for index in sorted((root / "sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, size = read_number(index / "level"), re.fullmatch(r"(\d+)([KMG]?)", read_text(index / "size"))
+        level, size = (
+            read_number(index / "level"),
+            re.fullmatch(r"(\d+)([KMG]?)", read_text(index / "size")),
+        )
         if level is not None and size:
             found.append((level, int(size[1]) * _UNITS[size[2]] / 1e6))
     return max(found)[1] if found else None
@@ -70,7 +105,9 @@ def read_number(path: Path) -> float | None:
 
 
 def reset_peak_memory() -> bool:
-    """Makes the system count this process's peak memory from now on; False where it cannot."""
+    """Makes the system count this process's peak memory from now on; False where it
+    cannot.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,7 +1,9 @@
-"""An NVIDIA GPU through NVML: memory of this process, energy, and why clocks are lowered; by NVIDIA's own bindings, which the `gpu` extra installs.
+"""An NVIDIA GPU through NVML: memory of this process, energy, and why clocks are
+lowered; by NVIDIA's own bindings, which the `gpu` extra installs.
 
-Without the bindings, a driver or a GPU there is a reason in words instead. NVML numbers GPUs by bus, so CUDA_VISIBLE_DEVICES is followed only where
-it names one by its UUID or number.
+Without the bindings, a driver or a GPU there is a reason in words instead. NVML numbers
+GPUs by bus, so CUDA_VISIBLE_DEVICES is followed only where it names one by its UUID or
+number.
 """
 
 from __future__ import annotations
@@ -18,8 +20,15 @@ from runtime.hardware.power import Integrator
 __all__ = ["Nvidia"]
 
 _PERIOD = 0.05
-# nvmlClocksThrottleReasons / nvmlClocksEventReasons, of which these lower clocks against the user's wish.
-_REASONS = {0x4: "power cap", 0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown", 0x80: "power brake"}
+# nvmlClocksThrottleReasons / nvmlClocksEventReasons, of which these lower clocks against the
+# user's wish.
+_REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
 
 
 class Nvidia:
@@ -45,7 +54,11 @@ class Nvidia:
             nvml.nvmlInit()
             chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
             by_name = chosen.startswith(("GPU-", "MIG-"))
-            handle = nvml.nvmlDeviceGetHandleByUUID(chosen) if by_name else nvml.nvmlDeviceGetHandleByIndex(int(chosen) if chosen.isdigit() else 0)
+            handle = (
+                nvml.nvmlDeviceGetHandleByUUID(chosen)
+                if by_name
+                else nvml.nvmlDeviceGetHandleByIndex(int(chosen) if chosen.isdigit() else 0)
+            )
             return cls(nvml, handle)
         except nvml.NVMLError as error:
             return f"NVML finds no GPU ({error})"
@@ -95,9 +108,19 @@ class Nvidia:
         return {text for bit, text in _REASONS.items() if (mask or 0) & bit}
 
     def facts(self) -> Gpu:
-        """Name, driver, and this process's memory, which inside a container the driver often cannot tell."""
-        used = [process.usedGpuMemory for process in self._ask("nvmlDeviceGetComputeRunningProcesses") or () if process.pid == os.getpid()]
-        return Gpu(_text(self._ask("nvmlDeviceGetName")), self._driver(), used[0] / 1e6 if used and used[0] is not None else None)
+        """Name, driver, and this process's memory, which inside a container the driver
+        often cannot tell.
+        """
+        used = [
+            process.usedGpuMemory
+            for process in self._ask("nvmlDeviceGetComputeRunningProcesses") or ()
+            if process.pid == os.getpid()
+        ]
+        return Gpu(
+            _text(self._ask("nvmlDeviceGetName")),
+            self._driver(),
+            used[0] / 1e6 if used and used[0] is not None else None,
+        )
 
     def _driver(self) -> str:
         try:

@@ -1,6 +1,8 @@
-"""Energy of answers from whatever this machine measures: rails of a Jetson (INA3221, or tegrastats), RAPL counters of a CPU, a GPU through NVML.
+"""Energy of answers from whatever this machine measures: rails of a Jetson (INA3221, or
+tegrastats), RAPL counters of a CPU, a GPU through NVML.
 
-Every source gives joules counted up per rail. Energy is measured in answers of its own, after the timed ones, which reading sensors must not slow.
+Every source gives joules counted up per rail. Energy is measured in answers of its own,
+after the timed ones, which reading sensors must not slow.
 """
 
 from __future__ import annotations
@@ -14,11 +16,22 @@ from typing import Protocol
 from runtime.bench.report import Energy
 from runtime.hardware.machine import read_number, read_text
 
-__all__ = ["Integrator", "Rapl", "Source", "counted_rails", "ina_rails", "measure_energy", "open_ina"]
+__all__ = [
+    "Integrator",
+    "Rapl",
+    "Source",
+    "counted_rails",
+    "ina_rails",
+    "measure_energy",
+    "open_ina",
+]
 
 _INA_PERIOD = 0.05
 _IDLE_SECONDS, _LEAST_SECONDS = 0.5, 1.5
-_WHOLE_MODULE = ("VDD_IN", "POM_5V_IN")  # Orin Nano and NX, Xavier NX; Nano and TX2: the supply of everything else
+_WHOLE_MODULE = (
+    "VDD_IN",
+    "POM_5V_IN",
+)  # Orin Nano and NX, Xavier NX; Nano and TX2: the supply of everything else
 _WITHIN_OTHERS = ("VDDQ_VDD2_1V8AO",)  # AGX Orin: fed from VIN_SYS_5V0
 
 
@@ -37,14 +50,20 @@ class Source(Protocol):
 
 
 class Integrator:
-    """A source made of watts read again and again by a thread of its own: each reading counts until the next."""
+    """A source made of watts read again and again by a thread of its own: each reading
+    counts until the next.
+    """
 
     def __init__(self, name: str, readings: Iterable[Mapping[str, float]]) -> None:
         self.name = name
         self._joules: dict[str, float] = {}
         self._watts: dict[str, float] = {}
         self._since = time.monotonic()
-        self._lock, self._stopped, self._first = threading.Lock(), threading.Event(), threading.Event()
+        self._lock, self._stopped, self._first = (
+            threading.Lock(),
+            threading.Event(),
+            threading.Event(),
+        )
         self._thread = threading.Thread(target=self._follow, args=(readings,), daemon=True)
         self._thread.start()
         self._first.wait(timeout=2.0)
@@ -77,12 +96,19 @@ class Integrator:
 
 
 def ina_rails(root: Path) -> dict[str, float]:
-    """Watts of every labelled channel of the INA3221 monitors: millivolts times milliamperes. Empty where there are none."""
+    """Watts of every labelled channel of the INA3221 monitors: millivolts times
+    milliamperes. Empty where there are none.
+    """
     found: dict[str, float] = {}
-    for label in sorted((root / "sys/bus/i2c/drivers/ina3221").glob("*/hwmon/hwmon*/in[123]_label")):
+    for label in sorted(
+        (root / "sys/bus/i2c/drivers/ina3221").glob("*/hwmon/hwmon*/in[123]_label")
+    ):
         channel = label.name[2]
         name = read_text(label)
-        volts, amperes = read_number(label.with_name(f"in{channel}_input")), read_number(label.with_name(f"curr{channel}_input"))
+        volts, amperes = (
+            read_number(label.with_name(f"in{channel}_input")),
+            read_number(label.with_name(f"curr{channel}_input")),
+        )
         if name and name != "NC" and volts is not None and amperes is not None:
             found[name] = volts * amperes * 1e-6
     return found
@@ -100,7 +126,9 @@ def _again(read: Callable[[], dict[str, float]]) -> Iterator[dict[str, float]]:
 
 
 class Rapl:
-    """Intel's and AMD's own count of a CPU package's energy, with its memory where that is counted apart."""
+    """Intel's and AMD's own count of a CPU package's energy, with its memory where that
+    is counted apart.
+    """
 
     name = "RAPL"
 
@@ -122,7 +150,10 @@ class Rapl:
         if not zones:
             return "no RAPL counters"
         if any(read_number(zone / "energy_uj") is None for zone in zones.values()):
-            return f"RAPL counters are not readable by this user; allow it with: chmod a+r {next(iter(zones.values())) / 'energy_uj'}"
+            return (
+                f"RAPL counters are not readable by this user; allow it with: chmod a+r "
+                f"{next(iter(zones.values())) / 'energy_uj'}"
+            )
         return cls(zones)
 
     def joules(self) -> dict[str, float]:
@@ -130,7 +161,9 @@ class Rapl:
         for name, zone in self._zones.items():
             now = read_number(zone / "energy_uj") or self._last[name]
             step = now - self._last[name]
-            self._joules[name] += (step if step >= 0 else step + (read_number(zone / "max_energy_range_uj") or -step)) * 1e-6
+            self._joules[name] += (
+                step if step >= 0 else step + (read_number(zone / "max_energy_range_uj") or -step)
+            ) * 1e-6
             self._last[name] = now
         return dict(self._joules)
 
@@ -139,13 +172,17 @@ class Rapl:
 
 
 def counted_rails(names: Iterable[str]) -> tuple[str, ...]:
-    """The rails whose sum is the machine: the module's supply if it is one of them, else all that are not fed from another."""
+    """The rails whose sum is the machine: the module's supply if it is one of them,
+    else all that are not fed from another.
+    """
     names = tuple(names)
     supply = tuple(name for name in names if name in _WHOLE_MODULE)
     return supply or tuple(name for name in names if name not in _WITHIN_OTHERS)
 
 
-def _window(sources: Iterable[Source], work: Callable[[], int]) -> tuple[dict[str, float], float, int]:
+def _window(
+    sources: Iterable[Source], work: Callable[[], int]
+) -> tuple[dict[str, float], float, int]:
     """Joules per rail, seconds, and what `work` counted."""
     before = {rail: joules for source in sources for rail, joules in source.joules().items()}
     started = time.monotonic()
@@ -160,10 +197,17 @@ def _rest() -> int:
     return 0
 
 
-def measure_energy(sources: list[Source], answer: Callable[[int], int], new_tokens: int, seconds: float = _LEAST_SECONDS) -> Energy:
-    """Watts at rest and while answering, joules per image and per token. `answer(limit)` gives one answer and returns its number of tokens.
+def measure_energy(
+    sources: list[Source],
+    answer: Callable[[int], int],
+    new_tokens: int,
+    seconds: float = _LEAST_SECONDS,
+) -> Energy:
+    """Watts at rest and while answering, joules per image and per token.
+    `answer(limit)` gives one answer and returns its number of tokens.
 
-    Answers of one token give the energy per image, whole answers that of further tokens; each kind is repeated for `seconds`, at least once.
+    Answers of one token give the energy per image, whole answers that of further
+    tokens; each kind is repeated for `seconds`, at least once.
     """
     counts: list[int] = []
 
@@ -181,7 +225,11 @@ def measure_energy(sources: list[Source], answer: Callable[[int], int], new_toke
     counted = counted_rails(whole)
     per_image = sum(first[rail] for rail in counted) / images
     further = sum(counts) / answers - 1
-    per_token = (sum(whole[rail] for rail in counted) / answers - per_image) / further if further > 0 else -1.0
+    per_token = (
+        (sum(whole[rail] for rail in counted) / answers - per_image) / further
+        if further > 0
+        else -1.0
+    )
     return Energy(
         source=" + ".join(source.name for source in sources),
         rails_w={rail: joules / answering for rail, joules in whole.items()},

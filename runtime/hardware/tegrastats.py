@@ -1,4 +1,6 @@
-"""Power rails as `tegrastats` prints them, for Jetsons whose sensors this user may not read: a line of text to watts, and the program as a source."""
+"""Power rails as `tegrastats` prints them, for Jetsons whose sensors this user may not
+read: a line of text to watts, and the program as a source.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from runtime.hardware.power import Integrator
 __all__ = ["Tegrastats", "parse_line"]
 
 _PERIOD_MS = 100
-# "VDD_IN 5297mW/5101mW" since JetPack 5, "VDD_IN 5297/5101" before: now and on average. Memory ("RAM 3276/7859MB") has another unit.
+# "VDD_IN 5297mW/5101mW" since JetPack 5, "VDD_IN 5297/5101" before: now and on average. Memory
+# ("RAM 3276/7859MB") has another unit.
 _RAIL = re.compile(r"(?<!\S)([A-Z0-9][A-Z0-9_]*) (\d+)(?:mW)?/\d+(?:mW)?(?!\S)")
 
 
@@ -34,7 +37,14 @@ class Tegrastats(Integrator):
         path = shutil.which("tegrastats")
         if path is None:
             return None
-        return cls(subprocess.Popen([path, "--interval", str(_PERIOD_MS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
+        return cls(
+            subprocess.Popen(
+                [path, "--interval", str(_PERIOD_MS)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        )
 
     def _lines(self) -> Iterator[dict[str, float]]:
         assert self._process.stdout is not None, "it was opened with a pipe"

@@ -1,4 +1,6 @@
-"""Signs of throttling while answers are timed: the CPU's counters and clock, temperatures, a GPU's reasons; looked at between answers only."""
+"""Signs of throttling while answers are timed: the CPU's counters and clock,
+temperatures, a GPU's reasons; looked at between answers only.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ __all__ = ["ThermalWatch"]
 
 
 class ThermalWatch:
-    """Watches from its creation; `look` after every answer, `finish` at the end. Reads below `root`."""
+    """Watches from its creation; `look` after every answer, `finish` at the end. Reads
+    below `root`.
+    """
 
     def __init__(self, root: Path, gpu: Nvidia | None = None) -> None:
         self._root, self._gpu = root, gpu
@@ -22,7 +26,11 @@ class ThermalWatch:
 
     def look(self) -> None:
         """Notes clocks and reasons."""
-        clocks = [clock for clock in map(read_number, self._policies("scaling_cur_freq")) if clock is not None]
+        clocks = [
+            clock
+            for clock in map(read_number, self._policies("scaling_cur_freq"))
+            if clock is not None
+        ]
         if clocks:
             self._clocks.append(sum(clocks) / len(clocks) / 1e3)
         if self._gpu is not None:
@@ -31,12 +39,20 @@ class ThermalWatch:
     def finish(self) -> Thermal:
         """What was seen."""
         events, after = self._count_events(), self._read_temperatures()
-        highest = [clock for clock in map(read_number, self._policies("cpuinfo_max_freq")) if clock is not None]
+        highest = [
+            clock
+            for clock in map(read_number, self._policies("cpuinfo_max_freq"))
+            if clock is not None
+        ]
         return Thermal(
             None if events is None or self._events is None else max(0, events - self._events),
             tuple(self._clocks),
             sum(highest) / len(highest) / 1e3 if highest else None,
-            {zone: (before, after[zone]) for zone, before in self._temperatures.items() if zone in after},
+            {
+                zone: (before, after[zone])
+                for zone, before in self._temperatures.items()
+                if zone in after
+            },
             tuple(sorted(self._reasons)),
         )
 
@@ -45,7 +61,11 @@ class ThermalWatch:
 
     def _count_events(self) -> int | None:
         """Sum of all cores' and packages' counts; None where the CPU has none."""
-        paths = sorted((self._root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count"))
+        paths = sorted(
+            (self._root / "sys/devices/system/cpu").glob(
+                "cpu[0-9]*/thermal_throttle/*_throttle_count"
+            )
+        )
         counts = [count for count in map(read_number, paths) if count is not None]
         return int(sum(counts)) if counts else None
 
@@ -55,5 +75,7 @@ class ThermalWatch:
         for zone in sorted((self._root / "sys/class/thermal").glob("thermal_zone*")):
             degrees, kind = read_number(zone / "temp"), read_text(zone / "type")
             if degrees is not None and degrees >= 0:
-                found[f"{kind or zone.name}{'' if kind not in found else f' {zone.name}'}"] = degrees / 1e3
+                found[f"{kind or zone.name}{'' if kind not in found else f' {zone.name}'}"] = (
+                    degrees / 1e3
+                )
         return found

@@ -16,13 +16,23 @@ FOUND: Colour = (255, 0, 90)
 """Colours (RGB) of true and of found boxes."""
 
 
-def truth_and_found(size: tuple[int, int], truth: Box | None, found: Box | None) -> list[tuple[Box, Colour, str]]:
-    """What `draw_boxes` shows of an answer on a picture of that size: the true box and the found one (in [0, 1]), where there are any."""
-    return [(to_pixel_box(box, *size), colour, "") for box, colour in ((truth, TRUE), (found, FOUND)) if box]
+def truth_and_found(
+    size: tuple[int, int], truth: Box | None, found: Box | None
+) -> list[tuple[Box, Colour, str]]:
+    """What `draw_boxes` shows of an answer on a picture of that size: the true box and
+    the found one (in [0, 1]), where there are any.
+    """
+    return [
+        (to_pixel_box(box, *size), colour, "")
+        for box, colour in ((truth, TRUE), (found, FOUND))
+        if box
+    ]
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[tuple[Box, Colour, str]]) -> Image.Image:
-    """A copy of an RGB picture with outlines of boxes (in pixels), each in its colour and with its label (empty: none)."""
+    """A copy of an RGB picture with outlines of boxes (in pixels), each in its colour
+    and with its label (empty: none).
+    """
     shown = image.copy()
     brush = ImageDraw.Draw(shown)
     width = max(2, round(min(image.size) / 150))

@@ -1,4 +1,6 @@
-"""The look of every HTML page we write: one self-contained file, readable on light and dark screens, nothing fetched and no script."""
+"""The look of every HTML page we write: one self-contained file, readable on light and
+dark screens, nothing fetched and no script.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,11 @@ th:first-child, td:first-child { text-align: left; }
 
 
 def html_page(title: str, body: str, style: str = "") -> str:
-    """A page. `title` is text, `body` markup, `style` rules of its own; rules may use the colours --ink, --paper, --line, --soft, --dim, --bad."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{_STYLE}{style}</style>'
+    """A page. `title` is text, `body` markup, `style` rules of its own; rules may use
+    the colours --ink, --paper, --line, --soft, --dim, --bad.
+    """
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{escape(title)}</title><style>{_STYLE}{style}</style>'
+    )
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'

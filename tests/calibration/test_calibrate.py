@@ -1,4 +1,6 @@
-"""The calibration set and the walk: honest samples, the float model block by block, exact where nothing is rounded, resumable."""
+"""The calibration set and the walk: honest samples, the float model block by block,
+exact where nothing is rounded, resumable.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,15 @@ def cases(stored: StoredCheckpoint, count: int = 8, seed: int = 1) -> list[Case]
 
 def relative(found: list[Trace], expected: list[Trace]) -> float:
     pairs = [(a.logits, b.logits) for a, b in zip(found, expected, strict=True)]
-    return float(np.mean([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs if a is not None and b is not None]))
+    return float(
+        np.mean(
+            [
+                np.linalg.norm(a - b) / np.linalg.norm(b)
+                for a, b in pairs
+                if a is not None and b is not None
+            ]
+        )
+    )
 
 
 def test_the_walk_is_the_model(stored: StoredCheckpoint, tiny_checkpoint: Path) -> None:
@@ -43,8 +53,12 @@ def test_the_walk_is_the_model(stored: StoredCheckpoint, tiny_checkpoint: Path) 
         case = trace.case
         with torch.no_grad():
             embeds = model.embed_image(torch.from_numpy(case.pixels), case.pool_size)[0]
-            logits = model.logits(model.sequence(case.before, embeds, [*case.after, *case.answer]))[0, -len(case.answer) - 1 :]
-        assert np.allclose(trace.image_embeds, embeds, atol=1e-5) and np.allclose(trace.logits, logits, atol=1e-4)
+            logits = model.logits(model.sequence(case.before, embeds, [*case.after, *case.answer]))[
+                0, -len(case.answer) - 1 :
+            ]
+        assert np.allclose(trace.image_embeds, embeds, atol=1e-5) and np.allclose(
+            trace.logits, logits, atol=1e-4
+        )
 
 
 def test_only_one_block_is_in_memory(stored: StoredCheckpoint) -> None:
@@ -60,7 +74,9 @@ def test_only_one_block_is_in_memory(stored: StoredCheckpoint) -> None:
 
 def test_moved_scales_change_nothing_but_rounding(stored: StoredCheckpoint, tmp_path: Path) -> None:
     scheme, test = LinearScheme("int8", "int8-tensor", smooth=True), cases(stored, 4, seed=9)
-    calibrate(StreamedModel(stored.spec, stored.read), [], cases(stored), lambda name: (scheme,), tmp_path)
+    calibrate(
+        StreamedModel(stored.spec, stored.read), [], cases(stored), lambda name: (scheme,), tmp_path
+    )
     calibrated = Calibrated(stored.read, tmp_path)
     assert any(strength > 0 for strength in calibrated.strengths().values())
     expected = StreamedModel(stored.spec, stored.read).walk(test)
@@ -68,9 +84,14 @@ def test_moved_scales_change_nothing_but_rounding(stored: StoredCheckpoint, tmp_
 
 
 def planted(read: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
-    """The same function with activation outliers: some channels of every norm 50 times as large, the weights behind it as much smaller."""
+    """The same function with activation outliers: some channels of every norm 50 times
+    as large, the weights behind it as much smaller.
+    """
     channels = [1, 17, 40]
-    behind = {"input_layernorm": ("q_proj", "k_proj", "v_proj"), "post_attention_layernorm": ("gate_proj", "up_proj")}
+    behind = {
+        "input_layernorm": ("q_proj", "k_proj", "v_proj"),
+        "post_attention_layernorm": ("gate_proj", "up_proj"),
+    }
 
     def changed(name: str) -> torch.Tensor:
         tensor = read(name)
@@ -86,8 +107,16 @@ def planted(read: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor
 @pytest.mark.parametrize(
     ("scheme", "plain", "gain"),
     [
-        (LinearScheme("int8", "int8-tensor", smooth=True), LinearScheme("int8", "int8-tensor"), 0.3),
-        (LinearScheme("int4", block=32, rounding="gptq", smooth=True), LinearScheme("int4", block=32), 0.6),
+        (
+            LinearScheme("int8", "int8-tensor", smooth=True),
+            LinearScheme("int8", "int8-tensor"),
+            0.3,
+        ),
+        (
+            LinearScheme("int4", block=32, rounding="gptq", smooth=True),
+            LinearScheme("int4", block=32),
+            0.6,
+        ),
     ],
     ids=["SmoothQuant", "GPTQ"],
 )
@@ -96,16 +125,24 @@ def test_data_aware_rounding_helps_a_model_with_planted_outliers(
 ) -> None:
     read, test = planted(stored.read), cases(stored, 6, seed=9)
     expected = StreamedModel(stored.spec, stored.read).walk(test)
-    assert relative(StreamedModel(stored.spec, read).walk(test), expected) < 1e-5  # the same function
-    calibrate(StreamedModel(stored.spec, read), [], cases(stored, 16), lambda name: (scheme,), tmp_path)
+    assert (
+        relative(StreamedModel(stored.spec, read).walk(test), expected) < 1e-5
+    )  # the same function
+    calibrate(
+        StreamedModel(stored.spec, read), [], cases(stored, 16), lambda name: (scheme,), tmp_path
+    )
     errors = []
     for chosen, calibrated in ((plain, Calibrated(read)), (scheme, Calibrated(read, tmp_path))):
         errors.append(relative(rounded_walk(stored, calibrated, chosen, test), expected))
     assert errors[1] < gain * errors[0], errors
 
 
-def rounded_walk(stored: StoredCheckpoint, calibrated: Calibrated, scheme: LinearScheme, test: list[Case]) -> list[Trace]:
-    """The decoder's layers with rounded weights, and activations rounded in front of them, in torch."""
+def rounded_walk(
+    stored: StoredCheckpoint, calibrated: Calibrated, scheme: LinearScheme, test: list[Case]
+) -> list[Trace]:
+    """The decoder's layers with rounded weights, and activations rounded in front of
+    them, in torch.
+    """
     from contextlib import contextmanager
 
     from calibration.linear import fake_activation
@@ -113,7 +150,9 @@ def rounded_walk(stored: StoredCheckpoint, calibrated: Calibrated, scheme: Linea
     @contextmanager
     def round_inputs(block: object, model: InfMLLM):  # type: ignore[no-untyped-def]
         names = [name for feed in block.feeds for name in feed.linears if ".layers." in name]  # type: ignore[attr-defined]
-        hook = lambda module, arguments: (fake_activation(arguments[0][0], scheme.activation)[None],)  # noqa: E731
+        hook = lambda module, arguments: (
+            fake_activation(arguments[0][0], scheme.activation)[None],
+        )  # noqa: E731
         handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name in names]
         yield
         for handle in handles:
@@ -126,7 +165,9 @@ def rounded_walk(stored: StoredCheckpoint, calibrated: Calibrated, scheme: Linea
     return StreamedModel(stored.spec, read).walk(test, round_inputs)
 
 
-def test_an_interrupted_walk_goes_on_where_it_stopped(stored: StoredCheckpoint, tmp_path: Path) -> None:
+def test_an_interrupted_walk_goes_on_where_it_stopped(
+    stored: StoredCheckpoint, tmp_path: Path
+) -> None:
     def run() -> dict[str, bytes]:
         model = StreamedModel(stored.spec, stored.read)
         calibrate(model, [], cases(stored), SCHEMES["int4"].wanted, tmp_path, cache=True)
@@ -141,12 +182,19 @@ def test_an_interrupted_walk_goes_on_where_it_stopped(stored: StoredCheckpoint, 
     layer = np.load(tmp_path / "decoder.layers.0.npz")
     keys, values = layer["decoder.layers.0|keys"], layer["decoder.layers.0|values"]
     assert keys.shape == values.shape == (2, 16) and values.min() > 0
-    assert np.array_equal(keys[:, :8], keys[:, 8:])  # a pair's length bounds both its channels at every position
+    assert np.array_equal(
+        keys[:, :8], keys[:, 8:]
+    )  # a pair's length bounds both its channels at every position
 
 
 def test_the_set_is_reproducible_listed_and_hashed(stored: StoredCheckpoint) -> None:
     one, same, other = (set_card("synthetic", cases(stored, 4, seed)) for seed in (1, 1, 2))
-    assert one == same and one["sha256"] != other["sha256"] and one["count"] == 4 and len(one["names"]) == 4
+    assert (
+        one == same
+        and one["sha256"] != other["sha256"]
+        and one["count"] == 4
+        and len(one["names"]) == 4
+    )
 
 
 def test_bad_sets_are_refused(stored: StoredCheckpoint, tmp_path: Path) -> None:
@@ -154,7 +202,10 @@ def test_bad_sets_are_refused(stored: StoredCheckpoint, tmp_path: Path) -> None:
     flat = Example(Image.new("RGB", (40, 30), (9, 9, 9)), (sample,), "flat.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     broken = Example(tmp_path / "broken.png", (sample,), "broken.png")
-    for example, message in ((flat, "flat.png is one flat colour"), (broken, "broken.png cannot be used")):
+    for example, message in (
+        (flat, "flat.png is one flat colour"),
+        (broken, "broken.png cannot be used"),
+    ):
         with pytest.raises(DataError, match=message):
             draw_cases([example], stored.spec, stored.tokenizer, 0)
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "a.png")
@@ -167,11 +218,28 @@ def test_bad_sets_are_refused(stored: StoredCheckpoint, tmp_path: Path) -> None:
         default_source({}, "")
     long = replace(sample, text="word " * 400)
     with pytest.raises(DataError, match="only 0 of 1 questions fit"):
-        draw_cases([Example(Image.open(tmp_path / "a.png"), (replace(long, task="caption"),))], TINY, stored.tokenizer, 0)
+        draw_cases(
+            [Example(Image.open(tmp_path / "a.png"), (replace(long, task="caption"),))],
+            TINY,
+            stored.tokenizer,
+            0,
+        )
 
 
-def test_a_picture_of_one_brightness_but_two_colours_is_no_flat_one(stored: StoredCheckpoint) -> None:
+def test_a_picture_of_one_brightness_but_two_colours_is_no_flat_one(
+    stored: StoredCheckpoint,
+) -> None:
     image = Image.new("RGB", (40, 30), (76, 76, 76))
     image.paste((254, 0, 0), (5, 5, 20, 20))  # the same brightness
     assert image.convert("L").getextrema()[0] == image.convert("L").getextrema()[1]
-    assert len(draw_cases([Example(image, (Sample("vqa", "what?", "x"),), "red")], stored.spec, stored.tokenizer, 0)) == 1
+    assert (
+        len(
+            draw_cases(
+                [Example(image, (Sample("vqa", "what?", "x"),), "red")],
+                stored.spec,
+                stored.tokenizer,
+                0,
+            )
+        )
+        == 1
+    )

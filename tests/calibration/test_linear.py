@@ -1,4 +1,6 @@
-"""Rounding weights and activations: errors stay within the grid's step, data-aware rounding and moved scales do better where they should."""
+"""Rounding weights and activations: errors stay within the grid's step, data-aware
+rounding and moved scales do better where they should.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibration.gptq import gptq
-from calibration.linear import LinearScheme, activation_grid, fake_activation, grid_for, round_in_pairs, round_to
+from calibration.linear import (
+    LinearScheme,
+    activation_grid,
+    fake_activation,
+    grid_for,
+    round_in_pairs,
+    round_to,
+)
 from calibration.ranges import RANGES, find_range
 from calibration.smoothing import output_error, search_scales
 
@@ -20,7 +29,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("scheme", [FOUR, LinearScheme("int4", block=256), EIGHT, LinearScheme("int8", block=16)], ids=lambda s: s.text())
+@pytest.mark.parametrize(
+    "scheme",
+    [FOUR, LinearScheme("int4", block=256), EIGHT, LinearScheme("int8", block=16)],
+    ids=lambda s: s.text(),
+)
 def test_nearest_is_within_half_a_step_and_keeps_zero(scheme: LinearScheme) -> None:
     weight = normal(24, 100) * torch.logspace(-3, 2, 24)[:, None]
     weight[3], weight[:, 7] = 0, 0
@@ -37,7 +50,10 @@ def test_the_mse_search_is_never_worse_than_the_whole_range(scheme: LinearScheme
     weight[:, 5] *= 8  # outliers, which a shrunken range clips
     errors = []
     for rounding in ("nearest", "mse"):
-        found = round_to(weight, grid_for(weight, LinearScheme(scheme.weight, block=scheme.block, rounding=rounding)))
+        found = round_to(
+            weight,
+            grid_for(weight, LinearScheme(scheme.weight, block=scheme.block, rounding=rounding)),
+        )
         errors.append((found.dequantised() - weight).square().sum(1))
     assert (errors[1] <= errors[0] * 1.00001).all()
     assert scheme is EIGHT or errors[1].sum() < 0.99 * errors[0].sum()
@@ -45,12 +61,17 @@ def test_the_mse_search_is_never_worse_than_the_whole_range(scheme: LinearScheme
 
 def test_gptq_beats_rounding_to_the_nearest_on_correlated_inputs() -> None:
     mixing = normal(96, 96, seed=3)
-    inputs = normal(2000, 24, seed=1) @ normal(24, 96, seed=2) + 0.1 * normal(2000, 96, seed=4) @ mixing
+    inputs = (
+        normal(2000, 24, seed=1) @ normal(24, 96, seed=2) + 0.1 * normal(2000, 96, seed=4) @ mixing
+    )
     weight = normal(64, 96)
     grid = grid_for(weight, FOUR)
     exact = inputs @ weight.T
     nearest, aware = round_to(weight, grid), gptq(weight, inputs.T @ inputs, grid)
-    errors = [float((inputs @ q.dequantised().T - exact).square().sum() / exact.square().sum()) for q in (nearest, aware)]
+    errors = [
+        float((inputs @ q.dequantised().T - exact).square().sum() / exact.square().sum())
+        for q in (nearest, aware)
+    ]
     assert errors[1] < 0.5 * errors[0]
     assert aware.levels.min() >= 0 and aware.levels.max() <= 15
 
@@ -58,15 +79,24 @@ def test_gptq_beats_rounding_to_the_nearest_on_correlated_inputs() -> None:
 def test_gptq_without_statistics_rounds_to_the_nearest() -> None:
     weight = normal(8, 64)
     grid = grid_for(weight, FOUR)
-    assert torch.equal(gptq(weight, torch.zeros(64, 64), grid).levels, round_to(weight, grid).levels)
+    assert torch.equal(
+        gptq(weight, torch.zeros(64, 64), grid).levels, round_to(weight, grid).levels
+    )
 
 
-@pytest.mark.parametrize(("inputs", "block"), [(192, 64), (96, 96), (2048, 128), (11008, 128), (64, 64), (100, 100)])
+@pytest.mark.parametrize(
+    ("inputs", "block"), [(192, 64), (96, 96), (2048, 128), (11008, 128), (64, 64), (100, 100)]
+)
 def test_whole_blocks_divide_the_inputs(inputs: int, block: int) -> None:
-    """An engine that infers a block's size from the number of scales must find the one that was meant."""
+    """An engine that infers a block's size from the number of scales must find the one
+    that was meant.
+    """
     scheme = LinearScheme("int4", block=128, symmetric=True, whole=True)
     grid = grid_for(normal(4, inputs), scheme)
-    assert scheme.grid_block(inputs) == grid.block == block and grid.scale.shape == (4, inputs // block)
+    assert scheme.grid_block(inputs) == grid.block == block and grid.scale.shape == (
+        4,
+        inputs // block,
+    )
 
 
 @pytest.mark.parametrize("kind", ["int8-row", "int8-tensor", "int8-static"])
@@ -74,7 +104,9 @@ def test_activations_are_rounded_within_half_a_step(kind: str) -> None:
     x = normal(7, 50)
     found = fake_activation(x, kind, (float(x.min()), float(x.max())))
     step = x.abs().amax(1, keepdim=True) / 127 if kind == "int8-row" else (x.max() - x.min()) / 255
-    assert ((found - x).abs() <= step * 1.01).all() and not torch.equal(found, x)  # one-sided grids also round their zero point
+    assert ((found - x).abs() <= step * 1.01).all() and not torch.equal(
+        found, x
+    )  # one-sided grids also round their zero point
 
 
 @settings(max_examples=50, deadline=None)
@@ -82,11 +114,15 @@ def test_activations_are_rounded_within_half_a_step(kind: str) -> None:
 def test_activation_grids_hold_zero_and_span_the_range(a: float, b: float) -> None:
     scale, zero = activation_grid(min(a, b), max(a, b))
     assert scale > 0 and 0 <= zero <= 255
-    assert (0 - zero) * scale <= min(a, b, 0) + scale and (255 - zero) * scale >= max(a, b, 0) - scale
+    assert (0 - zero) * scale <= min(a, b, 0) + scale and (255 - zero) * scale >= max(
+        a, b, 0
+    ) - scale
 
 
 def test_moved_scales_remove_planted_outliers() -> None:
-    """Three channels 60 times the rest, as LLaMA has: 8-bit activations lose everything else, moved scales give it back."""
+    """Three channels 60 times the rest, as LLaMA has: 8-bit activations lose everything
+    else, moved scales give it back.
+    """
     rows, weight = normal(200, 64), normal(48, 64, seed=1)
     rows[:, [3, 20, 41]] *= 60
     weight[:, [3, 20, 41]] /= 60
@@ -94,7 +130,9 @@ def test_moved_scales_remove_planted_outliers() -> None:
         scheme = LinearScheme("int8", kind, smooth=True)
         scales, strength = search_scales(rows, [(weight, [scheme])])
         assert scales is not None and strength > 0
-        assert output_error(rows, weight, scheme, scales) < 0.02 * output_error(rows, weight, scheme)
+        assert output_error(rows, weight, scheme, scales) < 0.02 * output_error(
+            rows, weight, scheme
+        )
     assert output_error(rows, weight, LinearScheme(), scales) < 1e-10  # exact without rounding
 
 
@@ -116,38 +154,65 @@ def test_methods_differ_on_a_lone_outlier_as_they_should() -> None:
     values = np.random.default_rng(0).normal(size=200_000).astype(np.float32)
     values[7] = 30.0
     found = {method: find_range(values, method) for method in RANGES}
-    assert found["min-max"][1] == 30.0 and found["percentile"][1] < 5.0 and found["mse"][1] < 30.0, found
+    assert (
+        found["min-max"][1] == 30.0 and found["percentile"][1] < 5.0 and found["mse"][1] < 30.0
+    ), found
 
     def squared(bounds: tuple[float, float]) -> float:
         step = (bounds[1] - bounds[0]) / 255
         return float(np.square(np.rint(np.clip(values, *bounds) / step) * step - values).mean())
 
     assert squared(found["mse"]) == min(map(squared, found.values()))
-    assert 5.0 < found["entropy"][1] < 30.0  # it clips, less than it should where one value lies alone
+    assert (
+        5.0 < found["entropy"][1] < 30.0
+    )  # it clips, less than it should where one value lies alone
     assert find_range(np.full(1000, 5.0, np.float32), "entropy") == (0.0, 5.0)
 
 
 def test_symmetric_weights_have_no_zero_points_and_lose_little() -> None:
     weight = normal(32, 256)
-    plain, symmetric = (round_to(weight, grid_for(weight, LinearScheme("int4", block=64, symmetric=kind))) for kind in (False, True))
-    assert (symmetric.grid.zero == 8).all() and symmetric.levels.min() >= 0 and symmetric.levels.max() <= 15
+    plain, symmetric = (
+        round_to(weight, grid_for(weight, LinearScheme("int4", block=64, symmetric=kind)))
+        for kind in (False, True)
+    )
+    assert (
+        (symmetric.grid.zero == 8).all()
+        and symmetric.levels.min() >= 0
+        and symmetric.levels.max() <= 15
+    )
     errors = [(q.dequantised() - weight).square().mean() for q in (plain, symmetric)]
     assert errors[0] < errors[1] < 1.6 * errors[0]
-    assert LinearScheme("int4", symmetric=True).text() != LinearScheme("int4").text(), "calibrations of both are kept apart"
+    assert LinearScheme("int4", symmetric=True).text() != LinearScheme("int4").text(), (
+        "calibrations of both are kept apart"
+    )
 
 
 @pytest.mark.parametrize("columns", [7, 64, 193])
 def test_pairs_fit_16_bits_and_cost_less_than_a_bit(columns: int) -> None:
-    """255 * (a + b) must stay within 16 bits for neighbours of one sign, at less than the error of 7-bit weights (twice that of 8)."""
+    """255 * (a + b) must stay within 16 bits for neighbours of one sign, at less than
+    the error of 7-bit weights (twice that of 8).
+    """
     weight = normal(64, columns) * torch.logspace(-3, 2, 64)[:, None]
     weight[5], weight[6] = 0, 1
     scheme = LinearScheme("int8", "int8-row")
     found, plain = round_in_pairs(weight, scheme), round_to(weight, grid_for(weight, scheme))
     levels = torch.nn.functional.pad(found.levels, (0, columns % 2)).int().unflatten(1, (-1, 2))
-    assert int((255 * levels.clamp(min=0).sum(2)).max()) < 2**15 and int((255 * levels.clamp(max=0).sum(2)).min()) >= -(2**15)
-    wide = torch.nn.functional.pad(plain.levels, (0, columns % 2)).int().unflatten(1, (-1, 2)).sum(2).abs().max()
+    assert int((255 * levels.clamp(min=0).sum(2)).max()) < 2**15 and int(
+        (255 * levels.clamp(max=0).sum(2)).min()
+    ) >= -(2**15)
+    wide = (
+        torch.nn.functional.pad(plain.levels, (0, columns % 2))
+        .int()
+        .unflatten(1, (-1, 2))
+        .sum(2)
+        .abs()
+        .max()
+    )
     assert int(wide) > 128, "unfitted weights would saturate"
-    errors = [((q.dequantised() - weight) / q.grid.scale).norm(dim=1) * q.grid.scale[:, 0] for q in (found, plain)]
+    errors = [
+        ((q.dequantised() - weight) / q.grid.scale).norm(dim=1) * q.grid.scale[:, 0]
+        for q in (found, plain)
+    ]
     kept = torch.ones(64, dtype=torch.bool)
     kept[5:7] = False  # constant rows are exact in 8 bits
     assert float((errors[0][kept] / errors[1][kept]).mean()) < 1.7

@@ -1,7 +1,9 @@
-"""TensorRT on a machine without a GPU: its real parser and compiler, to compile engines that nothing here can run, and other versions' names.
+"""TensorRT on a machine without a GPU: its real parser and compiler, to compile engines
+that nothing here can run, and other versions' names.
 
-Two public wheels are joined: TensorRT's Python bindings, and the ONNX Runtime plugin that carries TensorRT-RTX, whose compiler needs no GPU. A small
-library of forwarding functions, compiled here, stands between them. Nothing of it is part of the product.
+Two public wheels are joined: TensorRT's Python bindings, and the ONNX Runtime plugin
+that carries TensorRT-RTX, whose compiler needs no GPU. A small library of forwarding
+functions, compiled here, stands between them. Nothing of it is part of the product.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ def compiler(root: Path) -> dict[str, str]:
 
 
 def bindings(root: Path, version: str) -> dict[str, str]:
-    """The environment in which `import tensorrt` gives that version's names, and nothing that works."""
+    """The environment in which `import tensorrt` gives that version's names, and
+    nothing that works.
+    """
     return _environment(root, (f"tensorrt_cu12_bindings=={version}",), "")
 
 
 def cuda(root: Path, version: str) -> dict[str, str]:
-    """The environment in which `cuda.bindings.runtime` is that version's, without a driver."""
+    """The environment in which `cuda.bindings.runtime` is that version's, without a
+    driver.
+    """
     return _environment(root, (f"cuda-bindings=={version}", "cuda-pathfinder>=1.1"), "")
 
 
@@ -55,12 +61,26 @@ def _environment(root: Path, wheels: tuple[str, ...], libraries: str) -> dict[st
             said = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
             if os.environ.get("INFMLLM_REQUIRE_TENSORRT"):
                 raise
-            pytest.skip(f"TensorRT's compiler could not be set up ({said}); pip must reach its wheels, and gcc be installed")
+            pytest.skip(
+                f"TensorRT's compiler could not be set up ({said}); pip must reach its wheels, "
+                f"and gcc be installed"
+            )
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(HERE.parents[1])])}
 
 
 def _install(folder: Path, wheels: tuple[str, ...], libraries: str) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(folder), *wheels]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+        str(folder),
+        *wheels,
+    ]
     subprocess.run(pip, check=True, capture_output=True, text=True, timeout=900)
     if "tensorrt" not in wheels[0]:
         (folder / "ready").touch()
@@ -69,10 +89,20 @@ def _install(folder: Path, wheels: tuple[str, ...], libraries: str) -> None:
     module.mkdir(exist_ok=True)
     (module / "__init__.py").write_text(_TENSORRT)
     generation = wheels[0].partition("==")[2].partition(".")[0]
-    for name, real in (("nvinfer", "tensorrt_rtx"), ("nvonnxparser", "tensorrt_onnxparser_rtx"), ("nvinfer_plugin", "")):
+    for name, real in (
+        ("nvinfer", "tensorrt_rtx"),
+        ("nvonnxparser", "tensorrt_onnxparser_rtx"),
+        ("nvinfer_plugin", ""),
+    ):
         found = next((folder / libraries).glob(f"lib{real}.so.*")) if libraries and real else ""
         soname = f"lib{name}.so.{generation}"
-        output = ["-o", str(module / soname), f"-Wl,-soname,{soname}", f'-DTARGET="{found}"', f"-D{name}"]
+        output = [
+            "-o",
+            str(module / soname),
+            f"-Wl,-soname,{soname}",
+            f'-DTARGET="{found}"',
+            f"-D{name}",
+        ]
         command = ["gcc", "-O1", "-shared", "-fPIC", str(HERE / "forward.c"), *output, "-ldl"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     (folder / "ready").touch()

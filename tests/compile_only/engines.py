@@ -1,8 +1,10 @@
-"""A program: compiles graphs of a `tensorrt` bundle's folder with the runtime's own builder, and prints what became of each as a line of JSON.
+"""A program: compiles graphs of a `tensorrt` bundle's folder with the runtime's own
+builder, and prints what became of each as a line of JSON.
 
     engines.py FOLDER SPEC.json ROWS GRAPH...
 
-The compiler's log names every layer of the finished engine with the types it reads; the parsed network tells what goes in and out.
+The compiler's log names every layer of the finished engine with the types it reads; the
+parsed network tells what goes in and out.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from runtime.contract.spec import ModelSpec
 from runtime.engines.tensorrt import build_engine as builder
 from runtime.engines.tensorrt.graph_variants import decoder_form, vision_form
 
-_LAYER = re.compile(r"Name: ([^,]+), LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: \[", re.MULTILINE)
+_LAYER = re.compile(
+    r"Name: ([^,]+), LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: \[",
+    re.MULTILINE,
+)
 _TYPE = re.compile(r"Dimensions: \[([\d,-]*)\].*?Datatype: (\w+)")
 _WORKSPACE = 4 << 30
 _LARGE = 4096  # elements of what may be weights
@@ -39,12 +44,17 @@ class Log(trt.ILogger):
     def log(self, severity: Any, message: str) -> None:
         self.lines.append(message)
         # The compiler looks for a GPU, finds none, and goes on.
-        if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR) and "CUDA driver version" not in message:
+        if (
+            severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+            and "CUDA driver version" not in message
+        ):
             self.errors.append(message)
 
 
 def weights_read(layers: list[tuple[str, str, str, str]]) -> dict[str, Counter[str]]:
-    """Per profile, how many kernels read which types: "Int8 x Int8", "Half x Int4"; "Int8 unpacked" for weights written out in full first."""
+    """Per profile, how many kernels read which types: "Int8 x Int8", "Half x Int4";
+    "Int8 unpacked" for weights written out in full first.
+    """
     found: dict[str, Counter[str]] = {}
     for name, kind, inputs, constants in layers:
         profile = re.search(r"_myl(\d+)_\d+$", name)
@@ -55,13 +65,20 @@ def weights_read(layers: list[tuple[str, str, str, str]]) -> dict[str, Counter[s
             row["attention"] += 1
         elif weights and not given:
             row[f"{_narrowest(weights)} unpacked"] += 1
-        elif (weights and kind in ("gemm", "runtime_fusion")) or _narrowest(weights) in ("Int4", "Int8"):
+        elif (weights and kind in ("gemm", "runtime_fusion")) or _narrowest(weights) in (
+            "Int4",
+            "Int8",
+        ):
             row[f"{_narrowest(given)} x {_narrowest(weights)}"] += 1
     return found
 
 
 def _narrowest(types: list[str]) -> str:
-    return min(types, key=["Int4", "Int8", "Half", "Float"].index, default="") if set(types) <= {"Int4", "Int8", "Half", "Float"} else "other"
+    return (
+        min(types, key=["Int4", "Int8", "Half", "Float"].index, default="")
+        if set(types) <= {"Int4", "Int8", "Half", "Float"}
+        else "other"
+    )
 
 
 def _elements(shape: str) -> int:
@@ -76,19 +93,37 @@ def parsed(network: Any) -> dict[str, Any]:
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     return {
         "layers": Counter(layer.type.name for layer in layers),
-        "inputs": {t.name: [t.dtype.name, list(t.shape)] for t in map(network.get_input, range(network.num_inputs))},
-        "outputs": {t.name: [t.dtype.name, list(t.shape)] for t in map(network.get_output, range(network.num_outputs))},
-        "updates": {layer.get_output(0).name: layer.get_input(0).name for layer in layers if layer.type.name == "KV_CACHE_UPDATE"},
-        "softmax": sorted({layer.get_input(0).dtype.name for layer in layers if layer.type.name == "SOFTMAX"}),
+        "inputs": {
+            t.name: [t.dtype.name, list(t.shape)]
+            for t in map(network.get_input, range(network.num_inputs))
+        },
+        "outputs": {
+            t.name: [t.dtype.name, list(t.shape)]
+            for t in map(network.get_output, range(network.num_outputs))
+        },
+        "updates": {
+            layer.get_output(0).name: layer.get_input(0).name
+            for layer in layers
+            if layer.type.name == "KV_CACHE_UPDATE"
+        },
+        "softmax": sorted(
+            {layer.get_input(0).dtype.name for layer in layers if layer.type.name == "SOFTMAX"}
+        ),
     }
 
 
 def compiled(folder: Path, spec: ModelSpec, rows: int, graph: str) -> dict[str, Any]:
     """What became of one graph."""
     log, fused = Log(), graph.endswith("-fused")
-    form = vision_form(spec, fused) if graph.startswith("vision") else decoder_form(spec, fused, rows)
-    journal = SimpleNamespace(logger=log, clear=lambda: None, read=lambda: " / ".join(log.errors)[:600])
-    machine = SimpleNamespace(trt=trt, journal=journal, release=trt.__version__, name="no GPU", device=None)
+    form = (
+        vision_form(spec, fused) if graph.startswith("vision") else decoder_form(spec, fused, rows)
+    )
+    journal = SimpleNamespace(
+        logger=log, clear=lambda: None, read=lambda: " / ".join(log.errors)[:600]
+    )
+    machine = SimpleNamespace(
+        trt=trt, journal=journal, release=trt.__version__, name="no GPU", device=None
+    )
     seen: dict[str, Any] = {"graph": graph}
     compile_network = trt.Builder.build_serialized_network
 
@@ -103,11 +138,17 @@ def compiled(folder: Path, spec: ModelSpec, rows: int, graph: str) -> dict[str, 
         return seen | {"error": str(error)}
     finally:
         trt.Builder.build_serialized_network = compile_network
-    return seen | {"bytes": engine.nbytes, "errors": log.errors, "kernels": weights_read(_LAYER.findall("\n".join(log.lines)))}
+    return seen | {
+        "bytes": engine.nbytes,
+        "errors": log.errors,
+        "kernels": weights_read(_LAYER.findall("\n".join(log.lines))),
+    }
 
 
 if __name__ == "__main__":
     where, described, capacity, *graphs = sys.argv[1:]
     for wanted in graphs:
         model = ModelSpec.from_text(Path(described).read_bytes(), described)
-        print("RESULT " + json.dumps(compiled(Path(where), model, int(capacity), wanted)), flush=True)
+        print(
+            "RESULT " + json.dumps(compiled(Path(where), model, int(capacity), wanted)), flush=True
+        )

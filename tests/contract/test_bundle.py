@@ -1,4 +1,6 @@
-"""Bundles: every damaged, foreign or hostile one is refused with one line before anything is allocated."""
+"""Bundles: every damaged, foreign or hostile one is refused with one line before
+anything is allocated.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,14 @@ def rename_entry(name: str) -> Callable[[dict[str, Any]], None]:
 def test_a_good_bundle_reads(copied: Path) -> None:
     bundle = read_bundle(copied)
     bundle.verify()
-    assert bundle.verdict == "VERIFIED" and set(bundle.schemes) == {"vision", "decoder", "embeddings", "cache", ROWS, PRODUCTS}
+    assert bundle.verdict == "VERIFIED" and set(bundle.schemes) == {
+        "vision",
+        "decoder",
+        "embeddings",
+        "cache",
+        ROWS,
+        PRODUCTS,
+    }
 
 
 def test_missing_bundle_says_how_to_build_one(tmp_path: Path) -> None:
@@ -43,7 +52,17 @@ def test_missing_bundle_says_how_to_build_one(tmp_path: Path) -> None:
         load(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("name", ["vision.weights", "decoder.weights", "decoder.onnx", "embeddings.npy", "tokenizer.json", "goldens.npz"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vision.weights",
+        "decoder.weights",
+        "decoder.onnx",
+        "embeddings.npy",
+        "tokenizer.json",
+        "goldens.npz",
+    ],
+)
 def test_a_flipped_byte_in_any_file_is_found(copied: Path, name: str) -> None:
     data = bytearray((copied / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -73,7 +92,20 @@ def test_truncated_and_missing_files(copied: Path, name: str) -> None:
         read_bundle(copied)
 
 
-@pytest.mark.parametrize("name", ["../decoder.weights", "/etc/passwd", "a/b", "..", ".hidden", "x\0y", "", "a" * 200, "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../decoder.weights",
+        "/etc/passwd",
+        "a/b",
+        "..",
+        ".hidden",
+        "x\0y",
+        "",
+        "a" * 200,
+        "manifest.json",
+    ],
+)
 def test_only_plain_names(copied: Path, name: str) -> None:
     edit(copied, rename_entry(name))
     with pytest.raises(BundleError, match="plain file name"):
@@ -124,7 +156,9 @@ def test_hostile_manifests(copied: Path, change: Callable[[dict[str, Any]], None
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100000, '{"format": "infmllm-bundle"', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{", "[" * 100000, '{"format": "infmllm-bundle"', "\udcff"]
+)
 def test_broken_json(copied: Path, text: str) -> None:
     (copied / MANIFEST).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(BundleError):
@@ -140,7 +174,9 @@ def test_an_unknown_target_is_an_engine_error(copied: Path) -> None:
 
 
 def external(name: str, location: str) -> onnx.TensorProto:
-    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name=name, data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL
+    )
     tensor.external_data.add(key="location", value=location)
     return tensor
 
@@ -164,7 +200,10 @@ def test_a_graph_that_points_outside_is_refused(copied: Path) -> None:
             if entry.key == "location":
                 entry.value = "../../etc/passwd"
     (copied / "decoder.onnx").write_bytes(model.SerializeToString())
-    changed = {"bytes": (copied / "decoder.onnx").stat().st_size, "sha256": sha256_file(copied / "decoder.onnx")}
+    changed = {
+        "bytes": (copied / "decoder.onnx").stat().st_size,
+        "sha256": sha256_file(copied / "decoder.onnx"),
+    }
     edit(copied, lambda d: d["files"]["decoder.onnx"].update(changed))
     with pytest.raises(BundleError, match="outside the bundle"):
         load(copied)

@@ -28,7 +28,11 @@ GOOD = [
     {"image": "a.png", "task": "caption", "answer": "nothing"},
     {"image": "a.png", "task": "vqa", "question": "what?", "answer": "nothing"},
     {"image": "a.png", "task": "ground", "phrase": "it", "box": [10, 5, 50, 25]},
-    {"image": "a.png", "task": "chat", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
+    {
+        "image": "a.png",
+        "task": "chat",
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+    },
 ]
 
 
@@ -36,7 +40,9 @@ def test_all_four_tasks_read(data: Path) -> None:
     data.write_text("\n".join(json.dumps(row) for row in GOOD) + "\n\n")
     caption, vqa, ground, chat = [example.load()[1][0] for example in read_jsonl(data)]
     assert caption.text == "describe" and vqa.text == "what?" and chat.answer == "Ho"
-    assert ground.box == pytest.approx((0.1, 0.1, 0.5, 0.5)) and ground.answer == "0.10,0.10 0.50,0.50"
+    assert (
+        ground.box == pytest.approx((0.1, 0.1, 0.5, 0.5)) and ground.answer == "0.10,0.10 0.50,0.50"
+    )
     assert all(sample.prompt().has_image for sample in (caption, vqa, ground, chat))
 
 
@@ -50,10 +56,18 @@ def test_all_four_tasks_read(data: Path) -> None:
         ('{"image": "a.png", "task": "vqa", "answer": "x"}', "question"),
         ('{"image": "a.png", "task": "vqa", "question": "x", "answer": 3}', "answer"),
         ('{"image": "a.png", "task": "ground", "phrase": "x", "box": [1, 2, 3]}', "box"),
-        ('{"image": "a.png", "task": "chat", "messages": [{"role": "user", "content": "x"}]}', "alternate"),
+        (
+            '{"image": "a.png", "task": "chat", "messages": [{"role": "user", "content": "x"}]}',
+            "alternate",
+        ),
         ('{"image": "a.png", "task": []}', "task"),
         ('{"image": "' + "a" * 5000 + '", "task": "caption", "answer": "x"}', "image|long"),
-        ('{"image": "a.png", "task": "ground", "phrase": "x", "box": [1, 2, 3, ' + "9" * 400 + "]}", "large"),
+        (
+            '{"image": "a.png", "task": "ground", "phrase": "x", "box": [1, 2, 3, '
+            + "9" * 400
+            + "]}",
+            "large",
+        ),
         ('{"image": "a.png", "task": "vqa", "question": "!!", "answer": "x"}', "no words"),
         ('{"image": "a.png", "task": "caption", "answer": "\\ud800"}', "surrogate"),
     ],
@@ -64,7 +78,9 @@ def test_a_bad_line_is_named_with_its_number(data: Path, line: str, words: str) 
         read_jsonl(data)
 
 
-@pytest.mark.parametrize("box", [[10, 5, 101, 25], [50, 5, 10, 25], [-1, 5, 10, 25], [10, 5, 10, 25]])
+@pytest.mark.parametrize(
+    "box", [[10, 5, 101, 25], [50, 5, 10, 25], [-1, 5, 10, 25], [10, 5, 10, 25]]
+)
 def test_boxes_outside_the_picture(data: Path, box: list[int]) -> None:
     data.write_text(json.dumps(GOOD[2] | {"box": box}))
     with pytest.raises(DataError, match="does not lie inside the 100x50 picture"):
@@ -99,7 +115,9 @@ def test_pool_matrix_averages_windows() -> None:
 
 def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "d.jsonl").write_text('\ufeff{"image": "a.png", "task": "caption", "answer": "x\u2028y"}\n', encoding="utf-8")
+    (tmp_path / "d.jsonl").write_text(
+        '\ufeff{"image": "a.png", "task": "caption", "answer": "x\u2028y"}\n', encoding="utf-8"
+    )
     assert read_jsonl(tmp_path / "d.jsonl")[0].samples[0].answer == "x\u2028y"
 
 

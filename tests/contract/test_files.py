@@ -1,4 +1,6 @@
-"""Atomic folders: fail the N-th call, for all N, and the previous folder is bit-identical."""
+"""Atomic folders: fail the N-th call, for all N, and the previous folder is
+bit-identical.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +43,16 @@ def test_an_error_leaves_the_old_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError), staged_folder(target, "file") as folder:
         write_new(folder)
         raise ValueError("no")
-    assert content(target) == {"file": b"old"} and [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert content(target) == {"file": b"old"} and [path.name for path in tmp_path.iterdir()] == [
+        "bundle"
+    ]
 
 
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_every_system_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, code: int) -> None:
+def test_every_system_call_may_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool, code: int
+) -> None:
     """Fails the N-th fsync or rename for N = 1, 2, ... until a run gets through."""
     target = tmp_path / "bundle"
     with staged_folder(target, "file") as folder:
@@ -74,7 +80,8 @@ def test_every_system_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             failures += 1
             assert os.strerror(code) in str(error)
             committed = content(target) != {"file": b"old"}
-            # Only the flush of the parent folder comes after the swap; then the new folder is there whole.
+            # Only the flush of the parent folder comes after the swap; then the new folder is
+            # there whole.
             assert not committed or len(content(target)) == 3
             if committed:
                 break
@@ -86,21 +93,33 @@ def test_every_system_call_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_second_writer_is_told(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "bundle", "file"), pytest.raises(BusyError, match="another process"), staged_folder(tmp_path / "bundle", "file"):
+    with (
+        staged_folder(tmp_path / "bundle", "file"),
+        pytest.raises(BusyError, match="another process"),
+        staged_folder(tmp_path / "bundle", "file"),
+    ):
         pass
 
 
 def test_a_file_in_the_way_and_an_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(BuildError, match="not a folder"), staged_folder(tmp_path / "file", "file") as folder:
+    with (
+        pytest.raises(BuildError, match="not a folder"),
+        staged_folder(tmp_path / "file", "file") as folder,
+    ):
         write_new(folder)
     assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(BuildError, match="cannot write"), staged_folder(tmp_path / "file" / "below", "file"):
+    with (
+        pytest.raises(BuildError, match="cannot write"),
+        staged_folder(tmp_path / "file" / "below", "file"),
+    ):
         pass
 
 
 @pytest.mark.parametrize("when", ["in the middle", "before the swap"])
-def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_path: Path, when: str) -> None:
+def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_cleans_up(
+    tmp_path: Path, when: str
+) -> None:
     target = tmp_path / "bundle"
     with staged_folder(target, "file") as folder:
         (folder / "file").write_bytes(b"old")
@@ -116,19 +135,26 @@ def test_a_killed_writer_leaves_the_old_folder_and_the_next_one_cleans_up(tmp_pa
             if {when!r} == "in the middle":
                 die()
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2])
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=Path(__file__).parents[2]
+    )
     assert result.returncode == -9
     assert content(target) == {"file": b"old"}
     with staged_folder(target, "file") as folder:
         assert not list(folder.iterdir())
         (folder / "file").write_bytes(b"new")
-    assert content(target) == {"file": b"new"} and [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert content(target) == {"file": b"new"} and [path.name for path in tmp_path.iterdir()] == [
+        "bundle"
+    ]
 
 
 def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("years of work")
-    with pytest.raises(BuildError, match="holds other files"), staged_folder(tmp_path / "thesis", "file") as folder:
+    with (
+        pytest.raises(BuildError, match="holds other files"),
+        staged_folder(tmp_path / "thesis", "file") as folder,
+    ):
         write_new(folder)
     assert content(tmp_path / "thesis") == {"chapter": b"years of work"}
     (tmp_path / "empty").mkdir()
@@ -147,7 +173,9 @@ def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
 
 
 def test_a_writer_killed_between_two_renames_is_undone(tmp_path: Path) -> None:
-    """Where names cannot be exchanged, the old folder stands aside for a moment; the next writer brings it back."""
+    """Where names cannot be exchanged, the old folder stands aside for a moment; the
+    next writer brings it back.
+    """
     (tmp_path / ".bundle.previous").mkdir()
     (tmp_path / ".bundle.previous" / "file").write_bytes(b"old")
     with pytest.raises(ValueError), staged_folder(tmp_path / "bundle", "file"):
@@ -155,7 +183,9 @@ def test_a_writer_killed_between_two_renames_is_undone(tmp_path: Path) -> None:
     assert content(tmp_path / "bundle") == {"file": b"old"}
 
 
-def test_the_lock_is_held_until_everything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_is_held_until_everything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, told = files.sync_file, []
 
     def intrude(path: Path) -> None:

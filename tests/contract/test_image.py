@@ -1,4 +1,6 @@
-"""Pictures in: every pixel mode has a defined conversion, every hostile file one typed error, and pixels are bit-exact."""
+"""Pictures in: every pixel mode has a defined conversion, every hostile file one typed
+error, and pixels are bit-exact.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,17 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG that declares a size and holds next to nothing."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("format", ["PNG", "BMP", "WEBP", "JPEG"])
@@ -123,7 +132,9 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 
 def test_stretch_fills_and_pad_keeps_the_aspect() -> None:
     image = Image.new("RGB", (40, 20), (255, 255, 255))
-    white = (1 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array([0.26862954, 0.26130258, 0.27577711])
+    white = (1 - np.array([0.48145466, 0.4578275, 0.40821073])) / np.array(
+        [0.26862954, 0.26130258, 0.27577711]
+    )
     stretched = to_pixels(image, TINY)
     assert stretched.shape == (1, 3, 32, 32) and stretched.dtype == np.float32
     assert np.allclose(stretched[0], white[:, None, None], atol=1e-6)
@@ -133,13 +144,18 @@ def test_stretch_fills_and_pad_keeps_the_aspect() -> None:
 
 
 def test_padding_an_extremely_long_picture_takes_bounded_memory() -> None:
-    pixels = to_pixels(Image.new("RGB", (60000, 4), (255, 255, 255)), replace(TINY, image_mode="pad"))
+    pixels = to_pixels(
+        Image.new("RGB", (60000, 4), (255, 255, 255)), replace(TINY, image_mode="pad")
+    )
     assert pixels.shape == (1, 3, 32, 32) and np.isfinite(pixels).all()
 
 
 def test_pixels_equal_the_formula_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+    mean, std = (
+        np.array([0.48145466, 0.4578275, 0.40821073]),
+        np.array([0.26862954, 0.26130258, 0.27577711]),
+    )
     expected = ((values / 255.0 - mean) / std).astype(np.float32).transpose(2, 0, 1)
     assert np.array_equal(to_pixels(Image.fromarray(values), TINY)[0], expected)

@@ -1,4 +1,6 @@
-"""Scores against independent references and worked cases; intervals against exact computations."""
+"""Scores against independent references and worked cases; intervals against exact
+computations.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import pytest
 
 from runtime.data.sample import Sample
 from runtime.evaluation.cider import cider
-from runtime.evaluation.metrics import Scoreboard, Scored, caption_right, mean_interval, proportion_interval, score
+from runtime.evaluation.metrics import (
+    Scoreboard,
+    Scored,
+    caption_right,
+    mean_interval,
+    proportion_interval,
+    score,
+)
 from runtime.evaluation.vqa_accuracy import normalise_answer, vqa_accuracy
 
 
@@ -31,7 +40,11 @@ def test_scores() -> None:
     for text in ("yes", "no", "yes", "yes"):
         board.add("vqa", score(Sample("vqa", "is it?", "yes"), text))
     figures = board.figures()["vqa"]
-    assert figures["count"] == 4 and figures["accuracy"] == 75 and 0 < figures["low"] < 75 < figures["high"] < 100
+    assert (
+        figures["count"] == 4
+        and figures["accuracy"] == 75
+        and 0 < figures["low"] < 75 < figures["high"] < 100
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,7 +68,9 @@ def test_official_vqa_normalisation(text: str, expected: str) -> None:
 
 def test_official_vqa_accuracy() -> None:
     people = ["2"] * 3 + ["3"] * 7
-    assert vqa_accuracy("two", people) == pytest.approx(0.3 * 2 / 3 + 0.7)  # leaving out one who agrees leaves two
+    assert vqa_accuracy("two", people) == pytest.approx(
+        0.3 * 2 / 3 + 0.7
+    )  # leaving out one who agrees leaves two
     assert vqa_accuracy("3", people) == 1 and vqa_accuracy("4", people) == 0
     assert vqa_accuracy("yes", ["Yes"]) == 1
     assert vqa("2", "3", *people) == pytest.approx(0.9)
@@ -65,10 +80,35 @@ def test_cider_equals_the_reference_implementation() -> None:
     from pycocoevalcap.cider.cider import Cider
 
     rng = random.Random(0)
-    words = ["a", "red", "blue", "dog", "cat", "sits", "runs", "on", "under", "the", "mat", "tree", "very", "quickly"]
-    references = [[" ".join(rng.choices(words, k=rng.randint(2, 12))) for _ in range(rng.randint(1, 4))] for _ in range(40)]
-    answers = [rng.choice(texts) if rng.random() < 0.3 else " ".join(rng.choices(words, k=rng.randint(1, 12))) for texts in references]
-    _, expected = Cider().compute_score(dict(enumerate(references)), {index: [answer] for index, answer in enumerate(answers)})
+    words = [
+        "a",
+        "red",
+        "blue",
+        "dog",
+        "cat",
+        "sits",
+        "runs",
+        "on",
+        "under",
+        "the",
+        "mat",
+        "tree",
+        "very",
+        "quickly",
+    ]
+    references = [
+        [" ".join(rng.choices(words, k=rng.randint(2, 12))) for _ in range(rng.randint(1, 4))]
+        for _ in range(40)
+    ]
+    answers = [
+        rng.choice(texts)
+        if rng.random() < 0.3
+        else " ".join(rng.choices(words, k=rng.randint(1, 12)))
+        for texts in references
+    ]
+    _, expected = Cider().compute_score(
+        dict(enumerate(references)), {index: [answer] for index, answer in enumerate(answers)}
+    )
     assert cider(answers, references) == pytest.approx(list(expected), abs=1e-9)
     assert max(expected) > 1
 

@@ -1,4 +1,6 @@
-"""Prompts, tokenizer and boxes: templates to the letter, user text as plain text, whole code points, a strict box grammar."""
+"""Prompts, tokenizer and boxes: templates to the letter, user text as plain text, whole
+code points, a strict box grammar.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_templates(task: str, text: str, after: str) -> None:
 
 
 def test_chat_template() -> None:
-    prompt = render_chat([Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "Bye.")])
+    prompt = render_chat(
+        [Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "Bye.")]
+    )
     assert prompt.before == f"{CHAT_SYSTEM} USER: "
     assert prompt.after == "\nHi. ASSISTANT: Hello.</s>USER: Bye. ASSISTANT:"
     assert not render_chat([Message("user", "Hi.")], has_image=False).has_image
@@ -45,7 +49,10 @@ def test_chat_template() -> None:
         render_chat([Message("assistant", "Hello.")])
 
 
-@pytest.mark.parametrize(("task", "text"), [("vqa", ""), ("caption", " \n"), ("vqa", "!!"), ("dance", "x"), ("chat", "\ud800")])
+@pytest.mark.parametrize(
+    ("task", "text"),
+    [("vqa", ""), ("caption", " \n"), ("vqa", "!!"), ("dance", "x"), ("chat", "\ud800")],
+)
 def test_bad_prompts(task: str, text: str) -> None:
     with pytest.raises(PromptError):
         render(task, text)
@@ -63,7 +70,9 @@ def test_bad_prompts(task: str, text: str) -> None:
 )
 def test_detect_task(text: str, expected: tuple[str, str]) -> None:
     assert detect_task(text) == expected
-    assert detect_task(text.replace(" ", " " * 3000)) != ("chat", text) or expected[0] == "chat"  # and returns at once
+    assert (
+        detect_task(text.replace(" ", " " * 3000)) != ("chat", text) or expected[0] == "chat"
+    )  # and returns at once
     assert expected[0] in TASKS
 
 
@@ -90,7 +99,17 @@ def test_stream_yields_whole_code_points_that_add_up(text: str) -> None:
 
 def test_a_box_is_four_tokens_and_scene_words_are_one() -> None:
     assert len(TOKENIZER.encode("0.12,0.34 0.56,1.00")) == 4
-    for word in (" red", " circle", " large", "large", "<ref>", "</ref>", "<image>", "Question:", " Short answer:"):
+    for word in (
+        " red",
+        " circle",
+        " large",
+        "large",
+        "<ref>",
+        "</ref>",
+        "<image>",
+        "Question:",
+        " Short answer:",
+    ):
         assert len(TOKENIZER.encode(word)) == 1, word
 
 
@@ -108,7 +127,19 @@ def test_boxes_read(text: str, box: tuple[float, ...]) -> None:
     assert parse_box(text) == pytest.approx(box)
 
 
-@pytest.mark.parametrize("text", ["", "0.1,0.2", "0.1,0.2 0.3", "1.5,0 1,1", "0.1 0.2 0.3 0.4", "a box", "-0.1,0 1,1", "0.1,0.2 0.3,0.4 0.5,0.6"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "0.1,0.2",
+        "0.1,0.2 0.3",
+        "1.5,0 1,1",
+        "0.1 0.2 0.3 0.4",
+        "a box",
+        "-0.1,0 1,1",
+        "0.1,0.2 0.3,0.4 0.5,0.6",
+    ],
+)
 def test_what_is_no_box_is_none(text: str) -> None:
     assert parse_box(text) is None
 
@@ -123,12 +154,22 @@ unit = st.floats(0, 1)
 
 
 @given(st.tuples(unit, unit, unit, unit), st.integers(1, 4000), st.integers(1, 4000))
-def test_format_then_parse_is_within_rounding(box: tuple[float, float, float, float], width: int, height: int) -> None:
+def test_format_then_parse_is_within_rounding(
+    box: tuple[float, float, float, float], width: int, height: int
+) -> None:
     x1, y1, x2, y2 = box
-    parsed = parse_box(format_box((x1 * width, y1 * height, x2 * width, y2 * height), width, height))
-    assert parsed == pytest.approx((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), abs=0.00501)
+    parsed = parse_box(
+        format_box((x1 * width, y1 * height, x2 * width, y2 * height), width, height)
+    )
+    assert parsed == pytest.approx(
+        (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), abs=0.00501
+    )
 
 
 def test_iou() -> None:
     assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
-    assert iou((0, 0, 1, 1), (0, 0, 1, 1)) == 1 and iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0 and iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    assert (
+        iou((0, 0, 1, 1), (0, 0, 1, 1)) == 1
+        and iou((0, 0, 0, 0), (0, 0, 0, 0)) == 0
+        and iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
+    )

@@ -1,4 +1,6 @@
-"""`infmllm-export`: what a person types, what comes back, and one clear line for what cannot be."""
+"""`infmllm-export`: what a person types, what comes back, and one clear line for what
+cannot be.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,26 @@ def run(*arguments: object) -> str:
 
 
 def test_build_reports_in_json_and_repeats_at_once(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    arguments = ("build", tiny_checkpoint, "--precision", "int4", "--block", 16, "--rounding", "mse", "--kv", "int8", "--questions", 4)
+    arguments = (
+        "build",
+        tiny_checkpoint,
+        "--precision",
+        "int4",
+        "--block",
+        16,
+        "--rounding",
+        "mse",
+        "--kv",
+        "int8",
+        "--questions",
+        4,
+    )
     first = json.loads(run(*arguments, "-o", tmp_path / "b", "--json"))
-    assert first["verdict"] == "VERIFIED" and not first["reused"] and set(first["metrics"]["tasks"]) == {"caption", "ground", "vqa"}
+    assert (
+        first["verdict"] == "VERIFIED"
+        and not first["reused"]
+        and set(first["metrics"]["tasks"]) == {"caption", "ground", "vqa"}
+    )
     assert json.loads(run(*arguments, "-o", tmp_path / "b", "--json"))["reused"]
     bundle = read_bundle(tmp_path / "b")
     assert bundle.schemes["cache"] == "int8" and bundle.provenance["calibration"]["count"] == 32
@@ -36,13 +55,24 @@ def test_build_reports_in_json_and_repeats_at_once(tiny_checkpoint: Path, tmp_pa
 
 def test_parity_compares_fresh_cases(tiny_checkpoint: Path, built: Callable[[str], Path]) -> None:
     stages = json.loads(run("parity", built("int8"), tiny_checkpoint, "--cases", 2, "--json"))
-    assert [stage["stage"] for stage in stages] == ["vision", "prefill", "decode"] and all(stage["passed"] for stage in stages)
+    assert [stage["stage"] for stage in stages] == ["vision", "prefill", "decode"] and all(
+        stage["passed"] for stage in stages
+    )
 
 
-def test_inspect_shows_blocks_as_text_json_and_picture(built: Callable[[str], Path], tmp_path: Path) -> None:
+def test_inspect_shows_blocks_as_text_json_and_picture(
+    built: Callable[[str], Path], tmp_path: Path
+) -> None:
     text = run("inspect", built("int4"), "--html", tmp_path / "b.html")
-    assert "decoder.layers.1" in text and "7 int4/32" in text and "calibrated with 32 pictures of synthetic" in text
-    assert "answers not compared" not in text and (tmp_path / "b.html").read_text().count("decoder.layers") >= 2
+    assert (
+        "decoder.layers.1" in text
+        and "7 int4/32" in text
+        and "calibrated with 32 pictures of synthetic" in text
+    )
+    assert (
+        "answers not compared" not in text
+        and (tmp_path / "b.html").read_text().count("decoder.layers") >= 2
+    )
     blocks = json.loads(run("inspect", built("int4"), "--json"))["graphs"]["decoder.onnx"]["blocks"]
     assert set(blocks["decoder.lm_head"]["layers"].values()) == {"int8 x int8"}
 
@@ -60,20 +90,43 @@ def test_inspect_shows_blocks_as_text_json_and_picture(built: Callable[[str], Pa
     ],
 )
 def test_what_cannot_be_built_is_said_in_one_line(
-    arguments: tuple[str, ...], error: type[Exception], message: str, tiny_checkpoint: Path, tmp_path: Path
+    arguments: tuple[str, ...],
+    error: type[Exception],
+    message: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(error, match=message):
         run("build", tiny_checkpoint, *arguments, "-o", tmp_path / "b")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bundle_that_drifts_is_refused_unless_asked_for(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_that_drifts_is_refused_unless_asked_for(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from export import schemes
 
-    strict = schemes.replace(schemes.SCHEMES["int4-all"], tolerance={"vision": 1e-3, "prefill": 1e-3, "decode": 1e-3})
+    strict = schemes.replace(
+        schemes.SCHEMES["int4-all"], tolerance={"vision": 1e-3, "prefill": 1e-3, "decode": 1e-3}
+    )
     monkeypatch.setitem(schemes.SCHEMES, "int4-all", strict)
-    arguments = ("build", tiny_checkpoint, "--precision", "int4-all", "--questions", 0, "-o", tmp_path / "b")
-    with pytest.raises(ParityError, match=r"differs from PyTorch.* between vision_tower.blocks.0.norm1 .* and vision_tower.blocks.0.norm2"):
+    arguments = (
+        "build",
+        tiny_checkpoint,
+        "--precision",
+        "int4-all",
+        "--questions",
+        0,
+        "-o",
+        tmp_path / "b",
+    )
+    with pytest.raises(
+        ParityError,
+        match=r"differs from PyTorch.* between vision_tower.blocks.0.norm1 .* and "
+        r"vision_tower.blocks.0.norm2",
+    ):
         run(*arguments)
     assert not (tmp_path / "b").exists()
-    assert "UNVERIFIED" in run(*arguments, "--allow-unverified") and "UNVERIFIED" in run("inspect", tmp_path / "b")
+    assert "UNVERIFIED" in run(*arguments, "--allow-unverified") and "UNVERIFIED" in run(
+        "inspect", tmp_path / "b"
+    )

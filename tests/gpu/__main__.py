@@ -1,4 +1,5 @@
-"""`python -m tests.gpu`: proves and times our engines on this machine's GPU, and writes one report of all runs into the same folder.
+"""`python -m tests.gpu`: proves and times our engines on this machine's GPU, and writes
+one report of all runs into the same folder.
 
 examples:
   python -m tests.gpu --out gpu-report                                   the demo and the edge preset, everything that loads; hours of building
@@ -7,8 +8,9 @@ examples:
                                                                          goes on where the last command stopped; repeat until nothing is left
   python -m tests.gpu --out gpu-report --preset 7b --schemes fp16 int8-weights
 
-The folder keeps checkpoints, bundles, compiled engines, `log.txt` (what libraries print), `report.json` and `report.html`.
-Exit code: 0 if nothing that ran failed (also where there is no GPU; the verdict says so), 1 if something did, 2 for a wrong command.
+The folder keeps checkpoints, bundles, compiled engines, `log.txt` (what libraries
+print), `report.json` and `report.html`. Exit code: 0 if nothing that ran failed (also
+where there is no GPU; the verdict says so), 1 if something did, 2 for a wrong command.
 """
 
 from __future__ import annotations
@@ -38,44 +40,109 @@ __all__ = ["check", "main"]
 HTML = "report.html"
 
 
-def check(settings: Settings, facts: Facts, open_side: Callable[[str, Path], Side] = Process, command: str = "") -> Report:
-    """One run, merged into the report that `settings.out` may hold. Raises `UsageError` where that is another machine's."""
+def check(
+    settings: Settings,
+    facts: Facts,
+    open_side: Callable[[str, Path], Side] = Process,
+    command: str = "",
+) -> Report:
+    """One run, merged into the report that `settings.out` may hold. Raises `UsageError`
+    where that is another machine's.
+    """
     settings.out.mkdir(parents=True, exist_ok=True)
     found, commit = machine.describe(facts), machine.commit()
     path = settings.out / JSON
     report = read_report(path) if path.exists() else Report(found)
     if report.machine.get("gpus") != found["gpus"]:
-        names = [", ".join(gpu["name"] for gpu in gpus) or "no GPU" for gpus in (report.machine.get("gpus", ()), found["gpus"])]
-        raise UsageError(f"{path} was measured with {names[0]}, this machine has {names[1]}; choose another --out")
+        names = [
+            ", ".join(gpu["name"] for gpu in gpus) or "no GPU"
+            for gpus in (report.machine.get("gpus", ()), found["gpus"])
+        ]
+        raise UsageError(
+            f"{path} was measured with {names[0]}, this machine has {names[1]}; choose another "
+            f"--out"
+        )
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    report = replace(report, machine=found, runs=(*report.runs, {"command": command, "commit": commit, "started": started}))
+    report = replace(
+        report,
+        machine=found,
+        runs=(*report.runs, {"command": command, "commit": commit, "started": started}),
+    )
 
     def keep(report: Report) -> None:
         write_report(path, report, conclusions(report))
         (settings.out / HTML).write_text(report_page(report))
 
     keep(report)
-    return Run(settings, report, machine.problems(facts, settings.targets), open_side, commit, keep).whole()
+    return Run(
+        settings, report, machine.problems(facts, settings.targets), open_side, commit, keep
+    ).whole()
 
 
 def _settings(arguments: Sequence[str]) -> tuple[Settings, bool]:
-    """What was asked for, and whether the report goes to standard output as JSON. Raises `UsageError`."""
-    parser = OneLineParser("python -m tests.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report and of everything that is kept for the next run")
-    parser.add_argument("--preset", nargs="+", help="nano (the demo), edge, 7b: random weights but for nano (default: nano edge)")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint of your own; alone, or beside --preset")
-    parser.add_argument("--targets", nargs="+", default=TARGETS, help=f"of {' '.join(TARGETS)} (default: all)")
-    parser.add_argument("--schemes", nargs="+", default=(), help="precisions (default: all a target has; with --quick fp16 int8 int8-weights)")
-    parser.add_argument("--quick", action="store_true", help="few rounds, answers and calibration pictures")
+    """What was asked for, and whether the report goes to standard output as JSON.
+    Raises `UsageError`.
+    """
+    parser = OneLineParser(
+        "python -m tests.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the report and of everything that is kept for the next run",
+    )
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        help="nano (the demo), edge, 7b: random weights but for nano (default: nano edge)",
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a checkpoint of your own; alone, or beside --preset"
+    )
+    parser.add_argument(
+        "--targets", nargs="+", default=TARGETS, help=f"of {' '.join(TARGETS)} (default: all)"
+    )
+    parser.add_argument(
+        "--schemes",
+        nargs="+",
+        default=(),
+        help="precisions (default: all a target has; with --quick fp16 int8 int8-weights)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds, answers and calibration pictures"
+    )
     parser.add_argument("--rounds", type=positive, help="timed rounds over all contenders")
-    parser.add_argument("--minutes", type=float, help="start nothing, and end what runs, after this; what is left says so")
-    parser.add_argument("--step-minutes", type=float, default=30.0, help="end a single step after this (default: 30)")
-    parser.add_argument("--resume", action="store_true", help="do not measure again what the report has of this commit")
-    parser.add_argument("--no-build", action="store_true", help="take bundles in OUT/bundles as they are, such as ones built on another machine")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="start nothing, and end what runs, after this; what is left says so",
+    )
+    parser.add_argument(
+        "--step-minutes",
+        type=float,
+        default=30.0,
+        help="end a single step after this (default: 30)",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="do not measure again what the report has of this commit",
+    )
+    parser.add_argument(
+        "--no-build",
+        action="store_true",
+        help="take bundles in OUT/bundles as they are, such as ones built on another machine",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     given = parser.parse_args(arguments)
     if given.checkpoint and not (given.checkpoint / "config.json").is_file():
-        raise UsageError(f"no checkpoint at {given.checkpoint} (config.json not found); name a checkpoint's folder")
+        raise UsageError(
+            f"no checkpoint at {given.checkpoint} (config.json not found); name a checkpoint's "
+            f"folder"
+        )
     effort = QUICK if given.quick else FULL
     settings = Settings(
         given.out.resolve(),
@@ -98,7 +165,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings, as_json = _settings(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("INFMLLM_CACHE", str(settings.out / "cache"))
     note(f"{datetime.now():%H:%M:%S} looking at the machine")
-    report = check(settings, gather(), command=shlex.join(["python", "-m", "tests.gpu", *(sys.argv[1:] if arguments is None else arguments)]))
+    report = check(
+        settings,
+        gather(),
+        command=shlex.join(
+            ["python", "-m", "tests.gpu", *(sys.argv[1:] if arguments is None else arguments)]
+        ),
+    )
     text, code = verdict(report)
     print((settings.out / JSON).read_text() if as_json else text, end="" if as_json else "\n")
     note(f"report: {settings.out / HTML}, {settings.out / JSON}")

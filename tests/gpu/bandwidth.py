@@ -1,4 +1,6 @@
-"""The rate of copies within the GPU's memory through cuda-python: the bound that decoding is held against where PyTorch is not installed."""
+"""The rate of copies within the GPU's memory through cuda-python: the bound that
+decoding is held against where PyTorch is not installed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ _SHARE, _MOST, _ROWS, _TRIES = 8, 1 << 30, 1024, 10
 
 
 def copy_gbs() -> float:
-    """The best rate in GB/s, a byte read and a byte written counted as two; copies of at most 1 GiB, or an eighth of what is free."""
+    """The best rate in GB/s, a byte read and a byte written counted as two; copies of
+    at most 1 GiB, or an eighth of what is free.
+    """
     device = Device()
     width = min(_MOST, device.free_memory()[0] // _SHARE) // _ROWS // 256 * 256
     source, target = (device.allocate(width * _ROWS, "the bandwidth's probe") for _ in range(2))

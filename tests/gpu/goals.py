@@ -17,7 +17,9 @@ Value = Callable[[Report, Row], float | None]
 
 
 def median_ratio(row: Row, above: tuple[str, str], below: tuple[str, str]) -> float | None:
-    """The median over rounds of one contender's stage over another's, both of the same round; "first" is image and prompt together."""
+    """The median over rounds of one contender's stage over another's, both of the same
+    round; "first" is image and prompt together.
+    """
     contenders = row.values.get("contenders", {})
     if above[0] not in contenders or below[0] not in contenders:
         return None
@@ -26,14 +28,26 @@ def median_ratio(row: Row, above: tuple[str, str], below: tuple[str, str]) -> fl
 
 
 def _stage(times: dict[str, list[float]], stage: str) -> list[float]:
-    return [a + b for a, b in zip(times["vision"], times["prefill"], strict=True)] if stage == "first" else times[stage]
+    return (
+        [a + b for a, b in zip(times["vision"], times["prefill"], strict=True)]
+        if stage == "first"
+        else times[stage]
+    )
 
 
 def decode_share(report: Report, row: Row) -> float | None:
-    """The time copying would take to read what a step must read, over the time a step takes; 1 is the bound."""
+    """The time copying would take to read what a step must read, over the time a step
+    takes; 1 is the bound.
+    """
     found = report.find("bandwidth")
     proved, times = report.find("parity", *row.key[1:]), row.values.get("contenders", {}).get(OURS)
-    if found is None or found.outcome != MEASURED or not times or proved is None or "work" not in proved.values:
+    if (
+        found is None
+        or found.outcome != MEASURED
+        or not times
+        or proved is None
+        or "work" not in proved.values
+    ):
         return None
     work = proved.values["work"]
     read = work["decoder_weight_bytes"] + work["rows"] * work["cache_row_bytes"]
@@ -53,7 +67,14 @@ class Goal:
 
 
 GOALS: tuple[Goal, ...] = (
-    Goal("decode, of the copy bound", ("edge", "7b"), ("fp16", "int8-weights"), 0.7, True, decode_share),
+    Goal(
+        "decode, of the copy bound",
+        ("edge", "7b"),
+        ("fp16", "int8-weights"),
+        0.7,
+        True,
+        decode_share,
+    ),
     Goal(
         *("decode, times PyTorch compiled", ("edge", "7b"), ("fp16", "int8-weights"), 1.3, True),
         lambda report, row: median_ratio(row, (COMPILED, "step"), (OURS, "step")),
@@ -63,7 +84,13 @@ GOALS: tuple[Goal, ...] = (
         lambda report, row: median_ratio(row, (FLOAT, "vision"), (OURS, "vision")),
     ),
     Goal(
-        *("first token, of PyTorch compiled's", ("7b",), ("fp16", "int8-weights", "int8"), 0.8, False),
+        *(
+            "first token, of PyTorch compiled's",
+            ("7b",),
+            ("fp16", "int8-weights", "int8"),
+            0.8,
+            False,
+        ),
         lambda report, row: median_ratio(row, (OURS, "first"), (COMPILED, "first")),
     ),
 )
@@ -71,7 +98,9 @@ GOALS: tuple[Goal, ...] = (
 
 @dataclass(frozen=True)
 class Result:
-    """One goal on one engine: what was found, and met, missed or not measured with the reason."""
+    """One goal on one engine: what was found, and met, missed or not measured with the
+    reason.
+    """
 
     goal: str
     model: str
@@ -88,7 +117,9 @@ class Result:
 
 
 def results(report: Report) -> list[Result]:
-    """All goals on all targets. The cuda target's int8 leaves the tower in fp16, so its vision has no goal."""
+    """All goals on all targets. The cuda target's int8 leaves the tower in fp16, so its
+    vision has no goal.
+    """
     return [_judged(report, goal, *place) for goal in GOALS for place in _places(goal)]
 
 
@@ -101,11 +132,20 @@ def _places(goal: Goal) -> Iterator[tuple[str, str, str]]:
 
 
 def _judged(report: Report, goal: Goal, model: str, target: str, scheme: str) -> Result:
-    wanted, row = f"{'≥' if goal.least else '≤'} {goal.bound:g}", report.find("rounds", model, target, scheme)
+    wanted, row = (
+        f"{'≥' if goal.least else '≤'} {goal.bound:g}",
+        report.find("rounds", model, target, scheme),
+    )
     found = goal.value(report, row) if row and row.outcome == MEASURED else None
     if found is None:
         row = row or report.find("parity", model, target, scheme)
-        reason = "not run" if row is None else row.reason or "; ".join(row.values.get("absent", {}).values()) or "its bound was not measured"
+        reason = (
+            "not run"
+            if row is None
+            else row.reason
+            or "; ".join(row.values.get("absent", {}).values())
+            or "its bound was not measured"
+        )
         return Result(goal.name, model, target, scheme, wanted, None, UNKNOWN, reason)
     met = found >= goal.bound if goal.least else found <= goal.bound
     return Result(goal.name, model, target, scheme, wanted, found, MET if met else MISSED)

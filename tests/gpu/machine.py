@@ -1,4 +1,6 @@
-"""The machine of a run, by the doctor's own facts: its GPUs, driver and packages, and what keeps each target from running here."""
+"""The machine of a run, by the doctor's own facts: its GPUs, driver and packages, and
+what keeps each target from running here.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,29 @@ def describe(facts: Facts) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    gpus = [asdict(device) | {"capability": "{}.{}".format(*device.capability)} for device in facts.devices]
-    where = {"cpu": facts.machine.cpu, "board": facts.machine.board, "os": facts.machine.os, "python": facts.python.version}
-    return {"gpus": gpus, "driver": facts.access.driver or "", "cuda": facts.driver_cuda, "packages": versions, **where}
+    gpus = [
+        asdict(device) | {"capability": "{}.{}".format(*device.capability)}
+        for device in facts.devices
+    ]
+    where = {
+        "cpu": facts.machine.cpu,
+        "board": facts.machine.board,
+        "os": facts.machine.os,
+        "python": facts.python.version,
+    }
+    return {
+        "gpus": gpus,
+        "driver": facts.access.driver or "",
+        "cuda": facts.driver_cuda,
+        "packages": versions,
+        **where,
+    }
 
 
 def problems(facts: Facts, targets: Sequence[str]) -> dict[str, str]:
-    """For each target the doctor's first problem, empty where it sees none: there an engine that does not load is a fault."""
+    """For each target the doctor's first problem, empty where it sees none: there an
+    engine that does not load is a fault.
+    """
     found = {}
     for target in targets:
         faults = diagnose(facts, (target,)).problems
@@ -40,9 +58,13 @@ def problems(facts: Facts, targets: Sequence[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with a plus where files were changed; empty outside a repository."""
+    """The commit that is measured, with a plus where files were changed; empty outside
+    a repository.
+    """
     try:
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

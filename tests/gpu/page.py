@@ -1,4 +1,6 @@
-"""A report as one HTML page: the verdict first, then goals, parity, speed beside PyTorch, latency, what was absent and why, and the conditions."""
+"""A report as one HTML page: the verdict first, then goals, parity, speed beside
+PyTorch, latency, what was absent and why, and the conditions.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,33 @@ td.words, th.words { text-align: left; white-space: normal; } td.words:not(:empt
 ul { padding-left: 1.2rem; } li { margin: .15rem 0; overflow-wrap: anywhere; }
 """
 _STAGES = ("vision", "prefill", "decode", "choice")
-_LATENCY = ("ttft", "vision", "prefill", "inter_token_p50", "inter_token_p90", "tokens_per_s", "load", "peak_rss_mb", "gpu_memory_mb")
+_LATENCY = (
+    "ttft",
+    "vision",
+    "prefill",
+    "inter_token_p50",
+    "inter_token_p90",
+    "tokens_per_s",
+    "load",
+    "peak_rss_mb",
+    "gpu_memory_mb",
+)
 
 _PARITY_NOTE = (
-    "Relative RMS errors against PyTorch fp32 on the CPU, and what is allowed; choice is how often the token taken on the device is not the "
-    "likeliest of its logits. PyTorch's own rows say what a precision costs on this GPU. Answers are equal if they are PyTorch fp32's on the same "
+    "Relative RMS errors against PyTorch fp32 on the CPU, and what is allowed; choice is how "
+    "often the token taken on the device is not the "
+    "likeliest of its logits. PyTorch's own rows say what a precision costs on this GPU. Answers "
+    "are equal if they are PyTorch fp32's on the same "
     "GPU token for token; they are not judged, since near ties turn them."
 )
 _ROUNDS_NOTE = (
-    "Medians over rounds in which all contenders take turns; ratios are medians of ratios within a round, above 1 where ours is faster. Of copy "
-    "bound: the time that copying within the GPU's memory (a byte read and a byte written count as two) takes for the decoder's weights and the "
+    "Medians over rounds in which all contenders take turns; ratios are medians of ratios within "
+    "a round, above 1 where ours is faster. Of copy "
+    "bound: the time that copying within the GPU's memory (a byte read and a byte written count "
+    "as two) takes for the decoder's weights and the "
     "prompt's cache rows, over the time of a step. "
-    f"{EAGER} and {COMPILED} run the trainer's model in fp16, its cache just long enough and written in place."
+    f"{EAGER} and {COMPILED} run the trainer's model in fp16, its cache just long enough and "
+    f"written in place."
 )
 
 Cell = tuple[str, str]
@@ -49,8 +66,10 @@ def report_page(report: Report) -> str:
     """The page's text."""
     text, code = verdict(report)
     body = (
-        f'<h1>GPU check</h1><p class="verdict{" bad" if code else ""}">{escape(text)}</p>{_heads(report)}'
-        f"<h2>Goals</h2>{_goals(report)}<h2>Parity</h2>{_parity(report)}<h2>Beside PyTorch</h2>{_rounds(report)}"
+        f"<h1>GPU check</h1><p "
+        f'class="verdict{" bad" if code else ""}">{escape(text)}</p>{_heads(report)}'
+        f"<h2>Goals</h2>{_goals(report)}<h2>Parity</h2>{_parity(report)}<h2>Beside "
+        f"PyTorch</h2>{_rounds(report)}"
         f"<h2>Latency</h2>{_latency(report)}<h2>Absent</h2>{_absent(report)}<h2>Conditions</h2>{_conditions(report)}"
     )
     return html_page("GPU check", body, _STYLE)
@@ -59,15 +78,26 @@ def report_page(report: Report) -> str:
 def _heads(report: Report) -> str:
     copied = report.find("bandwidth")
     cells = {
-        "GPU": ", ".join(f"{gpu['name']} ({gpu['capability']})" for gpu in report.machine.get("gpus", ())) or "none",
-        "driver, CUDA": ", ".join(filter(None, (report.machine.get("driver"), report.machine.get("cuda")))) or "none",
-        "copies in its memory, GB/s": figure(copied.values["gbs"]) if copied and copied.outcome == MEASURED else "–",
+        "GPU": ", ".join(
+            f"{gpu['name']} ({gpu['capability']})" for gpu in report.machine.get("gpus", ())
+        )
+        or "none",
+        "driver, CUDA": ", ".join(
+            filter(None, (report.machine.get("driver"), report.machine.get("cuda")))
+        )
+        or "none",
+        "copies in its memory, GB/s": figure(copied.values["gbs"])
+        if copied and copied.outcome == MEASURED
+        else "–",
     }
     return f'<div class="heads">{"".join(f"<div><b>{escape(value)}</b><span>{name}</span></div>" for name, value in cells.items())}</div>'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) -> str:
-    lines = ["<tr>" + "".join(f'<td class="{kind}">{escape(text)}</td>' for text, kind in row) + "</tr>" for row in rows]
+    lines = [
+        "<tr>" + "".join(f'<td class="{kind}">{escape(text)}</td>' for text, kind in row) + "</tr>"
+        for row in rows
+    ]
     if not lines:
         return f'<p class="note">{escape(empty)}</p>'
     kinds = {"why": "words", "contender": "left"}
@@ -84,7 +114,9 @@ def _goals(report: Report) -> str:
     found = results(report)
     rows = [
         [
-            *_plain(goal.model, goal.target, goal.scheme, goal.goal, goal.wanted, figure(goal.found)),
+            *_plain(
+                goal.model, goal.target, goal.scheme, goal.goal, goal.wanted, figure(goal.found)
+            ),
             (goal.outcome, "bad" if goal.outcome == MISSED else ""),
         ]
         for goal in found
@@ -93,18 +125,31 @@ def _goals(report: Report) -> str:
     unknown: dict[str, list[str]] = {}
     for goal in found:
         if goal.outcome == UNKNOWN:
-            unknown.setdefault(f"{goal.model} {goal.target}: {goal.reason}", []).append(f"{goal.goal} ({goal.scheme})")
-    table = _table(("model", "target", "scheme", "goal", "wanted", "found", "outcome"), rows, "None of the goals was measured.")
-    return table + _list((f"not measured: {where}", f"{len(goals)} goals") for where, goals in unknown.items())
+            unknown.setdefault(f"{goal.model} {goal.target}: {goal.reason}", []).append(
+                f"{goal.goal} ({goal.scheme})"
+            )
+    table = _table(
+        ("model", "target", "scheme", "goal", "wanted", "found", "outcome"),
+        rows,
+        "None of the goals was measured.",
+    )
+    return table + _list(
+        (f"not measured: {where}", f"{len(goals)} goals") for where, goals in unknown.items()
+    )
 
 
 def _list(items: Iterable[tuple[str, str]]) -> str:
-    lines = "".join(f"<li>{escape(text)}{f' <span class=dim>({escape(aside)})</span>' if aside else ''}</li>" for text, aside in items)
+    lines = "".join(
+        f"<li>{escape(text)}{f' <span class=dim>({escape(aside)})</span>' if aside else ''}</li>"
+        for text, aside in items
+    )
     return f'<ul class="note">{lines}</ul>' if lines else ""
 
 
 def _parity(report: Report) -> str:
-    """Relative RMS errors over what is allowed; answers that are PyTorch fp32's token for token."""
+    """Relative RMS errors over what is allowed; answers that are PyTorch fp32's token
+    for token.
+    """
     rows = []
     for row in report.of("parity"):
         if row.outcome == ABSENT:
@@ -125,14 +170,20 @@ def _parity(report: Report) -> str:
             ]
         )
     head = ("model", "target", "scheme", *_STAGES, "equal answers", "outcome", "why")
-    return _table(head, rows, "No engine could be held against PyTorch.") + (f'<p class="note">{escape(_PARITY_NOTE)}</p>' if rows else "")
+    return _table(head, rows, "No engine could be held against PyTorch.") + (
+        f'<p class="note">{escape(_PARITY_NOTE)}</p>' if rows else ""
+    )
 
 
 def _error(stage: Mapping[str, Any] | None, judged: bool) -> Cell:
     if stage is None:
         return "–", "dim"
     found = "not finite" if stage["error"] is None else f"{stage['error']:.2g}"
-    return (f"{found} / {stage['tolerance']:.2g}", "" if stage["passed"] else "bad") if judged else (found, "")
+    return (
+        (f"{found} / {stage['tolerance']:.2g}", "" if stage["passed"] else "bad")
+        if judged
+        else (found, "")
+    )
 
 
 def _rounds(report: Report) -> str:
@@ -141,13 +192,30 @@ def _rounds(report: Report) -> str:
         times = row.values.get("contenders", {})
         for name, stages in times.items():
             medians = {stage: statistics.median(values) for stage, values in stages.items()}
-            ratios = [median_ratio(row, (name, stage), (OURS, stage)) for stage in ("vision", "prefill", "step")] if OURS in times else [None] * 3
+            ratios = (
+                [
+                    median_ratio(row, (name, stage), (OURS, stage))
+                    for stage in ("vision", "prefill", "step")
+                ]
+                if OURS in times
+                else [None] * 3
+            )
             share = decode_share(report, row) if name == OURS else None
-            where = _plain(row.model, row.target, row.scheme) if name in (OURS, EAGER) and name == next(iter(times)) else _plain("", "", "")
+            where = (
+                _plain(row.model, row.target, row.scheme)
+                if name in (OURS, EAGER) and name == next(iter(times))
+                else _plain("", "", "")
+            )
             cells = [figure(medians[stage]) for stage in ("vision", "prefill", "step")]
             compared = [figure(ratio) if ratio and name != OURS else "–" for ratio in ratios]
             shown = "–" if share is None else f"{share:.2f}"
-            rows.append([*where, (name, "left"), *_plain(*cells, figure(1e3 / medians["step"]), shown, *compared)])
+            rows.append(
+                [
+                    *where,
+                    (name, "left"),
+                    *_plain(*cells, figure(1e3 / medians["step"]), shown, *compared),
+                ]
+            )
         for name, reason in row.values.get("absent", {}).items():
             lost.setdefault(f"{name} absent: {reason}", []).append(name_of(row))
     head = (
@@ -175,8 +243,30 @@ def _latency(report: Report) -> str:
     rows = []
     for row in report.of("latency"):
         if row.outcome == MEASURED:
-            rows.append([*_plain(row.model, row.target, row.scheme, *(figure(row.values["metrics"][name]) for name in _LATENCY))])
-    head = ("model", "target", "scheme", "first token ms", "image", "prefill", "token p50", "p90", "tokens/s", "load ms", "RSS MB", "GPU MB")
+            rows.append(
+                [
+                    *_plain(
+                        row.model,
+                        row.target,
+                        row.scheme,
+                        *(figure(row.values["metrics"][name]) for name in _LATENCY),
+                    )
+                ]
+            )
+    head = (
+        "model",
+        "target",
+        "scheme",
+        "first token ms",
+        "image",
+        "prefill",
+        "token p50",
+        "p90",
+        "tokens/s",
+        "load ms",
+        "RSS MB",
+        "GPU MB",
+    )
     return _table(head, rows, "No latency report could be made.")
 
 
@@ -192,7 +282,12 @@ def _absent(report: Report) -> str:
 
 def _conditions(report: Report) -> str:
     machine = report.machine
-    packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
+    packages = ", ".join(
+        f"{name} {version}" for name, version in machine.get("packages", {}).items()
+    )
     place = ", ".join(str(machine[key]) for key in ("board", "cpu", "os") if machine.get(key))
-    runs = [(f"{run['command']}", f"{run['started']}, commit {run['commit'] or 'unknown'}") for run in report.runs]
+    runs = [
+        (f"{run['command']}", f"{run['started']}, commit {run['commit'] or 'unknown'}")
+        for run in report.runs
+    ]
     return _list([(f"{place}, Python {machine.get('python', '')}", ""), (packages, ""), *runs])

@@ -1,4 +1,5 @@
-"""Is an engine right? The bundle's goldens replayed stage by stage, the tokens it chooses against its own logits, and greedy answers.
+"""Is an engine right? The bundle's goldens replayed stage by stage, the tokens it
+chooses against its own logits, and greedy answers.
 
 Nothing here imports torch: the same functions judge our engines and PyTorch.
 """
@@ -23,18 +24,26 @@ from runtime.session import Session
 __all__ = ["answers", "prove", "stages_of"]
 
 CHOICE = "choice"
-_TIE = 1e-3  # of the largest logit: as near as this, kernels that add in varying order may choose either
+# of the largest logit: as near as this, kernels that add in varying order may choose either
+_TIE = 1e-3
 
 
 def prove(bundle: Bundle, engine: Engine) -> dict[str, Any]:
-    """Replays the goldens until the engine's trial is over. `stages` are those of the last replay, `notes` tell of forms that failed before it.
+    """Replays the goldens until the engine's trial is over. `stages` are those of the
+    last replay, `notes` tell of forms that failed before it.
 
     `fault` is why the engine refuses itself, empty where it does not.
     """
     session, notes, fault = Session(bundle, engine), [], ""
     while True:
         stages = stages_of(session)
-        failed = {row["stage"]: f"{row['stage']} error {_shown(row['error'])}, allowed {row['tolerance']:.3g}" for row in stages if not row["passed"]}
+        failed = {
+            row[
+                "stage"
+            ]: f"{row['stage']} error {_shown(row['error'])}, allowed {row['tolerance']:.3g}"
+            for row in stages
+            if not row["passed"]
+        }
         trial = engine.trial
         if trial is None:
             break
@@ -44,19 +53,30 @@ def prove(bundle: Bundle, engine: Engine) -> dict[str, Any]:
             fault = str(error)
             break
         if failed:
-            notes.append(f"a form of the graphs failed and another took its place: {'; '.join(failed.values())}")
+            notes.append(
+                f"a form of the graphs failed and another took its place: "
+                f"{'; '.join(failed.values())}"
+            )
     return {"stages": stages, "notes": notes, "fault": fault, "engine": engine.version}
 
 
 def stages_of(session: Session) -> list[dict[str, Any]]:
-    """Errors of vision, prefill and decode on the goldens, and whether the tokens chosen on the device are those of its logits."""
+    """Errors of vision, prefill and decode on the goldens, and whether the tokens
+    chosen on the device are those of its logits.
+    """
     rows = [_row(stage) for stage in replay(session, session.bundle.tolerance)]
     return [*rows, _row(_choices(session, read_goldens(session.bundle.file(GOLDENS))))]
 
 
 def _row(stage: StageError) -> dict[str, Any]:
     error = stage.error if math.isfinite(stage.error) else None
-    return {"stage": stage.stage, "error": error, "tolerance": stage.tolerance, "agreement": stage.agreement, "passed": stage.passed}
+    return {
+        "stage": stage.stage,
+        "error": error,
+        "tolerance": stage.tolerance,
+        "agreement": stage.agreement,
+        "passed": stage.passed,
+    }
 
 
 def _shown(error: float | None) -> str:
@@ -64,10 +84,14 @@ def _shown(error: float | None) -> str:
 
 
 def _choices(session: Session, goldens: Sequence[Golden]) -> StageError:
-    """How often `greedy` chooses another token than the likeliest of `forward` at the same place; none may differ by more than a tie."""
+    """How often `greedy` chooses another token than the likeliest of `forward` at the
+    same place; none may differ by more than a tie.
+    """
     engine, wrong, count = session.engine, 0, 0
     for golden in goldens:
-        inputs = session.embed_prompt(golden.before.tolist(), golden.image_embeds, golden.after.tolist())
+        inputs = session.embed_prompt(
+            golden.before.tolist(), golden.image_embeds, golden.after.tolist()
+        )
         engine.forward(inputs, 0)
         for place, token in enumerate(golden.tokens.tolist(), inputs.shape[1]):
             row = session.embed_prompt([token], golden.image_embeds[:0], [])
@@ -76,18 +100,34 @@ def _choices(session: Session, goldens: Sequence[Golden]) -> StageError:
                 chosen = engine.greedy(row, place)
             except NonFiniteError:
                 chosen = -1
-            near = chosen >= 0 and float(logits.max() - logits[chosen]) <= _TIE * float(np.abs(logits).max())
+            near = chosen >= 0 and float(logits.max() - logits[chosen]) <= _TIE * float(
+                np.abs(logits).max()
+            )
             wrong, count = wrong + (not near), count + 1
     return StageError(CHOICE, wrong / count, 0.0)
 
 
 def answers(session: Session, new_tokens: int) -> list[list[int]]:
-    """Greedy answers to the goldens' pictures and prompts, everything computed by the engine itself."""
+    """Greedy answers to the goldens' pictures and prompts, everything computed by the
+    engine itself.
+    """
     found = []
     for golden in read_goldens(session.bundle.file(GOLDENS)):
-        embeds = session.engine.embed_image(golden.pixels, pool_matrix(session.spec.vision.grid, golden.pool_size))[0]
+        embeds = session.engine.embed_image(
+            golden.pixels, pool_matrix(session.spec.vision.grid, golden.pool_size)
+        )[0]
         inputs = session.embed_prompt(golden.before.tolist(), embeds, golden.after.tolist())
-        limits = Limits(session.spec.eos_id, min(new_tokens, session.engine.capacity - inputs.shape[1]), inputs.shape[1])
+        limits = Limits(
+            session.spec.eos_id,
+            min(new_tokens, session.engine.capacity - inputs.shape[1]),
+            inputs.shape[1],
+        )
         logits = session.engine.forward(inputs, 0)
-        found.append(list(generate(session.engine, session.table, logits, greedy, limits, Generation(), 0, None)))
+        found.append(
+            list(
+                generate(
+                    session.engine, session.table, logits, greedy, limits, Generation(), 0, None
+                )
+            )
+        )
     return found

@@ -1,7 +1,10 @@
-"""PyTorch as an engine: the trainer's own tower and decoder on the GPU, in fp32 or fp16, eager or compiled with CUDA graphs.
+"""PyTorch as an engine: the trainer's own tower and decoder on the GPU, in fp32 or
+fp16, eager or compiled with CUDA graphs.
 
-It has the runtime's `Engine` calls, so goldens are replayed and answers given by the very code that does so for our engines. Keys and values lie in
-buffers allocated once, as anyone who wants speed from PyTorch keeps them; a decoding step runs wholly on the device and brings the token to the host.
+It has the runtime's `Engine` calls, so goldens are replayed and answers given by the
+very code that does so for our engines. Keys and values lie in buffers allocated once,
+as anyone who wants speed from PyTorch keeps them; a decoding step runs wholly on the
+device and brings the token to the host.
 """
 
 from __future__ import annotations
@@ -30,18 +33,26 @@ Array = NDArray[np.float32]
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype, device: str) -> InfMLLM:
-    """A checkpoint's weights on the device, tensor by tensor; rotary tables and the tower's last norm stay fp32, as the model computes with them."""
+    """A checkpoint's weights on the device, tensor by tensor; rotary tables and the
+    tower's last norm stay fp32, as the model computes with them.
+    """
     stored = open_checkpoint(checkpoint)
     with torch.device("meta"):  # no time for numbers that are replaced
         model = InfMLLM(stored.spec)
     kept = {name: torch.float32 if name.startswith(_FULL) else dtype for name in stored.places}
-    model.load_state_dict({name: stored.read(name).to(device, kept[name]) for name in stored.places}, assign=True)
-    model.decoder.rotary_cos, model.decoder.rotary_sin = (table.to(device) for table in rotary_tables(stored.spec.decoder))
+    model.load_state_dict(
+        {name: stored.read(name).to(device, kept[name]) for name in stored.places}, assign=True
+    )
+    model.decoder.rotary_cos, model.decoder.rotary_sin = (
+        table.to(device) for table in rotary_tables(stored.spec.decoder)
+    )
     return model.eval().requires_grad_(False)
 
 
 class _InPlace:
-    """A cache that `Decoder` updates where it lies: it asks for the rows replaced and gets the same memory back."""
+    """A cache that `Decoder` updates where it lies: it asks for the rows replaced and
+    gets the same memory back.
+    """
 
     def __init__(self, rows_BKCD: Tensor) -> None:
         self._rows, self.shape = rows_BKCD, rows_BKCD.shape
@@ -52,17 +63,27 @@ class _InPlace:
 
 
 class _Step(nn.Module):
-    """The decoder with its caches: input embeddings and positions to logits of the last position and the likeliest token."""
+    """The decoder with its caches: input embeddings and positions to logits of the last
+    position and the likeliest token.
+    """
 
     def __init__(self, decoder: Decoder, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.decoder, layer = decoder, decoder.layers[0].self_attn
         shape = (1, layer.k_proj.out_features // layer.head_dim, rows, layer.head_dim)
         for name in self._names():
-            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=decoder.embed_tokens.weight.device), persistent=False)
+            self.register_buffer(
+                name,
+                torch.zeros(shape, dtype=dtype, device=decoder.embed_tokens.weight.device),
+                persistent=False,
+            )
 
     def _names(self) -> list[str]:
-        return [f"{kind}_{index}" for index in range(len(self.decoder.layers)) for kind in ("keys", "values")]
+        return [
+            f"{kind}_{index}"
+            for index in range(len(self.decoder.layers))
+            for kind in ("keys", "values")
+        ]
 
     def forward(self, inputs_1LH: Tensor, positions_1L: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [V] in fp32 and token [1, 1]."""
@@ -73,7 +94,9 @@ class _Step(nn.Module):
 
 
 class _Next(nn.Module):
-    """A whole decoding step on the device: token [1, 1] and position [1, 1] to the next token and position."""
+    """A whole decoding step on the device: token [1, 1] and position [1, 1] to the next
+    token and position.
+    """
 
     def __init__(self, step: _Step) -> None:
         super().__init__()
@@ -85,7 +108,9 @@ class _Next(nn.Module):
 
 
 class PyTorchEngine:
-    """See `runtime.engines.Engine`. `rows` is the length of its caches. Compiled calls need the same shapes again to be fast."""
+    """See `runtime.engines.Engine`. `rows` is the length of its caches. Compiled calls
+    need the same shapes again to be fast.
+    """
 
     verifies = False
     trial: Trial | None = None
@@ -95,7 +120,11 @@ class PyTorchEngine:
         self._device, self._dtype = weight.device, weight.dtype
         self.capacity, self.version = rows, f"{variant} {torch.__version__}, {self._dtype}"
         step = _Step(model.decoder, rows, self._dtype)
-        calls = [lambda pixels, pool: model.pool_adapter(model.vision_tower(pixels), pool), step, _Next(step)]
+        calls = [
+            lambda pixels, pool: model.pool_adapter(model.vision_tower(pixels), pool),
+            step,
+            _Next(step),
+        ]
         if variant == COMPILED:
             calls = [torch.compile(call, mode="reduce-overhead", dynamic=False) for call in calls]
         self._vision, self._step, self._next = calls
@@ -129,13 +158,17 @@ class PyTorchEngine:
 
     @torch.no_grad()
     def greedy_steps(self, token: int, start: int, count: int) -> list[float]:
-        """Milliseconds of each of `count` greedy steps from a token, all on the device but the token's id, which a caller looks at for the end."""
+        """Milliseconds of each of `count` greedy steps from a token, all on the device
+        but the token's id, which a caller looks at for the end.
+        """
         at, place, times = self._up(np.array([[token]])), self._up(np.array([[start]])), []
         for _ in range(count):
             begun = time.perf_counter()
             if self._device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
-            at, place = (value.clone() for value in self._next(at, place))  # a graph's outputs are overwritten by its next run
+            at, place = (
+                value.clone() for value in self._next(at, place)
+            )  # a graph's outputs are overwritten by its next run
             int(at)
             times.append((time.perf_counter() - begun) * 1e3)
         return times
@@ -150,7 +183,9 @@ class PyTorchEngine:
 
 
 def copy_gbs(device: str, size: int = _COPY_BYTES) -> float:
-    """The best rate of copies within the device's memory in GB/s, a byte read and a byte written counted as two."""
+    """The best rate of copies within the device's memory in GB/s, a byte read and a
+    byte written counted as two.
+    """
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target, best = torch.empty_like(source), float("inf")
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

@@ -1,4 +1,5 @@
-"""The report as data: rows of one outcome each, merged over runs in the same folder, written after every step.
+"""The report as data: rows of one outcome each, merged over runs in the same folder,
+written after every step.
 
 `report.json`: `"format": "infmllm-gpu-check", "version": 1`, then
   machine   what was found: `gpus` (name, capability, memory_mb), driver, cuda, packages, python, os
@@ -17,7 +18,19 @@ from typing import Any
 
 from runtime.contract.errors import DataError
 
-__all__ = ["ABSENT", "FAILED", "FORMAT", "JSON", "MEASURED", "PASSED", "VERSION", "Report", "Row", "read_report", "write_report"]
+__all__ = [
+    "ABSENT",
+    "FAILED",
+    "FORMAT",
+    "JSON",
+    "MEASURED",
+    "PASSED",
+    "VERSION",
+    "Report",
+    "Row",
+    "read_report",
+    "write_report",
+]
 
 FORMAT, VERSION, JSON = "infmllm-gpu-check", 1, "report.json"
 PASSED, FAILED, MEASURED, ABSENT = "passed", "failed", "measured", "absent"
@@ -25,11 +38,14 @@ PASSED, FAILED, MEASURED, ABSENT = "passed", "failed", "measured", "absent"
 
 @dataclass(frozen=True)
 class Row:
-    """What one step found. `part` is bandwidth, parity, latency or rounds; `target` may be PyTorch; `model`, `target`, `scheme` may be "".
+    """What one step found. `part` is bandwidth, parity, latency or rounds; `target` may
+    be PyTorch; `model`, `target`, `scheme` may be "".
 
-    `outcome`: passed or failed (parity, and whatever broke down), measured, or absent; the last three have a `reason` where one is needed.
-    `values` are the figures: of parity `stages` [{stage, error (null: not finite), tolerance, agreement}] and `tokens` (greedy answers to golden
-    prompts); of rounds, for each contender, lists of milliseconds `vision`, `prefill`, `step`; of latency the figures of `runtime.bench`.
+    `outcome`: passed or failed (parity, and whatever broke down), measured, or absent;
+    the last three have a `reason` where one is needed. `values` are the figures: of
+    parity `stages` [{stage, error (null: not finite), tolerance, agreement}] and
+    `tokens` (greedy answers to golden prompts); of rounds, for each contender, lists of
+    milliseconds `vision`, `prefill`, `step`; of latency the figures of `runtime.bench`.
     """
 
     part: str
@@ -66,7 +82,9 @@ class Report:
         return [row for row in self.rows if row.part == part]
 
     def with_row(self, row: Row) -> Report:
-        """The report with a row in its old one's place, or behind all. What is known is not lost to a row that says only why nothing was found."""
+        """The report with a row in its old one's place, or behind all. What is known is
+        not lost to a row that says only why nothing was found.
+        """
         old = next((place for place, known in enumerate(self.rows) if known.key == row.key), None)
         if old is None:
             return replace(self, rows=(*self.rows, row))
@@ -77,7 +95,11 @@ class Report:
 
 def write_report(path: Path, report: Report, conclusions: Mapping[str, Any]) -> None:
     """Writes the file in one go, so that a run killed at any point leaves a whole one."""
-    text = json.dumps({"format": FORMAT, "version": VERSION, **conclusions, **asdict(report)}, indent=1, allow_nan=False)
+    text = json.dumps(
+        {"format": FORMAT, "version": VERSION, **conclusions, **asdict(report)},
+        indent=1,
+        allow_nan=False,
+    )
     staged = path.with_suffix(".partial")
     staged.write_text(text + "\n")
     staged.replace(path)
@@ -88,7 +110,15 @@ def read_report(path: Path) -> Report:
     try:
         data = json.loads(path.read_bytes())
         if data["format"] != FORMAT or data["version"] != VERSION:
-            raise DataError(f"{path} is {data['format']!r:.40} version {data['version']!r:.10}, expected {FORMAT} {VERSION}; choose another --out")
-        return Report(data["machine"], tuple(data["runs"]), tuple(Row(**row) for row in data["rows"]))
+            raise DataError(
+                f"{path} is {data['format']!r:.40} version {data['version']!r:.10}, expected "
+                f"{FORMAT} {VERSION}; choose another --out"
+            )
+        return Report(
+            data["machine"], tuple(data["runs"]), tuple(Row(**row) for row in data["rows"])
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no report of ours ({' '.join(str(error).split()):.120}); choose another --out") from None
+        raise DataError(
+            f"{path} is no report of ours ({' '.join(str(error).split()):.120}); choose another "
+            f"--out"
+        ) from None

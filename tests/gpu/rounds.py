@@ -1,4 +1,6 @@
-"""Contenders timed in turn, round after round, so that ratios within a round mean something whatever the clocks do."""
+"""Contenders timed in turn, round after round, so that ratios within a round mean
+something whatever the clocks do.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ Once = Callable[[], Mapping[str, float]]
 
 
 def interleaved(contenders: Mapping[str, Once], rounds: int) -> dict[str, Any]:
-    """Times by contender and stage, a number a round, after one round to warm up; every second round goes backwards.
+    """Times by contender and stage, a number a round, after one round to warm up; every
+    second round goes backwards.
 
-    Who fails is dropped with all its times, so that every list has one number for each round; `absent` says why, `broken` names who broke down.
+    Who fails is dropped with all its times, so that every list has one number for each
+    round; `absent` says why, `broken` names who broke down.
     """
     left, absent, broken = dict(contenders), dict[str, str](), list[str]()
     times: dict[str, dict[str, list[float]]] = {name: {} for name in left}

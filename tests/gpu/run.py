@@ -1,6 +1,8 @@
-"""The whole of a run: each model's checkpoint and PyTorch on this GPU; each target and scheme built, proved, timed, and timed beside PyTorch.
+"""The whole of a run: each model's checkpoint and PyTorch on this GPU; each target and
+scheme built, proved, timed, and timed beside PyTorch.
 
-Every step is asked of a side (a process, in tests this one), bounded in time, and ends in a row; none stops the others.
+Every step is asked of a side (a process, in tests this one), bounded in time, and ends
+in a row; none stops the others.
 """
 
 from __future__ import annotations
@@ -16,7 +18,16 @@ from typing import Any
 from runtime.output.console import note
 from tests.gpu.record import ABSENT, FAILED, MEASURED, PASSED, Report, Row
 from tests.gpu.rounds import Once, interleaved
-from tests.gpu.settings import COMPILED, EAGER, FLOAT, OURS, PYTORCH, Settings, is_random, model_name
+from tests.gpu.settings import (
+    COMPILED,
+    EAGER,
+    FLOAT,
+    OURS,
+    PYTORCH,
+    Settings,
+    is_random,
+    model_name,
+)
 from tests.gpu.sides import Absent, Broken, Side
 
 __all__ = ["Run"]
@@ -30,7 +41,9 @@ TIME = "time"
 
 
 class _Peers:
-    """PyTorch in fp16 for one model, loaded when it is first asked; if that fails, every later call says why."""
+    """PyTorch in fp16 for one model, loaded when it is first asked; if that fails,
+    every later call says why.
+    """
 
     def __init__(self, run: Run, checkpoint: str) -> None:
         self._run, self._checkpoint = run, checkpoint
@@ -42,7 +55,13 @@ class _Peers:
         """Raises `Absent`."""
         if not self._loaded and self._fault is None:
             try:
-                self._run.ask(self.side, "load", checkpoint=self._checkpoint, dtype=_HALF, device=self._run.settings.device)
+                self._run.ask(
+                    self.side,
+                    "load",
+                    checkpoint=self._checkpoint,
+                    dtype=_HALF,
+                    device=self._run.settings.device,
+                )
                 self._loaded = True
             except (Absent, Broken) as error:
                 self._fault = Absent(str(error), getattr(error, "kind", ""))
@@ -52,11 +71,16 @@ class _Peers:
 
     def contenders(self, steps: int) -> dict[str, Once]:
         """Both ways PyTorch is timed."""
-        return {name: (lambda name=name: self.ask("round", steps=steps, variant=name)) for name in (EAGER, COMPILED)}
+        return {
+            name: (lambda name=name: self.ask("round", steps=steps, variant=name))
+            for name in (EAGER, COMPILED)
+        }
 
 
 class Run:
-    """One run over everything `settings` names. `keep` is given the report after every row, `problems` is the doctor's word on each target."""
+    """One run over everything `settings` names. `keep` is given the report after every
+    row, `problems` is the doctor's word on each target.
+    """
 
     def __init__(
         self,
@@ -84,10 +108,18 @@ class Run:
         return self._open(role, self.settings.out / "log.txt")
 
     def ask(self, side: Side, do: str, **arguments: Any) -> dict[str, Any]:
-        """An answer within what is left of a step's time and of the run's. Raises `Absent`, `Broken`."""
-        left = self.settings.step_seconds if self._until is None else min(self.settings.step_seconds, self._until - time.monotonic())
+        """An answer within what is left of a step's time and of the run's. Raises
+        `Absent`, `Broken`.
+        """
+        left = (
+            self.settings.step_seconds
+            if self._until is None
+            else min(self.settings.step_seconds, self._until - time.monotonic())
+        )
         if left <= 0:
-            raise Absent("the time given was up before this; run the same command again with --resume", TIME)
+            raise Absent(
+                "the time given was up before this; run the same command again with --resume", TIME
+            )
         return side.ask(do, left, **arguments)
 
     @contextmanager
@@ -117,16 +149,31 @@ class Run:
             outcome, reason = FAILED, str(error)
         if outcome in (ABSENT, FAILED):
             note(f"         {outcome}: {reason or 'out of tolerance'}")
-        self.report = self.report.with_row(Row(*key, outcome, reason, values, round(time.monotonic() - begun, 1), self._commit, started))
+        self.report = self.report.with_row(
+            Row(
+                *key,
+                outcome,
+                reason,
+                values,
+                round(time.monotonic() - begun, 1),
+                self._commit,
+                started,
+            )
+        )
         self._keep(self.report)
         return outcome in (PASSED, MEASURED)
 
     def _model(self, source: str | Path, builder: Side) -> None:
         model, settings = model_name(source), self.settings
         try:
-            checkpoint = str(source) if isinstance(source, Path) else self._checkpoint(builder, source)
+            checkpoint = (
+                str(source) if isinstance(source, Path) else self._checkpoint(builder, source)
+            )
         except (Absent, Broken) as error:
-            self._row(("parity", model, PYTORCH, ""), lambda fault=f"no checkpoint: {error}": _absent(fault))
+            self._row(
+                ("parity", model, PYTORCH, ""),
+                lambda fault=f"no checkpoint: {error}": _absent(fault),
+            )
             return
         peers, proved = _Peers(self, checkpoint), False
         try:
@@ -139,7 +186,10 @@ class Run:
                         proved = True
                     if bundle:
                         self._engine(model, target, scheme, bundle, peers)
-            if not any(row.part == "rounds" and row.model == model and row.outcome == MEASURED for row in self.report.rows):
+            if not any(
+                row.part == "rounds" and row.model == model and row.outcome == MEASURED
+                for row in self.report.rows
+            ):
                 self._row(("rounds", model, PYTORCH, "fp16"), lambda: self._rounds({}, peers, ""))
         finally:
             peers.side.end()
@@ -153,7 +203,10 @@ class Run:
     def _bandwidth(self, peers: _Peers) -> Found:
         """By PyTorch, else by cuda-python; the first reason counts."""
         try:
-            return MEASURED, {**self.ask(peers.side, "copy", device=self.settings.device), "by": PYTORCH}
+            return MEASURED, {
+                **self.ask(peers.side, "copy", device=self.settings.device),
+                "by": PYTORCH,
+            }
         except (Absent, Broken) as error:
             with self._side("Ours") as ours:
                 try:
@@ -161,9 +214,17 @@ class Run:
                 except (Absent, Broken) as other:
                     raise Absent(f"{error}; {other}", getattr(other, "kind", "")) from None
 
-    def _bundle(self, builder: Side, checkpoint: str, source: str | Path, target: str, scheme: str) -> Path | None:
-        """The bundle, built unless the folder has it. Without one its parity row says why."""
-        model, effort, key = model_name(source), self.settings.effort, ("parity", model_name(source), target, scheme)
+    def _bundle(
+        self, builder: Side, checkpoint: str, source: str | Path, target: str, scheme: str
+    ) -> Path | None:
+        """The bundle, built unless the folder has it. Without one its parity row says
+        why.
+        """
+        model, effort, key = (
+            model_name(source),
+            self.settings.effort,
+            ("parity", model_name(source), target, scheme),
+        )
         if target in self._refused:
             self._row(key, lambda: _absent(self._refused[target]))
             return None
@@ -174,23 +235,38 @@ class Run:
         note(f"{datetime.now():%H:%M:%S} building {out.name}")
         arguments = {"checkpoint": checkpoint, "target": target, "scheme": scheme, "out": str(out)}
         try:
-            self.ask(builder, "build", **arguments, samples=effort.samples, questions=effort.questions, random=is_random(source))
+            self.ask(
+                builder,
+                "build",
+                **arguments,
+                samples=effort.samples,
+                questions=effort.questions,
+                random=is_random(source),
+            )
             return out
         except (Absent, Broken) as error:
             self._row(key, lambda fault=error: _raise(fault, f"no bundle: {fault}"))
             return None
 
     def _pytorch(self, checkpoint: str, model: str, bundle: str, peers: _Peers) -> None:
-        """PyTorch itself on the goldens, and its fp32 answers, which everyone's are compared with."""
+        """PyTorch itself on the goldens, and its fp32 answers, which everyone's are
+        compared with.
+        """
         given, new_tokens = self.settings, self.settings.effort.new_tokens
 
         def full() -> Found:
             with self._side("PyTorch") as side:
                 self.ask(side, "load", checkpoint=checkpoint, dtype="float32", device=given.device)
-                return MEASURED, {**self.ask(side, "stages", bundle=bundle), **self.ask(side, "answers", bundle=bundle, new_tokens=new_tokens)}
+                return MEASURED, {
+                    **self.ask(side, "stages", bundle=bundle),
+                    **self.ask(side, "answers", bundle=bundle, new_tokens=new_tokens),
+                }
 
         def half() -> Found:
-            return MEASURED, {**peers.ask("stages", bundle=bundle), **peers.ask("answers", bundle=bundle, new_tokens=new_tokens)}
+            return MEASURED, {
+                **peers.ask("stages", bundle=bundle),
+                **peers.ask("answers", bundle=bundle, new_tokens=new_tokens),
+            }
 
         self._row(("parity", model, PYTORCH, "fp32"), full)
         self._row(("parity", model, PYTORCH, "fp16"), half)
@@ -203,16 +279,26 @@ class Run:
                 self._forget_times(where)
                 return
         with self._side("Ours") as ours:
-            arguments = {"bundle": str(bundle), "repetitions": effort.repetitions, "new_tokens": effort.new_tokens}
+            arguments = {
+                "bundle": str(bundle),
+                "repetitions": effort.repetitions,
+                "new_tokens": effort.new_tokens,
+            }
             self._row(("latency", *where), lambda: (MEASURED, self.ask(ours, "bench", **arguments)))
-        bundles = {OURS: bundle} | ({FLOAT: bundle.with_name(f"{model}-{target}-fp16")} if scheme != "fp16" else {})
+        bundles = {OURS: bundle} | (
+            {FLOAT: bundle.with_name(f"{model}-{target}-fp16")} if scheme != "fp16" else {}
+        )
         self._row(("rounds", *where), lambda: self._rounds(bundles, peers, target))
 
     def _forget_times(self, where: tuple[str, str, str]) -> None:
-        """Figures of an earlier run are worth nothing once the engine is known to be wrong."""
+        """Figures of an earlier run are worth nothing once the engine is known to be
+        wrong.
+        """
         known = self.report.find("parity", *where)
         if known and known.outcome == FAILED:
-            rows = tuple(row for row in self.report.rows if row.part == "parity" or row.key[1:] != where)
+            rows = tuple(
+                row for row in self.report.rows if row.part == "parity" or row.key[1:] != where
+            )
             self.report = replace(self.report, rows=rows)
             self._keep(self.report)
 
@@ -223,15 +309,22 @@ class Run:
             if error.kind != "EngineError":
                 raise
             if not self._problems[target]:
-                raise Broken(f"{error} (the doctor sees nothing that keeps {target} from running)") from None
+                raise Broken(
+                    f"{error} (the doctor sees nothing that keeps {target} from running)"
+                ) from None
             self._refused[target] = str(error)
             raise
         if not _proves(found):
             return FAILED, found
-        return PASSED, {**found, **self.ask(ours, "answers", new_tokens=self.settings.effort.new_tokens)}
+        return PASSED, {
+            **found,
+            **self.ask(ours, "answers", new_tokens=self.settings.effort.new_tokens),
+        }
 
     def _rounds(self, bundles: Mapping[str, Path], peers: _Peers, target: str) -> Found:
-        """Our bundles and PyTorch in turn. Raises `Absent`, `Broken` for the row's own bundle, or where nothing was timed."""
+        """Our bundles and PyTorch in turn. Raises `Absent`, `Broken` for the row's own
+        bundle, or where nothing was timed.
+        """
         steps, sides = self.settings.effort.steps, {name: self.open("Ours") for name in bundles}
         try:
             contenders: dict[str, Once] = {}
@@ -256,7 +349,9 @@ class Run:
             if not opened:
                 found = self.ask(side, "prove", bundle=str(bundle), target=target)
                 if not _proves(found):
-                    raise Broken(found["fault"] or "does not reproduce the goldens; see its row of parity")
+                    raise Broken(
+                        found["fault"] or "does not reproduce the goldens; see its row of parity"
+                    )
                 opened.append(True)
             return self.ask(side, "round", steps=steps)
 
@@ -272,7 +367,9 @@ def _absent(reason: str) -> Found:
 
 
 def _raise(fault: Absent | Broken, reason: str) -> Found:
-    """A build that breaks down or drifts is a failure; one that cannot be made here is absent."""
+    """A build that breaks down or drifts is a failure; one that cannot be made here is
+    absent.
+    """
     if isinstance(fault, Broken) or fault.kind in ("ParityError", "BuildError"):
         raise Broken(reason)
     raise Absent(reason, fault.kind)

@@ -1,4 +1,6 @@
-"""The other end of `workers`: a process with one role, asked commands under a time limit; or the role itself, within this process."""
+"""The other end of `workers`: a process with one role, asked commands under a time
+limit; or the role itself, within this process.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _ROOT = Path(__file__).parents[2]
 
 
 class Absent(Exception):
-    """Something cannot be found out here. `kind` is the name of our error where one said so."""
+    """Something cannot be found out here. `kind` is the name of our error where one
+    said so.
+    """
 
     def __init__(self, reason: str, kind: str = "") -> None:
         super().__init__(reason)
@@ -77,7 +81,13 @@ class Process:
         with log.open("a") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.gpu.workers", role],
-                **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True, "cwd": _ROOT},
+                **{
+                    "stdin": subprocess.PIPE,
+                    "stdout": subprocess.PIPE,
+                    "stderr": errors,
+                    "text": True,
+                    "cwd": _ROOT,
+                },
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
         self._log, self._lines = log, queue.Queue[str]()
@@ -101,14 +111,23 @@ class Process:
             line = self._lines.get(timeout=max(0.0, seconds))
         except queue.Empty:
             self._process.kill()
-            raise Absent(f"{do} took longer than {seconds:.0f} s and was ended; run it again, or give it more time") from None
+            raise Absent(
+                f"{do} took longer than {seconds:.0f} s and was ended; run it again, or give it "
+                f"more time"
+            ) from None
         if not line:
             self._lines.put("")
-            raise Broken(f"{do}: its process ended with {self._process.wait()}: {self._last_words()}")
+            raise Broken(
+                f"{do}: its process ended with {self._process.wait()}: {self._last_words()}"
+            )
         return _unwrapped(json.loads(line))
 
     def _last_words(self) -> str:
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in self._log.read_text(errors="replace").splitlines()
+            if line.strip()
+        ]
         return f"{lines[-1] if lines else 'no message':.200}"
 
     def end(self) -> None:

@@ -1,4 +1,6 @@
-"""What a report comes to: one line, an exit code, and how greedy answers compare; from rows alone, so merged reports are judged alike."""
+"""What a report comes to: one line, an exit code, and how greedy answers compare; from
+rows alone, so merged reports are judged alike.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _NAMED = 4
 
 def name_of(row: Row) -> str:
     """How a row is called in a sentence."""
-    return " ".join(filter(None, (row.model, row.target, row.scheme, "" if row.part == "parity" else row.part)))
+    return " ".join(
+        filter(None, (row.model, row.target, row.scheme, "" if row.part == "parity" else row.part))
+    )
 
 
 def verdict(report: Report) -> tuple[str, int]:
@@ -27,11 +31,21 @@ def verdict(report: Report) -> tuple[str, int]:
     names = ", ".join(gpu["name"] for gpu in report.machine.get("gpus", ())) or "this machine"
     if failed:
         shown = [f"{name_of(row)} ({row.reason or _stages(row)})" for row in failed[:_NAMED]]
-        return f"FAILED: {len(failed)} of {len(failed) + len(passed)} checks on {names}: {'; '.join(shown)}{' …' if len(failed) > _NAMED else ''}", 1
+        return (
+            f"FAILED: {len(failed)} of {len(failed) + len(passed)} checks on {names}: "
+            f"{'; '.join(shown)}{' …' if len(failed) > _NAMED else ''}",
+            1,
+        )
     if passed:
-        met, missed = (sum(result.outcome == outcome for result in results(report)) for outcome in (MET, MISSED))
+        met, missed = (
+            sum(result.outcome == outcome for result in results(report))
+            for outcome in (MET, MISSED)
+        )
         goals = f"{met} goals met, {missed} missed" if met or missed else "no goal was measured"
-        return f"PASSED: {len(passed)} engines and schemes agree with PyTorch on {names}; {goals}", 0
+        return (
+            f"PASSED: {len(passed)} engines and schemes agree with PyTorch on {names}; {goals}",
+            0,
+        )
     if not report.machine.get("gpus") and all(row.outcome == ABSENT for row in report.rows):
         return NO_GPU, 0
     return f"NOTHING PROVED: none of our engines ran on {names}; the rows say why", 0
@@ -39,12 +53,18 @@ def verdict(report: Report) -> tuple[str, int]:
 
 def _stages(row: Row) -> str:
     wrong = [stage for stage in row.values.get("stages", ()) if not stage["passed"]]
-    words = (f"{s['stage']} {'not finite' if s['error'] is None else format(s['error'], '.3g')}, allowed {s['tolerance']:.3g}" for s in wrong)
+    words = (
+        f"{s['stage']} {'not finite' if s['error'] is None else format(s['error'], '.3g')}, "
+        f"allowed {s['tolerance']:.3g}"
+        for s in wrong
+    )
     return "; ".join(words)
 
 
 def equal_answers(report: Report, row: Row) -> tuple[int, int] | None:
-    """How many greedy answers to the golden prompts are PyTorch fp32's token for token, of how many; None where either is missing."""
+    """How many greedy answers to the golden prompts are PyTorch fp32's token for token,
+    of how many; None where either is missing.
+    """
     wanted = report.find("parity", row.model, PYTORCH, "fp32")
     if wanted is None or "tokens" not in wanted.values or "tokens" not in row.values:
         return None

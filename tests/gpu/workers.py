@@ -1,7 +1,9 @@
-"""What is done in processes of their own, so that a fault of a GPU ends one step and no other: building, our engines, PyTorch.
+"""What is done in processes of their own, so that a fault of a GPU ends one step and no
+other: building, our engines, PyTorch.
 
-A role is a class; its methods are commands with JSON arguments and answers. `python -m tests.gpu.workers ROLE` reads one command a line from
-standard input; `reply` is the same without a process.
+A role is a class; its methods are commands with JSON arguments and answers. `python -m
+tests.gpu.workers ROLE` reads one command a line from standard input; `reply` is the
+same without a process.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class Builder:
     """Makes checkpoints and bundles; what is there already is taken as it is."""
 
     def checkpoint(self, preset: str, folder: str) -> Answer:
-        """The demo for `nano`; for other presets random weights of their shape from seed 0."""
+        """The demo for `nano`; for other presets random weights of their shape from
+        seed 0.
+        """
         from trainer.checkpoint import DEMO, write_random
         from trainer.config import find_preset
         from trainer.datasets.scene_text import corpus
@@ -43,17 +47,37 @@ class Builder:
             write_random(path, find_preset(preset).spec, build_tokenizer(corpus()).to_str())
         return {"path": str(path)}
 
-    def build(self, checkpoint: str, target: str, scheme: str, out: str, samples: int, questions: int, random: bool) -> Answer:
-        """A bundle. Four bits of random weights are rounded without GPTQ, which takes an hour at 7 B and finds nothing to learn there."""
+    def build(
+        self,
+        checkpoint: str,
+        target: str,
+        scheme: str,
+        out: str,
+        samples: int,
+        questions: int,
+        random: bool,
+    ) -> Answer:
+        """A bundle. Four bits of random weights are rounded without GPTQ, which takes
+        an hour at 7 B and finds nothing to learn there.
+        """
         from export.pipeline import BuildOptions, build
         from export.schemes import choose_scheme, find_scheme
 
         found, begun = find_scheme(scheme, target), time.monotonic()
         if random and any(linear.bits == 4 for linear in found.parts.values()):
             found = choose_scheme(scheme, rounding="mse", target=target)
-        options = BuildOptions(Path(checkpoint), found, target, Path(out), samples=samples, questions=0 if random else questions)
+        options = BuildOptions(
+            Path(checkpoint),
+            found,
+            target,
+            Path(out),
+            samples=samples,
+            questions=0 if random else questions,
+        )
         return {
-            "verdict": build(options, progress=lambda step: print(f"  {step}", file=sys.stderr, flush=True)).verdict,
+            "verdict": build(
+                options, progress=lambda step: print(f"  {step}", file=sys.stderr, flush=True)
+            ).verdict,
             "s": time.monotonic() - begun,
         }
 
@@ -68,7 +92,9 @@ class Ours:
         self._session: Session | None = None
 
     def prove(self, bundle: str, target: str) -> Answer:
-        """See `parity.prove`; the engine is kept for what comes next. Raises `EngineError` if it cannot be loaded, or another stands in for it."""
+        """See `parity.prove`; the engine is kept for what comes next. Raises
+        `EngineError` if it cannot be loaded, or another stands in for it.
+        """
         read = read_bundle(bundle)
         read.verify_once()
         begun = time.perf_counter()
@@ -76,7 +102,10 @@ class Ours:
         loaded = (time.perf_counter() - begun) * 1e3
         found = f"{type(engine).__module__}:{type(engine).__qualname__}"
         if found != TARGETS[target].engine:
-            raise EngineError(f"target {target} has no engine of its own here, {found} would run its bundles; see the rows of that target")
+            raise EngineError(
+                f"target {target} has no engine of its own here, {found} would run its bundles; "
+                f"see the rows of that target"
+            )
         result = parity.prove(read, engine)
         self._session = Session(read, engine)
         return {**result, "load_ms": loaded, "verdict": read.verdict, "work": _work(read)}
@@ -114,13 +143,17 @@ class PyTorch:
         from tests.gpu import pytorch
 
         _require(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            False  # fp32 means fp32
+        )
         self._module, self._engines = pytorch, dict[str, Any]()
         self._model = pytorch.load_model(Path(checkpoint), getattr(torch, dtype), device)
         return {"torch": torch.__version__}
 
     def stages(self, bundle: str) -> Answer:
-        """The goldens through PyTorch itself: what the precision alone costs on this GPU."""
+        """The goldens through PyTorch itself: what the precision alone costs on this
+        GPU.
+        """
         session = self._over(bundle, 0)
         return {"stages": parity.stages_of(session), "engine": session.engine.version}
 
@@ -134,14 +167,26 @@ class PyTorch:
 
         read = read_bundle(bundle)
         goldens = read_goldens(read.file(GOLDENS))
-        rows = max(golden.pool_size**2 + len(golden.before) + len(golden.after) + max(len(golden.tokens), new_tokens) for golden in goldens)
-        return Session(read, self._module.PyTorchEngine(self._model, min(rows + 1, read.spec.decoder.context)))
+        rows = max(
+            golden.pool_size**2
+            + len(golden.before)
+            + len(golden.after)
+            + max(len(golden.tokens), new_tokens)
+            for golden in goldens
+        )
+        return Session(
+            read, self._module.PyTorchEngine(self._model, min(rows + 1, read.spec.decoder.context))
+        )
 
     def round(self, steps: int, variant: str) -> dict[str, float]:
-        """See `timing.once`; the cache has the rows this takes, which is PyTorch's best case."""
+        """See `timing.once`; the cache has the rows this takes, which is PyTorch's best
+        case.
+        """
         spec: ModelSpec = self._model.spec
         if variant not in self._engines:
-            self._engines[variant] = self._module.PyTorchEngine(self._model, timing.prompt_rows(spec) + steps, variant)
+            self._engines[variant] = self._module.PyTorchEngine(
+                self._model, timing.prompt_rows(spec) + steps, variant
+            )
         return timing.once(self._engines[variant], None, spec, steps)
 
     def copy(self, device: str) -> Answer:
@@ -149,14 +194,24 @@ class PyTorch:
         from tests.gpu import pytorch
 
         _require(device)
-        return {"gbs": pytorch.copy_gbs(device) if device == "cuda" else pytorch.copy_gbs(device, 1 << 24)}
+        return {
+            "gbs": pytorch.copy_gbs(device)
+            if device == "cuda"
+            else pytorch.copy_gbs(device, 1 << 24)
+        }
 
 
 def _work(bundle: Bundle) -> Answer:
-    """Bytes a timed decoding step must read: weights, and so many rows of the cache, those of the prompt."""
+    """Bytes a timed decoding step must read: weights, and so many rows of the cache,
+    those of the prompt.
+    """
     rows = timing.prompt_rows(bundle.spec)
     work = bundle_work(bundle, rows)
-    return {"decoder_weight_bytes": work.decoder_weight_bytes, "cache_row_bytes": work.cache_row_bytes, "rows": rows}
+    return {
+        "decoder_weight_bytes": work.decoder_weight_bytes,
+        "cache_row_bytes": work.cache_row_bytes,
+        "rows": rows,
+    }
 
 
 def _require(device: str) -> None:
@@ -170,11 +225,16 @@ ROLES: dict[str, type] = {role.__name__: role for role in (Builder, Ours, PyTorc
 
 
 def reply(worker: object, do: str, **arguments: Any) -> Answer:
-    """A command's answer, or why there is none: `missing` a package, `refused` in one of our one-line errors, or `broken` by anything else."""
+    """A command's answer, or why there is none: `missing` a package, `refused` in one
+    of our one-line errors, or `broken` by anything else.
+    """
     try:
         return {"answer": getattr(worker, do)(**arguments)}
     except ImportError as error:
-        return {"missing": f"{error.name or 'a package'} cannot be imported ({' '.join(str(error).split()):.160})"}
+        return {
+            "missing": f"{error.name or 'a package'} cannot be imported "
+            f"({' '.join(str(error).split()):.160})"
+        }
     except InfMLLMError as error:
         return {"refused": " ".join(str(error).split()), "kind": type(error).__name__}
     except Exception as error:  # of any library
@@ -183,7 +243,9 @@ def reply(worker: object, do: str, **arguments: Any) -> Answer:
 
 
 def main() -> None:
-    """Serves commands until standard input ends. What libraries print goes to standard error."""
+    """Serves commands until standard input ends. What libraries print goes to standard
+    error.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     worker = ROLES[sys.argv[1]]()

@@ -20,7 +20,9 @@ Install = Callable[..., Simulation]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
-    """`gpu(fuses=…)` puts a simulated GPU and TensorRT in place of any real ones, beside an engine cache of the test's own."""
+    """`gpu(fuses=…)` puts a simulated GPU and TensorRT in place of any real ones,
+    beside an engine cache of the test's own.
+    """
     monkeypatch.setenv("INFMLLM_CACHE", str(tmp_path / "cache"))
 
     def install(fuses: bool = True, version: str = "10.3.0", total: int = 64 << 20) -> Simulation:
@@ -28,7 +30,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
         simulation = Simulation(cuda, version, fuses)
         package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
         package.bindings, bindings.runtime = bindings, cuda  # type: ignore[attr-defined]
-        modules = {"cuda": package, "cuda.bindings": bindings, "cuda.bindings.runtime": cuda, "tensorrt": simulation.module}
+        modules = {
+            "cuda": package,
+            "cuda.bindings": bindings,
+            "cuda.bindings.runtime": cuda,
+            "tensorrt": simulation.module,
+        }
         for name, module in modules.items():
             module.__spec__ = ModuleSpec(name, None)  # PyTorch's tracer asks for it
             monkeypatch.setitem(sys.modules, name, module)
@@ -38,8 +45,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
 
 
 @pytest.fixture(scope="session")
-def built_tensorrt(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`built_tensorrt(scheme)` is the tiny checkpoint's bundle for TensorRT, built once. Do not change it."""
+def built_tensorrt(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """`built_tensorrt(scheme)` is the tiny checkpoint's bundle for TensorRT, built
+    once. Do not change it.
+    """
     done: dict[str, Path] = {}
 
     def get(scheme: str) -> Path:

@@ -1,4 +1,6 @@
-"""Conversations: each turn computes only what is new, sees what was said before, and comes after the one before."""
+"""Conversations: each turn computes only what is new, sees what was said before, and
+comes after the one before.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from runtime.contract.prompt import render
 from tests.runtime.test_caches import Counted
 
 
-def test_a_conversation_computes_only_what_is_new(built: Callable[[str], Path], scene_image: Image.Image) -> None:
+def test_a_conversation_computes_only_what_is_new(
+    built: Callable[[str], Path], scene_image: Image.Image
+) -> None:
     for precision in ("fp32", "int8"):
         session = load(built(precision))
         counted = Counted(session)
@@ -24,10 +28,15 @@ def test_a_conversation_computes_only_what_is_new(built: Callable[[str], Path], 
         assert first.kept_tokens == 4
         counted.rows = 0
         second = chat.ask("And then?", 5)
-        assert counted.images == 1 and second.cached_tokens == first.prompt_tokens + 4, "all but the last token, which was never fed"
+        assert counted.images == 1 and second.cached_tokens == first.prompt_tokens + 4, (
+            "all but the last token, which was never fed"
+        )
         assert counted.rows == second.prompt_tokens - second.cached_tokens < 20
-        assert [m.role for m in chat.messages] == ["user", "assistant"] * 2 and chat.messages[3].content == second.text
-        # The same conversation with a question about something else in between, and so nothing in the cache.
+        assert [m.role for m in chat.messages] == ["user", "assistant"] * 2 and chat.messages[
+            3
+        ].content == second.text
+        # The same conversation with a question about something else in between, and so nothing
+        # in the cache.
         again = load(built(precision)).chat(scene_image, 4)
         assert again.ask("Hi.", 5).tokens == first.tokens
         again._session.prefix.forget()
@@ -35,8 +44,12 @@ def test_a_conversation_computes_only_what_is_new(built: Callable[[str], Path], 
         assert repeated.cached_tokens == 0 and repeated.tokens == second.tokens
 
 
-def test_a_conversation_is_the_rendered_one(built: Callable[[str], Path], scene_image: Image.Image) -> None:
-    """Turn by turn the model sees the tokens of the whole conversation rendered at once."""
+def test_a_conversation_is_the_rendered_one(
+    built: Callable[[str], Path], scene_image: Image.Image
+) -> None:
+    """Turn by turn the model sees the tokens of the whole conversation rendered at
+    once.
+    """
     from runtime.contract.prompt import Message, render_chat
 
     session = load(built("fp32"))
@@ -45,13 +58,25 @@ def test_a_conversation_is_the_rendered_one(built: Callable[[str], Path], scene_
     tokens = chat._segments[-1].key[1] + chat._unfed  # type: ignore[index]
     text = session.tokenizer.decode(tokens)
     second = chat.ask("And then?", 5)
-    before, after = session.tokenizer.encode_prompt(render_chat([Message("user", "Hi."), Message("assistant", "@"), Message("user", "And then?")]))
+    before, after = session.tokenizer.encode_prompt(
+        render_chat(
+            [Message("user", "Hi."), Message("assistant", "@"), Message("user", "And then?")]
+        )
+    )
     first, _, rest = session.tokenizer.decode(after).partition(" @")
-    shown = session.tokenizer.decode([token for segment in chat._segments[:-1] for token in (segment.key[1] if segment.key[0] != "image" else ())])
+    shown = session.tokenizer.decode(
+        [
+            token
+            for segment in chat._segments[:-1]
+            for token in (segment.key[1] if segment.key[0] != "image" else ())
+        ]
+    )
     assert shown == first + text + rest and second.prompt_tokens > len(before)
 
 
-def test_a_conversation_that_outgrows_the_cache_ends_with_one_line(built: Callable[[str], Path], scene_image: Image.Image) -> None:
+def test_a_conversation_that_outgrows_the_cache_ends_with_one_line(
+    built: Callable[[str], Path], scene_image: Image.Image
+) -> None:
     chat = load(built("fp32")).chat(scene_image, 4)
     with pytest.raises(ContextError, match="does not fit"):
         for _ in range(20):
@@ -59,15 +84,22 @@ def test_a_conversation_that_outgrows_the_cache_ends_with_one_line(built: Callab
     assert len(chat.messages) % 2 == 0
 
 
-def test_rows_checked_among_others_are_not_kept(built: Callable[[str], Path], scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drafted token's row equals a stepwise one only up to rounding: the next turn computes it again, and so gives the same bits as without."""
+def test_rows_checked_among_others_are_not_kept(
+    built: Callable[[str], Path], scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drafted token's row equals a stepwise one only up to rounding: the next turn
+    computes it again, and so gives the same bits as without.
+    """
     monkeypatch.setattr("runtime.generation.generate._Pays.__bool__", lambda self: True)
     session = load(built("fp32"))
     real = session.engine.forward(np.ones((1, 3, 64), np.float32), 0)
     assert real.shape == (960,)
     session.forget()
     said = session.ask(scene_image, "say it", "chat", 4, 30, Decoding(lookup=0)).tokens
-    monkeypatch.setattr("runtime.generation.prompt_lookup.Lookup.draft", lambda self, most: list(said[len(self._tokens) - start :][:most]))
+    monkeypatch.setattr(
+        "runtime.generation.prompt_lookup.Lookup.draft",
+        lambda self, most: list(said[len(self._tokens) - start :][:most]),
+    )
     chat = session.chat(scene_image, 4, Decoding(lookup=3))
     start = len(session.tokenizer.encode_prompt(render("chat", "say it"))[1])
     session.forget()
@@ -76,7 +108,9 @@ def test_rows_checked_among_others_are_not_kept(built: Callable[[str], Path], sc
     assert chat.ask("And then?", 5).cached_tokens == first.prompt_tokens
 
 
-def test_turns_of_a_conversation_come_one_after_another(built: Callable[[str], Path], scene_image: Image.Image) -> None:
+def test_turns_of_a_conversation_come_one_after_another(
+    built: Callable[[str], Path], scene_image: Image.Image
+) -> None:
     chat = load(built("fp32")).chat(scene_image, 4)
     first, second = chat.stream("Hi.", 4), chat.stream("And then?", 4)
     first.finish()
@@ -88,7 +122,9 @@ def test_turns_of_a_conversation_come_one_after_another(built: Callable[[str], P
             chat.ask(wrong)
 
 
-def test_an_overtaken_stream_that_is_cancelled_claims_no_rows(built: Callable[[str], Path], scene_image: Image.Image) -> None:
+def test_an_overtaken_stream_that_is_cancelled_claims_no_rows(
+    built: Callable[[str], Path], scene_image: Image.Image
+) -> None:
     session, fresh = load(built("fp32")), load(built("fp32"))
     chats = [one.chat(scene_image, 4, Decoding(lookup=0)) for one in (session, fresh)]
     for chat in chats:

@@ -1,4 +1,6 @@
-"""The engine for ONNX Runtime's CUDA provider, its graphs and calls on the CPU's memory: answers, caches, drafts, batches; and what it refuses."""
+"""The engine for ONNX Runtime's CUDA provider, its graphs and calls on the CPU's
+memory: answers, caches, drafts, batches; and what it refuses.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,14 @@ def rows(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(1, count, HIDDEN)).astype(np.float32) * 0.1
 
 
-def test_answers_are_pytorchs(session: Session, tiny_checkpoint: Path, scene_image: Image.Image) -> None:
+def test_answers_are_pytorchs(
+    session: Session, tiny_checkpoint: Path, scene_image: Image.Image
+) -> None:
     reference = CheckpointAnswerer(tiny_checkpoint)
-    for sample in (Sample("caption", "describe", ""), Sample("vqa", "what colour is the circle?", "")):
+    for sample in (
+        Sample("caption", "describe", ""),
+        Sample("vqa", "what colour is the circle?", ""),
+    ):
         expected = reference.answer_ids(scene_image, sample, None)[:10]
         found = session.ask(scene_image, sample.text, task=sample.task, max_new_tokens=10)
         assert list(found.tokens) == expected and len(expected) > 2
@@ -54,7 +61,9 @@ def test_cached_steps_equal_one_call(session: Session) -> None:
 
 
 def test_a_step_does_not_see_rows_behind_it(session: Session) -> None:
-    """A decoding step names the whole cache as its length: rows of an earlier, longer question must not count."""
+    """A decoding step names the whole cache as its length: rows of an earlier, longer
+    question must not count.
+    """
     engine, inputs = session.engine, rows(6)
     engine.forward(inputs[:, :5], 0)
     clean = engine.forward(inputs[:, 5:], 5).copy()
@@ -88,62 +97,104 @@ def test_drafts_are_checked_as_steps_would_be(session: Session) -> None:
     np.testing.assert_allclose(several, one_by_one, atol=2e-2 * np.abs(one_by_one).max())
 
 
-def test_a_prefix_is_reused_without_changing_the_answer(session: Session, scene_image: Image.Image) -> None:
+def test_a_prefix_is_reused_without_changing_the_answer(
+    session: Session, scene_image: Image.Image
+) -> None:
     first = session.ask(scene_image, "describe", max_new_tokens=8)
     second = session.ask(scene_image, "what shape is it?", task="vqa", max_new_tokens=8)
     assert first.cached_tokens == 0 and second.cached_tokens > 0
     session.forget()
-    assert session.ask(scene_image, "what shape is it?", task="vqa", max_new_tokens=8).tokens == second.tokens
+    assert (
+        session.ask(scene_image, "what shape is it?", task="vqa", max_new_tokens=8).tokens
+        == second.tokens
+    )
 
 
-def test_questions_asked_together_are_answered_as_apart(session: Session, scene_image: Image.Image) -> None:
-    questions = [Question(scene_image, text, "vqa", max_new_tokens=count) for text, count in (("what?", 3), ("how many?", 9), ("which?", 6))]
+def test_questions_asked_together_are_answered_as_apart(
+    session: Session, scene_image: Image.Image
+) -> None:
+    questions = [
+        Question(scene_image, text, "vqa", max_new_tokens=count)
+        for text, count in (("what?", 3), ("how many?", 9), ("which?", 6))
+    ]
     together = session.ask_many(questions)
-    apart = [session.ask(q.image, q.text, q.task, max_new_tokens=q.max_new_tokens) for q in questions]
+    apart = [
+        session.ask(q.image, q.text, q.task, max_new_tokens=q.max_new_tokens) for q in questions
+    ]
     assert [answer.tokens for answer in together] == [answer.tokens for answer in apart]
 
 
-def test_beams_find_what_they_find_on_the_cpu_target(session: Session, built: Callable[[str], Path], scene_image: Image.Image) -> None:
+def test_beams_find_what_they_find_on_the_cpu_target(
+    session: Session, built: Callable[[str], Path], scene_image: Image.Image
+) -> None:
     from runtime.session import load
 
     decoding = Decoding(beams=3)
     ours = session.ask(scene_image, "describe", max_new_tokens=6, decoding=decoding)
-    assert ours.tokens == load(built("fp32"), threads=1).ask(scene_image, "describe", max_new_tokens=6, decoding=decoding).tokens
+    assert (
+        ours.tokens
+        == load(built("fp32"), threads=1)
+        .ask(scene_image, "describe", max_new_tokens=6, decoding=decoding)
+        .tokens
+    )
 
 
-def test_a_step_changes_nothing_on_the_host(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a captured graph replays: the same buffers, the same total length, only embeddings and row number new."""
+def test_a_step_changes_nothing_on_the_host(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a captured graph replays: the same buffers, the same total length, only
+    embeddings and row number new.
+    """
     engine = session.engine
     assert isinstance(engine, OrtCudaEngine)
     engine.forward(rows(1), 7)
     written: list[set[str]] = []
     plain = Bound.write
-    monkeypatch.setattr(Bound, "write", lambda self, arrays: (written.append(set(arrays)), plain(self, arrays))[1])
+    monkeypatch.setattr(
+        Bound, "write", lambda self, arrays: (written.append(set(arrays)), plain(self, arrays))[1]
+    )
     engine.forward(rows(1), 8)
     assert written == [{"inputs_embeds", "seqlens_k"}]
     step = next(call for shape, call in engine._calls.items() if shape.length == 1)
     assert int(step.read("total_sequence_length")) == WHOLE
 
 
-def test_without_the_provider_there_is_one_clear_line(built_for: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_provider_there_is_one_clear_line(
+    built_for: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(EngineError, match=r"has no CUDAExecutionProvider; .*pip install 'onnxruntime-gpu\[cuda,cudnn\]'") as caught:
+    with pytest.raises(
+        EngineError,
+        match=r"has no CUDAExecutionProvider; .*pip install 'onnxruntime-gpu\[cuda,cudnn\]'",
+    ) as caught:
         load_engine(read_bundle(built_for("cuda", "fp16")), EngineOptions())
     assert "\n" not in str(caught.value) and TARGETS["cuda"].extra == "gpu"
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused(built_for: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime goes on without a provider whose libraries are missing. Here the name is on its list, and nothing is behind it."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA.provider, "CPUExecutionProvider"])
+def test_a_session_that_fell_back_to_the_cpu_is_refused(
+    built_for: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime goes on without a provider whose libraries are missing. Here the
+    name is on its list, and nothing is behind it.
+    """
+    monkeypatch.setattr(
+        ort, "get_available_providers", lambda: [CUDA.provider, "CPUExecutionProvider"]
+    )
     bundle = read_bundle(built_for("cuda", "fp16"))
     with pytest.raises(EngineError, match=r"cannot run on the GPU: .*infmllm-export doctor"):
         OrtCudaEngine(bundle, EngineOptions(threads=1))
-    absent = Device("CUDAExecutionProvider", "cpu")  # not told to forbid the CPU: the session itself is asked
-    with pytest.raises(EngineError, match="would run on CPUExecutionProvider, not CUDAExecutionProvider"):
+    absent = Device(
+        "CUDAExecutionProvider", "cpu"
+    )  # not told to forbid the CPU: the session itself is asked
+    with pytest.raises(
+        EngineError, match="would run on CPUExecutionProvider, not CUDAExecutionProvider"
+    ):
         OrtCudaEngine(bundle, EngineOptions(threads=1), absent)
 
 
-def test_graphs_of_another_model_are_refused(built_for: Callable[[str, str], Path], built: Callable[[str], Path], tmp_path: Path) -> None:
+def test_graphs_of_another_model_are_refused(
+    built_for: Callable[[str, str], Path], built: Callable[[str], Path], tmp_path: Path
+) -> None:
     import shutil
     from dataclasses import replace
 

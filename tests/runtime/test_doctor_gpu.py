@@ -1,4 +1,6 @@
-"""The doctor where CUDA finds no GPU, or nothing uses it: containers, permissions, drivers, WSL."""
+"""The doctor where CUDA finds no GPU, or nothing uses it: containers, permissions,
+drivers, WSL.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,42 @@ from tests.runtime.doctor_machines import NO_DRIVER, driver, fires, machine, say
         (NO_DRIVER, {"container": True}, ("container was given no GPU", "docker run --gpus all")),
         (NO_DRIVER, {"wsl": True}, ("WSL", "wsl --update")),
         (NO_DRIVER, {"card": True}, ("no working driver", "ubuntu-drivers")),
-        (Probe(True, {"code": 100}), {"visible_devices": "-1"}, ("hides every GPU", "unset CUDA_VISIBLE_DEVICES")),
-        (Probe(True, {"code": 803}), {"nodes": ("dev/nvidia0",)}, ("different versions", "restart")),
-        (Probe(True, {"code": 804}), {"compat": True, "container": True}, ("forward-compatibility", "rm -rf /usr/local/cuda*/compat*")),
-        (Probe(True, {"code": 999}), {"closed": ("dev/nvmap",), "groups": ("video",)}, ("may not open /dev/nvmap", "usermod -aG video $USER")),
-        (Probe(True, {"code": 999}), {"closed": ("dev/nvmap",), "groups": ("44",), "container": True}, ("docker run --group-add 44",)),
+        (
+            Probe(True, {"code": 100}),
+            {"visible_devices": "-1"},
+            ("hides every GPU", "unset CUDA_VISIBLE_DEVICES"),
+        ),
+        (
+            Probe(True, {"code": 803}),
+            {"nodes": ("dev/nvidia0",)},
+            ("different versions", "restart"),
+        ),
+        (
+            Probe(True, {"code": 804}),
+            {"compat": True, "container": True},
+            ("forward-compatibility", "rm -rf /usr/local/cuda*/compat*"),
+        ),
+        (
+            Probe(True, {"code": 999}),
+            {"closed": ("dev/nvmap",), "groups": ("video",)},
+            ("may not open /dev/nvmap", "usermod -aG video $USER"),
+        ),
+        (
+            Probe(True, {"code": 999}),
+            {"closed": ("dev/nvmap",), "groups": ("44",), "container": True},
+            ("docker run --group-add 44",),
+        ),
     ],
 )
-def test_why_there_is_no_gpu(probe: Probe, access: dict[str, Any], words: tuple[str, ...], tmp_path: Path) -> None:
+def test_why_there_is_no_gpu(
+    probe: Probe, access: dict[str, Any], words: tuple[str, ...], tmp_path: Path
+) -> None:
     facts = machine(tmp_path, {"driver": probe}, container=access.pop("container", False))
     facts = replace(facts, access=replace(facts.access, **access))
     fires(facts, "gpu", "problem", *words)
-    silent(facts, "nvml", "gpu unused", "compute capability", "rtx capability", "driver for tensorrt")
+    silent(
+        facts, "nvml", "gpu unused", "compute capability", "rtx capability", "driver for tensorrt"
+    )
 
 
 def test_a_gpu_nothing_uses_wsl_and_a_full_disk(tmp_path: Path) -> None:
@@ -53,11 +79,18 @@ def test_access_is_read_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "dev/nvidia0": "",
             "sys/bus/pci/devices/0000:01:00.0/vendor": "0x10de\n",
             "sys/bus/pci/devices/0000:01:00.0/class": "0x030000\n",
-            "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n",
+            "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for "
+            "x86_64  580.95.05  Release Build\n",
             "usr/local/cuda-13.2/compat/libcuda.so.1": "",
         },
     )
     monkeypatch.setattr(os, "access", lambda *_: False)
     found = read_access(tmp_path)
-    assert (found.card, found.driver, found.container, found.wsl, found.compat) == (True, "580.95.05", True, True, True)
+    assert (found.card, found.driver, found.container, found.wsl, found.compat) == (
+        True,
+        "580.95.05",
+        True,
+        True,
+        True,
+    )
     assert found.nodes == found.closed == ("dev/nvidia0",) and len(found.groups) == 1

@@ -1,4 +1,6 @@
-"""8-bit layers turn what is not finite into numbers; the GPU engines notice all the same, whatever chooses the token."""
+"""8-bit layers turn what is not finite into numbers; the GPU engines notice all the
+same, whatever chooses the token.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ CHOICES = [Decoding(lookup=0), Decoding(temperature=1.0), Decoding(beams=2)]
 
 
 @pytest.fixture(params=["tensorrt", "cuda"])
-def session(request: pytest.FixtureRequest, built_tensorrt: Callable[[str], Path], built_for: Callable[[str, str], Path], gpu: Install) -> Session:
+def session(
+    request: pytest.FixtureRequest,
+    built_tensorrt: Callable[[str], Path],
+    built_for: Callable[[str, str], Path],
+    gpu: Install,
+) -> Session:
     if request.param == "cuda":
         return reference_session(read_bundle(built_for("cuda", "int8")))
     gpu()
@@ -42,16 +49,22 @@ def test_a_spoilt_row_before_the_last_is_noticed(session: Session) -> None:
     rows = np.ones((1, 4, 64), np.float32)
     rows[0, 1] = np.nan
     assert np.isnan(session.engine.forward(rows, 0)).all()
-    assert np.isfinite(session.engine.forward(np.ones((1, 4, 64), np.float32), 0)).all(), "nothing of it is left"
+    assert np.isfinite(session.engine.forward(np.ones((1, 4, 64), np.float32), 0)).all(), (
+        "nothing of it is left"
+    )
     with pytest.raises(NonFiniteError):
         session.engine.greedy(np.full((1, 1, 64), np.inf, np.float32), 4)
 
 
-def test_pictures_that_come_out_as_nan_are_refused(session: Session, scene_image: Image.Image) -> None:
+def test_pictures_that_come_out_as_nan_are_refused(
+    session: Session, scene_image: Image.Image
+) -> None:
     see = session.engine.embed_image
     session.engine.embed_image = lambda *given: see(*given) * np.float32(np.nan)  # type: ignore[method-assign]
     for decoding in CHOICES:
-        with pytest.raises(NonFiniteError, match="the vision graph produced NaN or infinite embeddings"):
+        with pytest.raises(
+            NonFiniteError, match="the vision graph produced NaN or infinite embeddings"
+        ):
             session.ask(scene_image, "describe", decoding=decoding)
 
 

@@ -1,4 +1,6 @@
-"""The engine cache: packed weights are mapped, give the same bits, are bounded, and are never trusted beyond what their maker wrote."""
+"""The engine cache: packed weights are mapped, give the same bits, are bounded, and are
+never trusted beyond what their maker wrote.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,14 @@ def logits(bundle: Bundle, cached: bool = True) -> list[np.ndarray]:
 
 
 def folders() -> list[Path]:
-    return sorted(path for path in (cache_folder() / "engines").iterdir() if not path.name.startswith("."))
+    return sorted(
+        path for path in (cache_folder() / "engines").iterdir() if not path.name.startswith(".")
+    )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", "int4-hybrid", "int8-weights"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", "fp16", "int8", "int4", "int4-hybrid", "int8-weights"]
+)
 def test_the_same_bits_as_without(built: Callable[[str], Path], precision: str) -> None:
     bundle = read_bundle(built(precision))
     plain = logits(bundle, cached=False)
@@ -48,7 +54,9 @@ def test_the_same_bits_as_without(built: Callable[[str], Path], precision: str) 
         assert all(np.array_equal(a, b) for a, b in zip(plain, results, strict=True))
 
 
-def test_it_is_used_and_what_was_touched_is_not(built: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_is_used_and_what_was_touched_is_not(
+    built: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     bundle = read_bundle(built("int8"))
     expected = logits(bundle)
     assert capfd.readouterr().err.count("packing the weights") == 2
@@ -66,7 +74,9 @@ def test_it_is_used_and_what_was_touched_is_not(built: Callable[[str], Path], ca
 
 
 @pytest.mark.parametrize("what", ["cpu", "version"])
-def test_another_machine_makes_its_own(built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_another_machine_makes_its_own(
+    built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     bundle = read_bundle(built("fp32"))
     logits(bundle)
     if what == "cpu":
@@ -77,7 +87,9 @@ def test_another_machine_makes_its_own(built: Callable[[str], Path], monkeypatch
     assert len(folders()) == 4
 
 
-def test_it_stays_within_its_bound(built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_stays_within_its_bound(
+    built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = read_bundle(built("fp32"))
     logits(bundle)
     one = max(sum(file.stat().st_size for file in folder.iterdir()) for folder in folders())
@@ -93,7 +105,9 @@ def test_it_stays_within_its_bound(built: Callable[[str], Path], monkeypatch: py
     assert folders() == before
 
 
-def test_processes_that_make_it_at_once_all_answer(built: Callable[[str], Path], tmp_path: Path) -> None:
+def test_processes_that_make_it_at_once_all_answer(
+    built: Callable[[str], Path], tmp_path: Path
+) -> None:
     code = f"""
 import os
 os.environ["INFMLLM_CACHE"] = {str(tmp_path / "cache")!r}
@@ -104,13 +118,17 @@ import numpy as np
 session = load({str(built("int8"))!r}, threads=1)
 print(session.engine.forward(np.ones((1, 5, 64), np.float32), 0).tobytes().hex()[:64])
 """
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(4)]
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(4)
+    ]
     outputs = {process.communicate(timeout=120)[0] for process in running}
     assert all(process.returncode == 0 for process in running) and len(outputs) == 1
     assert len(folders()) == 2 and not list((cache_folder() / "engines").glob(".*making"))
 
 
-def test_a_write_that_fails_half_way_costs_time_only(built: Callable[[str], Path], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_write_that_fails_half_way_costs_time_only(
+    built: Callable[[str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     bundle = read_bundle(built("fp32"))
     expected = logits(bundle, cached=False)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -134,7 +152,9 @@ def test_what_a_killed_process_left_is_removed(built: Callable[[str], Path]) -> 
 
 
 @pytest.mark.parametrize("value", ["inf", "-3", "1e400"])
-def test_odd_bounds_are_bounds(built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_odd_bounds_are_bounds(
+    built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     monkeypatch.setenv("INFMLLM_ENGINE_CACHE_GB", value)
     logits(read_bundle(built("fp32")))
     monkeypatch.setenv("INFMLLM_ENGINE_CACHE_GB", "much")
@@ -142,7 +162,9 @@ def test_odd_bounds_are_bounds(built: Callable[[str], Path], monkeypatch: pytest
         logits(read_bundle(built("fp32")))
 
 
-def test_a_full_disk_costs_time_only(built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_costs_time_only(
+    built: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     bundle = read_bundle(built("fp32"))
     expected = logits(bundle, cached=False)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0})())

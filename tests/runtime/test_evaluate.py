@@ -24,13 +24,34 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 
 def test_figures_rows_and_page(
-    built: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    built: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     page, rows = tmp_path / "r.html", tmp_path / "r.jsonl"
-    run(monkeypatch, built("fp32"), "synthetic:3", "--control", "--json", "--html", page, "--out", rows)
+    run(
+        monkeypatch,
+        built("fp32"),
+        "synthetic:3",
+        "--control",
+        "--json",
+        "--html",
+        page,
+        "--out",
+        rows,
+    )
     result = json.loads(capsys.readouterr().out)
     assert set(result["tasks"]) == set(result["control"]) == {"caption", "vqa", "ground"}
-    assert result["tasks"]["ground"].keys() >= {"count", "accuracy", "low", "high", "mean_iou", "iou_low", "iou_high"}
+    assert result["tasks"]["ground"].keys() >= {
+        "count",
+        "accuracy",
+        "low",
+        "high",
+        "mean_iou",
+        "iou_low",
+        "iou_high",
+    }
     assert "cider" in result["tasks"]["caption"]
     assert len(rows.read_text().splitlines()) == 9 == page.read_text().count("<figure ")
     run(monkeypatch, built("fp32"), "synthetic:3", "--control")
@@ -39,7 +60,9 @@ def test_figures_rows_and_page(
 
 
 class Answers:
-    """Says what it was shown: the mean colour of the picture's first pixel, or a fixed box."""
+    """Says what it was shown: the mean colour of the picture's first pixel, or a fixed
+    box.
+    """
 
     def answer(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> str:
         if sample.task == "ground":
@@ -82,18 +105,38 @@ def examples() -> list[Example]:
 
 
 def test_the_control_hides_the_picture() -> None:
-    seen, blind = evaluate(Answers(), examples())[0].figures(), evaluate(Answers(), examples(), blank=True)[0].figures()
+    seen, blind = (
+        evaluate(Answers(), examples())[0].figures(),
+        evaluate(Answers(), examples(), blank=True)[0].figures(),
+    )
     assert seen["vqa"]["accuracy"] == 100 and blind["vqa"]["accuracy"] == 0
     assert seen["ground"]["accuracy"] == 50 and seen["ground"]["mean_iou"] == 0.5
 
 
 def test_the_page_is_well_formed_escaped_and_worst_first() -> None:
     tasks, kinds, rows = evaluate(Answers(), examples(), thumbnails=True)
-    page = report_page({"model": "m<", "data": "d", "visual_tokens": 16, "tasks": tasks.figures(), "kinds": kinds.figures()}, rows)
+    page = report_page(
+        {
+            "model": "m<",
+            "data": "d",
+            "visual_tokens": 16,
+            "tasks": tasks.figures(),
+            "kinds": kinds.figures(),
+        },
+        rows,
+    )
     tags = Tags()
     tags.feed(page)
-    assert not tags.open and "<phrase>" not in page and "bad <phrase>" in tags.text and "m<" in tags.text
-    assert page.index("bad &lt;phrase&gt;") < page.index(">good<") and page.count("data:image/jpeg;base64,/9j/") == 3
+    assert (
+        not tags.open
+        and "<phrase>" not in page
+        and "bad <phrase>" in tags.text
+        and "m<" in tags.text
+    )
+    assert (
+        page.index("bad &lt;phrase&gt;") < page.index(">good<")
+        and page.count("data:image/jpeg;base64,/9j/") == 3
+    )
     import io
 
     shown = Image.open(io.BytesIO(rows[2].thumbnail))
@@ -104,21 +147,33 @@ def test_the_page_is_well_formed_escaped_and_worst_first() -> None:
 
 def test_long_lists_are_cut_to_the_worst() -> None:
     sample = Sample("vqa", "x?", "yes")
-    rows = [AnswerRow("n", sample, text, score(sample, text)) for text in ["yes"] * 500 + ["no"] * 10]
+    rows = [
+        AnswerRow("n", sample, text, score(sample, text)) for text in ["yes"] * 500 + ["no"] * 10
+    ]
     page = report_page({"model": "m", "data": "d", "tasks": {}, "kinds": {}}, rows)
-    assert page.count("<figure ") == 400 and page.count('class="wrong"') == 10 and "400 of 510" in page
+    assert (
+        page.count("<figure ") == 400 and page.count('class="wrong"') == 10 and "400 of 510" in page
+    )
 
 
 def test_bad_pictures_are_errors_or_left_out(
-    built: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    built: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
-    rows = [{"image": f"{name}.png", "task": "vqa", "question": "what?", "answer": "x"} for name in ("good", "bad")]
+    rows = [
+        {"image": f"{name}.png", "task": "vqa", "question": "what?", "answer": "x"}
+        for name in ("good", "bad")
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(SystemExit):
         run(monkeypatch, built("fp32"), tmp_path / "d.jsonl")
     assert "--skip-bad" in capsys.readouterr().err
     run(monkeypatch, built("fp32"), tmp_path / "d.jsonl", "--skip-bad", "--json")
     shown = capsys.readouterr()
-    assert json.loads(shown.out)["tasks"]["vqa"]["count"] == 1 and "left out 1 bad rows" in shown.err
+    assert (
+        json.loads(shown.out)["tasks"]["vqa"]["count"] == 1 and "left out 1 bad rows" in shown.err
+    )

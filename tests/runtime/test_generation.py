@@ -1,4 +1,6 @@
-"""Decoding against independent references: `transformers.generate` token for token for greedy and beams, its processors for sampling."""
+"""Decoding against independent references: `transformers.generate` token for token for
+greedy and beams, its processors for sampling.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ from trainer.checkpoint import load_checkpoint
 
 TOKENS = 30
 RNG = np.random.default_rng(4)
-PROMPTS = [("caption", "describe"), ("vqa", "what is it?"), ("ground", "red circle"), ("chat", "Hello there, say it twice.")]
+PROMPTS = [
+    ("caption", "describe"),
+    ("vqa", "what is it?"),
+    ("ground", "red circle"),
+    ("chat", "Hello there, say it twice."),
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +47,10 @@ def session(built: Callable[[str], Path]) -> Session:
 @pytest.fixture(scope="module")
 def reference(tiny_checkpoint: Path) -> LlamaForCausalLM:
     model = llama(TINY.decoder)
-    weights = {f"model.{name}": value for name, value in load_checkpoint(tiny_checkpoint).model.decoder.state_dict().items()}
+    weights = {
+        f"model.{name}": value
+        for name, value in load_checkpoint(tiny_checkpoint).model.decoder.state_dict().items()
+    }
     weights["lm_head.weight"] = weights.pop("model.lm_head.weight")
     model.load_state_dict(weights)
     return model
@@ -48,30 +58,58 @@ def reference(tiny_checkpoint: Path) -> LlamaForCausalLM:
 
 def embeds_of(session: Session, image: Image.Image, task: str, text: str) -> torch.Tensor:
     before, after = session.tokenizer.encode_prompt(render(task, text))
-    return torch.from_numpy(session.embed_prompt(before, session.picture(image).features.embeds, after))
+    return torch.from_numpy(
+        session.embed_prompt(before, session.picture(image).features.embeds, after)
+    )
 
 
-def generated(session: Session, model: LlamaForCausalLM, image: Image.Image, task: str, text: str, **settings: object) -> list[int]:
+def generated(
+    session: Session,
+    model: LlamaForCausalLM,
+    image: Image.Image,
+    task: str,
+    text: str,
+    **settings: object,
+) -> list[int]:
     spec = session.spec
-    config = GenerationConfig(max_new_tokens=TOKENS, eos_token_id=spec.eos_id, pad_token_id=spec.pad_id, do_sample=False, **settings)
+    config = GenerationConfig(
+        max_new_tokens=TOKENS,
+        eos_token_id=spec.eos_id,
+        pad_token_id=spec.pad_id,
+        do_sample=False,
+        **settings,
+    )
     inputs = embeds_of(session, image, task, text)
     with torch.no_grad():
-        found = model.generate(inputs_embeds=inputs, attention_mask=torch.ones(inputs.shape[:2]), generation_config=config)[0].tolist()
+        found = model.generate(
+            inputs_embeds=inputs,
+            attention_mask=torch.ones(inputs.shape[:2]),
+            generation_config=config,
+        )[0].tolist()
     return found[: found.index(spec.eos_id)] if spec.eos_id in found else found
 
 
 @pytest.mark.parametrize(("task", "text"), PROMPTS)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_is_that_of_transformers(
-    session: Session, reference: LlamaForCausalLM, scene_image: Image.Image, task: str, text: str, penalty: float
+    session: Session,
+    reference: LlamaForCausalLM,
+    scene_image: Image.Image,
+    task: str,
+    text: str,
+    penalty: float,
 ) -> None:
     expected = generated(session, reference, scene_image, task, text, repetition_penalty=penalty)
-    answer = session.ask(scene_image, text, task, None, TOKENS, Decoding(repetition_penalty=penalty, constrain=False))
+    answer = session.ask(
+        scene_image, text, task, None, TOKENS, Decoding(repetition_penalty=penalty, constrain=False)
+    )
     assert list(answer.tokens) == expected and len(expected) > 3
 
 
 @pytest.mark.parametrize(("task", "text"), PROMPTS)
-@pytest.mark.parametrize(("beams", "length_penalty", "shortest"), [(5, 1.0, 8), (5, 0.0, 1), (3, 2.0, 0), (2, -1.0, 3)])
+@pytest.mark.parametrize(
+    ("beams", "length_penalty", "shortest"), [(5, 1.0, 8), (5, 0.0, 1), (3, 2.0, 0), (2, -1.0, 3)]
+)
 def test_beams_are_those_of_transformers(
     session: Session,
     reference: LlamaForCausalLM,
@@ -82,20 +120,37 @@ def test_beams_are_those_of_transformers(
     length_penalty: float,
     shortest: int,
 ) -> None:
-    expected = generated(session, reference, scene_image, task, text, num_beams=beams, length_penalty=length_penalty, min_new_tokens=shortest)
-    decoding = Decoding(beams=beams, length_penalty=length_penalty, min_new_tokens=shortest, constrain=False)
+    expected = generated(
+        session,
+        reference,
+        scene_image,
+        task,
+        text,
+        num_beams=beams,
+        length_penalty=length_penalty,
+        min_new_tokens=shortest,
+    )
+    decoding = Decoding(
+        beams=beams, length_penalty=length_penalty, min_new_tokens=shortest, constrain=False
+    )
     assert list(session.ask(scene_image, text, task, None, TOKENS, decoding).tokens) == expected
 
 
-def test_beams_that_end_are_those_of_transformers(session: Session, reference: LlamaForCausalLM, scene_image: Image.Image) -> None:
-    """Random weights hardly ever end by themselves; a head that likes the end makes ended and open beams compete."""
+def test_beams_that_end_are_those_of_transformers(
+    session: Session, reference: LlamaForCausalLM, scene_image: Image.Image
+) -> None:
+    """Random weights hardly ever end by themselves; a head that likes the end makes
+    ended and open beams compete.
+    """
     import copy
 
     liking = copy.deepcopy(reference)
     eos = session.spec.eos_id
     forward, batch = session.engine.forward, session.engine.batch
     boost = 2.5
-    liking.lm_head.register_forward_hook(lambda module, inputs, output: output + boost * torch.eye(output.shape[-1])[eos])
+    liking.lm_head.register_forward_hook(
+        lambda module, inputs, output: output + boost * torch.eye(output.shape[-1])[eos]
+    )
 
     def liked(logits: np.ndarray) -> np.ndarray:
         logits = logits.copy()
@@ -115,7 +170,15 @@ def test_beams_that_end_are_those_of_transformers(session: Session, reference: L
     try:
         for task, text in PROMPTS:
             for length_penalty in (0.0, 1.0, 3.0):
-                expected = generated(session, liking, scene_image, task, text, num_beams=4, length_penalty=length_penalty)
+                expected = generated(
+                    session,
+                    liking,
+                    scene_image,
+                    task,
+                    text,
+                    num_beams=4,
+                    length_penalty=length_penalty,
+                )
                 decoding = Decoding(beams=4, length_penalty=length_penalty, constrain=False)
                 answer = session.ask(scene_image, text, task, None, TOKENS, decoding)
                 assert list(answer.tokens) == expected, (task, length_penalty)
@@ -129,7 +192,9 @@ def test_beams_that_end_are_those_of_transformers(session: Session, reference: L
 def test_published_settings() -> None:
     caption, vqa = Decoding.published("caption"), Decoding.published("vqa", stop=("x",))
     assert (caption.beams, caption.min_new_tokens, caption.length_penalty) == (5, 8, 1.0)
-    assert (vqa.beams, vqa.length_penalty, vqa.stop) == (5, 0.0, ("x",)) and Decoding.published("chat").beams == 1
+    assert (vqa.beams, vqa.length_penalty, vqa.stop) == (5, 0.0, ("x",)) and Decoding.published(
+        "chat"
+    ).beams == 1
 
 
 @pytest.mark.parametrize(
@@ -138,7 +203,10 @@ def test_published_settings() -> None:
         (Decoding(temperature=0.7), [TemperatureLogitsWarper(0.7)]),
         (Decoding(temperature=1.3, top_k=7), [TemperatureLogitsWarper(1.3), TopKLogitsWarper(7)]),
         (Decoding(temperature=1.0, top_p=0.8), [TopPLogitsWarper(0.8)]),
-        (Decoding(temperature=0.9, min_p=0.05), [TemperatureLogitsWarper(0.9), MinPLogitsWarper(0.05)]),
+        (
+            Decoding(temperature=0.9, min_p=0.05),
+            [TemperatureLogitsWarper(0.9), MinPLogitsWarper(0.05)],
+        ),
         (
             Decoding(temperature=0.8, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.4),
             [
@@ -152,12 +220,20 @@ def test_published_settings() -> None:
     ],
     ids=str,
 )
-def test_probabilities_are_those_of_transformers(decoding: Decoding, processors: list[object]) -> None:
+def test_probabilities_are_those_of_transformers(
+    decoding: Decoding, processors: list[object]
+) -> None:
     generated = [3, 17, 3]
     for _ in range(20):
         logits = RNG.normal(size=200).astype(np.float32) * 3
         found = distribution(scores(logits, decoding, generated, eos_id=2), decoding)
-        expected = LogitsProcessorList(processors)(torch.tensor([generated]), torch.from_numpy(logits)[None].clone()).softmax(-1)[0].numpy()
+        expected = (
+            LogitsProcessorList(processors)(
+                torch.tensor([generated]), torch.from_numpy(logits)[None].clone()
+            )
+            .softmax(-1)[0]
+            .numpy()
+        )
         assert np.allclose(found, expected, atol=1e-6) and np.array_equal(found > 0, expected > 0)
 
 
@@ -176,7 +252,9 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_seeds_repeat_and_differ(session: Session, scene_image: Image.Image) -> None:
     def sampled(seed: int | None) -> tuple[int, ...]:
-        return session.ask(scene_image, "describe", decoding=Decoding(temperature=1.0, seed=seed)).tokens
+        return session.ask(
+            scene_image, "describe", decoding=Decoding(temperature=1.0, seed=seed)
+        ).tokens
 
     assert sampled(1) == sampled(1) != sampled(2)
     assert len({sampled(None) for _ in range(3)}) == 3
@@ -191,20 +269,35 @@ def test_the_shortest_answer_holds_off_the_end(session: Session, scene_image: Im
 
 @pytest.mark.parametrize("visual_tokens", [16, 4])
 @pytest.mark.parametrize(("task", "text"), PROMPTS)
-def test_lookup_gives_the_same_tokens(session: Session, scene_image: Image.Image, task: str, text: str, visual_tokens: int) -> None:
-    plain = session.ask(scene_image, text, task, visual_tokens, 45, Decoding(lookup=0, constrain=False))
+def test_lookup_gives_the_same_tokens(
+    session: Session, scene_image: Image.Image, task: str, text: str, visual_tokens: int
+) -> None:
+    plain = session.ask(
+        scene_image, text, task, visual_tokens, 45, Decoding(lookup=0, constrain=False)
+    )
     for drafted in (1, 4, 9):
-        answer = session.ask(scene_image, text, task, visual_tokens, 45, Decoding(lookup=drafted, constrain=False))
+        answer = session.ask(
+            scene_image, text, task, visual_tokens, 45, Decoding(lookup=drafted, constrain=False)
+        )
         assert answer.tokens == plain.tokens and answer.finish_reason == plain.finish_reason
         assert len(answer.step_ms) == 44 - answer.accepted_tokens
-    sampled = Decoding(lookup=0, temperature=0.7, seed=5), Decoding(lookup=4, temperature=0.7, seed=5)
-    one, two = (session.ask(scene_image, text, task, visual_tokens, 45, decoding) for decoding in sampled)
+    sampled = (
+        Decoding(lookup=0, temperature=0.7, seed=5),
+        Decoding(lookup=4, temperature=0.7, seed=5),
+    )
+    one, two = (
+        session.ask(scene_image, text, task, visual_tokens, 45, decoding) for decoding in sampled
+    )
     assert one.tokens == two.tokens
 
 
-def test_lookup_takes_what_repeats(session: Session, scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookup_takes_what_repeats(
+    session: Session, scene_image: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A head that always says the same four tokens in turn is drafted rightly."""
-    monkeypatch.setattr("runtime.generation.generate._Pays.__bool__", lambda self: True)  # no timing decides here
+    monkeypatch.setattr(
+        "runtime.generation.generate._Pays.__bool__", lambda self: True
+    )  # no timing decides here
     forward, verify = session.engine.forward, session.engine.verify
     cycle = {284: 280, 280: 335, 335: 304, 304: 284}
     table = session.table
@@ -220,11 +313,15 @@ def test_lookup_takes_what_repeats(session: Session, scene_image: Image.Image, m
     session.engine.verify = lambda embeds, start: follow(embeds)  # type: ignore[method-assign]
     try:
         plain = session.ask(scene_image, "describe", max_new_tokens=40, decoding=Decoding(lookup=0))
-        answer = session.ask(scene_image, "describe", max_new_tokens=40, decoding=Decoding(lookup=4))
+        answer = session.ask(
+            scene_image, "describe", max_new_tokens=40, decoding=Decoding(lookup=4)
+        )
     finally:
         session.engine.forward, session.engine.verify = forward, verify  # type: ignore[method-assign]
         session.prefix.forget()
-    assert answer.tokens == plain.tokens and answer.accepted_tokens > 20 and len(answer.step_ms) < 20
+    assert (
+        answer.tokens == plain.tokens and answer.accepted_tokens > 20 and len(answer.step_ms) < 20
+    )
 
 
 def test_lookup_drafts_what_followed() -> None:
@@ -233,14 +330,18 @@ def test_lookup_drafts_what_followed() -> None:
     assert Lookup([1, 2, 3]).draft(4) == [] and Lookup([5]).draft(4) == []
 
 
-def test_lookup_is_refused_where_it_could_change_a_token(built: Callable[[str], Path], scene_image: Image.Image) -> None:
+def test_lookup_is_refused_where_it_could_change_a_token(
+    built: Callable[[str], Path], scene_image: Image.Image
+) -> None:
     quantised = load(built("int8"))
     with pytest.raises(UsageError, match="int8-weights"):
         quantised.ask(scene_image, "describe", decoding=Decoding(lookup=4))
     assert quantised.ask(scene_image, "describe").drafted_tokens == 0
 
 
-def test_many_questions_are_answered_as_one_by_one(session: Session, scene_image: Image.Image) -> None:
+def test_many_questions_are_answered_as_one_by_one(
+    session: Session, scene_image: Image.Image
+) -> None:
     other = scene_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     questions = [
         Question(image, text, task, tokens, 5 + 7 * i)
@@ -248,20 +349,33 @@ def test_many_questions_are_answered_as_one_by_one(session: Session, scene_image
         for image in (scene_image, other)
         for tokens in (16, 4)
     ]
-    alone = [session.ask(q.image, q.text, q.task, q.visual_tokens, q.max_new_tokens) for q in questions]
+    alone = [
+        session.ask(q.image, q.text, q.task, q.visual_tokens, q.max_new_tokens) for q in questions
+    ]
     together = session.ask_many(questions)
     assert len(questions) > 8, "more than one wave"
     for one, many in zip(alone, together, strict=True):
-        assert (one.tokens, one.text, one.finish_reason, one.boxes) == (many.tokens, many.text, many.finish_reason, many.boxes)
+        assert (one.tokens, one.text, one.finish_reason, one.boxes) == (
+            many.tokens,
+            many.text,
+            many.finish_reason,
+            many.boxes,
+        )
     sampled = Decoding(temperature=1.0, seed=3)
     assert [a.tokens for a in session.ask_many(questions[:3], sampled)] == [
-        session.ask(q.image, q.text, q.task, q.visual_tokens, q.max_new_tokens, sampled).tokens for q in questions[:3]
+        session.ask(q.image, q.text, q.task, q.visual_tokens, q.max_new_tokens, sampled).tokens
+        for q in questions[:3]
     ]
     beams = Decoding(beams=2)
     assert (
         session.ask_many(questions[:1], beams)[0].tokens
         == session.ask(
-            questions[0].image, questions[0].text, questions[0].task, questions[0].visual_tokens, questions[0].max_new_tokens, beams
+            questions[0].image,
+            questions[0].text,
+            questions[0].task,
+            questions[0].visual_tokens,
+            questions[0].max_new_tokens,
+            beams,
         ).tokens
     )
     assert session.ask_many([]) == []

@@ -1,4 +1,6 @@
-"""Bundles whose parts do not fit each other: one typed error, whatever is changed, with hashes made good."""
+"""Bundles whose parts do not fit each other: one typed error, whatever is changed, with
+hashes made good.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,27 @@ TOLERANCE = {"vision": 1.0, "prefill": 1.0, "decode": 1.0}
 def rehash(bundle: Path) -> None:
     def change(data: dict[str, Any]) -> None:
         for name in data["files"]:
-            data["files"][name] = {"bytes": (bundle / name).stat().st_size, "sha256": sha256_file(bundle / name)}
+            data["files"][name] = {
+                "bytes": (bundle / name).stat().st_size,
+                "sha256": sha256_file(bundle / name),
+            }
 
     edit(bundle, change)
 
 
 @pytest.mark.parametrize(
     ("part", "field", "value"),
-    [("decoder", "layers", 3), ("decoder", "layers", 1), ("decoder", "kv_heads", 4), ("vision", "image_size", 64), ("decoder", "vocab_size", 2000)],
+    [
+        ("decoder", "layers", 3),
+        ("decoder", "layers", 1),
+        ("decoder", "kv_heads", 4),
+        ("vision", "image_size", 64),
+        ("decoder", "vocab_size", 2000),
+    ],
 )
-def test_a_spec_that_does_not_fit_the_graphs(copied: Path, part: str, field: str, value: int) -> None:
+def test_a_spec_that_does_not_fit_the_graphs(
+    copied: Path, part: str, field: str, value: int
+) -> None:
     edit(copied, lambda d: d["spec"][part].update({field: value}))
     with pytest.raises(BundleError, match=r"graph|spec"):
         load(copied)
@@ -61,19 +74,27 @@ def with_goldens(bundle: Path, change: Callable[[dict[str, np.ndarray]], object]
         lambda a: a.update({"0.pixels": np.zeros((1, 3, 4, 4), np.float32)}),
         lambda a: a.update({"0.before": np.array([99999])}),
         lambda a: a.update({"0.pool_size": np.array(3)}),
-        lambda a: a.update({"0.tokens": np.zeros(0, np.int64), "0.steps": np.zeros((0, 960), np.float32)}),
+        lambda a: a.update(
+            {"0.tokens": np.zeros(0, np.int64), "0.steps": np.zeros((0, 960), np.float32)}
+        ),
         lambda a: a.pop("0.prefill"),
     ],
 )
-def test_goldens_that_compare_nothing_or_do_not_fit(copied: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+def test_goldens_that_compare_nothing_or_do_not_fit(
+    copied: Path, change: Callable[[dict[str, np.ndarray]], object]
+) -> None:
     with pytest.raises(BundleError, match=r"golden|damaged"):
         replay(load(with_goldens(copied, change)), TOLERANCE)
 
 
 def test_nan_references_never_pass(copied: Path) -> None:
-    session = load(with_goldens(copied, lambda a: a.update({"0.prefill": np.full(960, np.nan, np.float32)})))
+    session = load(
+        with_goldens(copied, lambda a: a.update({"0.prefill": np.full(960, np.nan, np.float32)}))
+    )
     prefill = next(stage for stage in replay(session, TOLERANCE) if stage.stage == "prefill")
-    assert not prefill.passed and relative_error(np.zeros(3, np.float32), np.zeros(4, np.float32)) == float("inf")
+    assert not prefill.passed and relative_error(
+        np.zeros(3, np.float32), np.zeros(4, np.float32)
+    ) == float("inf")
 
 
 @pytest.mark.parametrize("data", [b"PK\x03\x04broken", b"", b"\x93NUMPY"])

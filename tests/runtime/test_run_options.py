@@ -1,4 +1,6 @@
-"""`infmllm-run`'s ways of asking: decoding options, conversations, files of questions; and its one line for what does not go together."""
+"""`infmllm-run`'s ways of asking: decoding options, conversations, files of questions;
+and its one line for what does not go together.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,34 @@ def answer(*arguments: object) -> dict[str, object]:
 def test_decoding_options_reach_the_decoder(bundle: Path, scene_png: Path, tmp_path: Path) -> None:
     ask = (scene_png, "describe", "--bundle", bundle, "--max-new-tokens", 12)
     greedy = answer(*ask)
-    sampled = [answer(*ask, "--temperature", 1.2, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.001, "--seed", seed) for seed in (1, 1, 2)]
+    sampled = [
+        answer(
+            *ask,
+            "--temperature",
+            1.2,
+            "--top-k",
+            50,
+            "--top-p",
+            0.95,
+            "--min-p",
+            0.001,
+            "--seed",
+            seed,
+        )
+        for seed in (1, 1, 2)
+    ]
     assert sampled[0]["tokens"] == sampled[1]["tokens"] != sampled[2]["tokens"] != greedy["tokens"]
     published = answer(*ask, "--beams", "published")
-    assert published["tokens"] == answer(*ask, "--beams", 5, "--min-new-tokens", 8, "--length-penalty", 1)["tokens"]
+    assert (
+        published["tokens"]
+        == answer(*ask, "--beams", 5, "--min-new-tokens", 8, "--length-penalty", 1)["tokens"]
+    )
     assert answer(*ask, "--repetition-penalty", 2)["tokens"] != greedy["tokens"]
-    assert answer(*ask, "--lookup", 0)["tokens"] == answer(*ask, "--lookup", 4)["tokens"] == greedy["tokens"]
+    assert (
+        answer(*ask, "--lookup", 0)["tokens"]
+        == answer(*ask, "--lookup", 4)["tokens"]
+        == greedy["tokens"]
+    )
     stop = str(greedy["text"])[6:8]
     assert stop not in str(answer(*ask, "--stop", stop, "--stop", "never")["text"])
     schema = tmp_path / "schema.json"
@@ -47,23 +71,45 @@ def test_decoding_options_reach_the_decoder(bundle: Path, scene_png: Path, tmp_p
 
 def test_grounding_is_held_to_a_box_unless_asked_otherwise(bundle: Path, scene_png: Path) -> None:
     ask = (scene_png, "where is the circle?", "--bundle", bundle)
-    assert parse_box(str(answer(*ask)["text"])) and not parse_box(str(answer(*ask, "--free")["text"]))
+    assert parse_box(str(answer(*ask)["text"])) and not parse_box(
+        str(answer(*ask, "--free")["text"])
+    )
 
 
-def test_a_second_command_finds_the_picture(bundle: Path, scene_png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_command_finds_the_picture(
+    bundle: Path, scene_png: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("INFMLLM_CACHE", str(tmp_path))
-    first, second, third = (answer(scene_png, "describe", "--bundle", bundle, *extra) for extra in ((), (), ("--no-cache",)))
+    first, second, third = (
+        answer(scene_png, "describe", "--bundle", bundle, *extra)
+        for extra in ((), (), ("--no-cache",))
+    )
     assert first["tokens"] == second["tokens"] == third["tokens"]
     visions = [times["timings"]["vision"] for times in (first, second, third)]  # type: ignore[index]
     assert visions[0] > 0 and visions[1] == 0 and visions[2] > 0
 
 
 def test_a_conversation_from_standard_input(bundle: Path, scene_png: Path) -> None:
-    asked = (scene_png, "Hello.", "--chat", "--bundle", bundle, "--max-new-tokens", 4, "--visual-tokens", 4)
+    asked = (
+        scene_png,
+        "Hello.",
+        "--chat",
+        "--bundle",
+        bundle,
+        "--max-new-tokens",
+        4,
+        "--visual-tokens",
+        4,
+    )
     result = run(*asked, "--json", stdin=b"And then?\n\nReally?\n")
     turns = [json.loads(line) for line in result.stdout.splitlines()]
-    assert result.returncode == 0 and len(turns) == 3 and all(turn["task"] == "chat" for turn in turns)
-    assert turns[0]["cached_tokens"] == 0 and turns[1]["cached_tokens"] == turns[0]["prompt_tokens"] + 3
+    assert (
+        result.returncode == 0 and len(turns) == 3 and all(turn["task"] == "chat" for turn in turns)
+    )
+    assert (
+        turns[0]["cached_tokens"] == 0
+        and turns[1]["cached_tokens"] == turns[0]["prompt_tokens"] + 3
+    )
     assert turns[2]["timings"]["vision"] == 0
     plain = run(*asked, stdin=b"And then?\n")
     assert plain.returncode == 0 and plain.stdout.decode().count(str(turns[1]["text"])) >= 1
@@ -71,12 +117,18 @@ def test_a_conversation_from_standard_input(bundle: Path, scene_png: Path) -> No
 
 def test_a_file_of_questions(bundle: Path, scene_png: Path, tmp_path: Path) -> None:
     (tmp_path / "scene.png").write_bytes(scene_png.read_bytes())
-    questions = [{"image": "scene.png", "prompt": "describe"}, {"image": "scene.png", "prompt": "circle", "task": "ground", "visual_tokens": 4}]
+    questions = [
+        {"image": "scene.png", "prompt": "describe"},
+        {"image": "scene.png", "prompt": "circle", "task": "ground", "visual_tokens": 4},
+    ]
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(map(json.dumps, questions)) + "\n\n")
     result = run("--batch", file, "--bundle", bundle)
     first, second = map(json.loads, result.stdout.splitlines())
-    assert result.returncode == 0 and first["tokens"] == answer(scene_png, "describe", "--bundle", bundle)["tokens"]
+    assert (
+        result.returncode == 0
+        and first["tokens"] == answer(scene_png, "describe", "--bundle", bundle)["tokens"]
+    )
     assert second["visual_tokens"] == 4 and second["boxes"][0]["phrase"] == "circle"
 
 
@@ -86,18 +138,28 @@ def test_a_file_of_questions(bundle: Path, scene_png: Path, tmp_path: Path) -> N
         ("nonsense", "questions.jsonl:1 is not valid JSON"),
         ("[]", "expected an object with image and prompt"),
         ('{"image": "a.png"}', "expected an object with image and prompt"),
-        ('{"image": "a.png", "prompt": "x", "beams": 2}', "expected an object with image and prompt"),
+        (
+            '{"image": "a.png", "prompt": "x", "beams": 2}',
+            "expected an object with image and prompt",
+        ),
         ('{"image": "a.png", "prompt": 3}', "prompt is 3, expected str"),
         ('{"image": "a.png", "prompt": "x", "visual_tokens": true}', "expected int"),
         ('{"image": "absent.png", "prompt": "describe"}', "absent.png does not exist"),
         ("", "holds no questions"),
     ],
 )
-def test_bad_files_of_questions_give_one_line(bundle: Path, tmp_path: Path, line: str, message: str) -> None:
+def test_bad_files_of_questions_give_one_line(
+    bundle: Path, tmp_path: Path, line: str, message: str
+) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text(line)
     result = run("--batch", file, "--bundle", bundle)
-    assert result.returncode == 1 and result.stderr.count(b"\n") == 1 and message in result.stderr.decode() and not result.stdout
+    assert (
+        result.returncode == 1
+        and result.stderr.count(b"\n") == 1
+        and message in result.stderr.decode()
+        and not result.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,31 +181,70 @@ def test_bad_files_of_questions_give_one_line(bundle: Path, tmp_path: Path, line
         (("IMAGE", "describe", "--temperature", "nan"), "0.001 to 100"),
     ],
 )
-def test_what_does_not_go_together_gives_one_line(bundle: Path, scene_png: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_what_does_not_go_together_gives_one_line(
+    bundle: Path, scene_png: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     (tmp_path / "x.jsonl").write_text('{"image": "a.png", "prompt": "x"}')
-    given = [scene_png if a == "IMAGE" else tmp_path / a if a == "x.jsonl" else a for a in arguments]
+    given = [
+        scene_png if a == "IMAGE" else tmp_path / a if a == "x.jsonl" else a for a in arguments
+    ]
     result = run(*given, "--bundle", bundle)
-    assert result.returncode == 2 and message in result.stderr.decode() and result.stderr.count(b"\n") == 1
+    assert (
+        result.returncode == 2
+        and message in result.stderr.decode()
+        and result.stderr.count(b"\n") == 1
+    )
 
 
-def test_a_missing_picture_is_found_before_any_is_answered(bundle: Path, scene_png: Path, tmp_path: Path) -> None:
+def test_a_missing_picture_is_found_before_any_is_answered(
+    bundle: Path, scene_png: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "questions.jsonl"
-    rows = [{"image": str(scene_png), "prompt": "describe"}] * 9 + [{"image": "absent.png", "prompt": "a\u2028b"}]
+    rows = [{"image": str(scene_png), "prompt": "describe"}] * 9 + [
+        {"image": "absent.png", "prompt": "a\u2028b"}
+    ]
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     result = run("--batch", file, "--bundle", bundle)
-    assert result.returncode == 1 and not result.stdout and "absent.png does not exist" in result.stderr.decode()
+    assert (
+        result.returncode == 1
+        and not result.stdout
+        and "absent.png does not exist" in result.stderr.decode()
+    )
 
 
 def test_a_turn_that_is_no_text_gives_one_line(bundle: Path, scene_png: Path) -> None:
     result = run(scene_png, "--chat", "--bundle", bundle, stdin=b"\xff\xfe\n")
-    assert result.returncode == 1 and "not valid UTF-8" in result.stderr.decode() and result.stderr.count(b"\n") == 1
+    assert (
+        result.returncode == 1
+        and "not valid UTF-8" in result.stderr.decode()
+        and result.stderr.count(b"\n") == 1
+    )
 
 
 def test_an_interrupt_ends_a_conversation_with_130(bundle: Path, scene_png: Path) -> None:
     code = "from runtime.cli.run import main; main()"
-    command = [sys.executable, "-c", code, str(scene_png), "--chat", "--bundle", str(bundle), "--max-new-tokens", "3"]
-    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # shells start background jobs deaf to it
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, preexec_fn=heard)
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(scene_png),
+        "--chat",
+        "--bundle",
+        str(bundle),
+        "--max-new-tokens",
+        "3",
+    ]
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.default_int_handler
+    )  # shells start background jobs deaf to it
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        preexec_fn=heard,
+    )
     assert process.stdin and process.stdout
     process.stdin.write(b"Hello.\n")
     process.stdin.flush()

@@ -1,4 +1,6 @@
-"""What goes wrong on a GPU is noticed: silent errors of a compiler, numbers that are none, memory that runs out, a device that is lost."""
+"""What goes wrong on a GPU is noticed: silent errors of a compiler, numbers that are
+none, memory that runs out, a device that is lost.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,17 @@ def wrong(*operators: str) -> Callable[[onnx.ModelProto], None]:
     def plant(model: onnx.ModelProto) -> None:
         for node in model.graph.node:
             if node.op_type in operators:
-                name, dtype = node.output[0], np.float32 if node.op_type == "Softmax" else np.float16
+                name, dtype = (
+                    node.output[0],
+                    np.float32 if node.op_type == "Softmax" else np.float16,
+                )
                 node.output[0] = f"{name}.right"
-                model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1.3, dtype), f"{name}.factor"))
-                model.graph.node.append(onnx.helper.make_node("Mul", [f"{name}.right", f"{name}.factor"], [name]))
+                model.graph.initializer.append(
+                    onnx.numpy_helper.from_array(np.array(1.3, dtype), f"{name}.factor")
+                )
+                model.graph.node.append(
+                    onnx.helper.make_node("Mul", [f"{name}.right", f"{name}.factor"], [name])
+                )
         _sort(model)
 
     return plant
@@ -54,9 +63,15 @@ def wrong(*operators: str) -> Callable[[onnx.ModelProto], None]:
 
 def _sort(model: onnx.ModelProto) -> None:
     """Puts appended nodes behind what they read and before what reads them."""
-    known, waiting, done = {value.name for value in (*model.graph.input, *model.graph.initializer)}, list(model.graph.node), []
+    known, waiting, done = (
+        {value.name for value in (*model.graph.input, *model.graph.initializer)},
+        list(model.graph.node),
+        [],
+    )
     while waiting:
-        node = next(node for node in waiting if all(not name or name in known for name in node.input))
+        node = next(
+            node for node in waiting if all(not name or name in known for name in node.input)
+        )
         waiting.remove(node)
         done.append(node)
         known |= set(node.output)
@@ -70,10 +85,21 @@ def test_wrong_fused_attention_gives_way_to_the_plain_form_and_is_remembered(
     simulation = gpu()
     simulation.plant = wrong("Attention")
     session = load(bundle)
-    assert simulation.built == ["vision-fused.onnx", "decoder-fused.onnx", "vision.onnx", "decoder.onnx"]
+    assert simulation.built == [
+        "vision-fused.onnx",
+        "decoder-fused.onnx",
+        "vision.onnx",
+        "decoder.onnx",
+    ]
     notes = capfd.readouterr().err
-    assert "decoder-fused.onnx computes something else than the bundle's goldens on Simulated GPU with TensorRT 10.3.0: prefill error 0." in notes
-    assert "vision-fused.onnx computes something else" in notes and "decoder.onnx takes its place" in notes
+    assert (
+        "decoder-fused.onnx computes something else than the bundle's goldens on Simulated GPU "
+        "with TensorRT 10.3.0: prefill error 0." in notes
+    )
+    assert (
+        "vision-fused.onnx computes something else" in notes
+        and "decoder.onnx takes its place" in notes
+    )
     assert tokens(session, scene_image) == expected(bundle, scene_image, False)
     assert "vision.onnx, decoder.onnx" in session.engine.version
     again = gpu()
@@ -84,7 +110,11 @@ def test_wrong_fused_attention_gives_way_to_the_plain_form_and_is_remembered(
 def test_what_no_form_computes_rightly_is_never_served(bundle: Path, gpu: Install) -> None:
     simulation = gpu()
     simulation.plant = wrong("Softmax", "Attention")
-    with pytest.raises(EngineError, match=r"^vision.onnx computes something else .* vision error 0.*allowed.*build the bundle with --target cpu$"):
+    with pytest.raises(
+        EngineError,
+        match=r"^vision.onnx computes something else .* vision error 0.*allowed.*build the bundle "
+        r"with --target cpu$",
+    ):
         load(bundle)
     built = len(simulation.built)
     with pytest.raises(EngineError, match="remembered; remove "):
@@ -92,7 +122,9 @@ def test_what_no_form_computes_rightly_is_never_served(bundle: Path, gpu: Instal
     assert len(simulation.built) == built
 
 
-def test_a_trial_that_was_cut_short_comes_again(bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_was_cut_short_comes_again(
+    bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu()
     with monkeypatch.context() as patch:
 
@@ -110,7 +142,9 @@ def test_a_trial_that_was_cut_short_comes_again(bundle: Path, gpu: Install, monk
     assert last.cuda.launched == 0
 
 
-def test_a_verdict_holds_for_the_tolerance_it_was_given_under(bundle: Path, gpu: Install, tmp_path: Path) -> None:
+def test_a_verdict_holds_for_the_tolerance_it_was_given_under(
+    bundle: Path, gpu: Install, tmp_path: Path
+) -> None:
     gpu()
     load(bundle)
     stricter = tmp_path / "stricter"
@@ -126,7 +160,11 @@ def test_a_verdict_holds_for_the_tolerance_it_was_given_under(bundle: Path, gpu:
 
 @pytest.mark.parametrize("how", ["operator", "build", "copies", "old"])
 def test_a_fused_form_that_cannot_be_built_gives_way(
-    bundle: Path, gpu: Install, scene_image: Image.Image, capfd: pytest.CaptureFixture[str], how: str
+    bundle: Path,
+    gpu: Install,
+    scene_image: Image.Image,
+    capfd: pytest.CaptureFixture[str],
+    how: str,
 ) -> None:
     simulation = gpu()
     if how == "operator":
@@ -138,7 +176,9 @@ def test_a_fused_form_that_cannot_be_built_gives_way(
     else:
         del simulation.module.INetworkDefinition.add_kv_cache_update
     session = load(bundle)
-    assert [file for file in simulation.built if how != "copies" or file != "decoder-fused.onnx"] == ["vision-fused.onnx", "decoder.onnx"]
+    assert [
+        file for file in simulation.built if how != "copies" or file != "decoder-fused.onnx"
+    ] == ["vision-fused.onnx", "decoder.onnx"]
     reasons = {
         "operator": "has no TensorScatter",
         "build": "MiB: Could not find any implementation for node Attention_7",
@@ -152,7 +192,11 @@ def test_a_fused_form_that_cannot_be_built_gives_way(
 
 def test_a_graph_no_tensorrt_takes_is_one_line(bundle: Path, gpu: Install) -> None:
     gpu(fuses=False).unknown = {"Softmax"}
-    with pytest.raises(EngineError, match=r"TensorRT 10.3.0 refuses .*vision.onnx: No importer registered for op: Softmax; re-export") as caught:
+    with pytest.raises(
+        EngineError,
+        match=r"TensorRT 10.3.0 refuses .*vision.onnx: No importer registered for op: Softmax; "
+        r"re-export",
+    ) as caught:
         load(bundle)
     assert "\n" not in str(caught.value)
 
@@ -182,7 +226,9 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(bundle: Path, gpu
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_logits_that_are_not_finite_give_no_token(bundle: Path, gpu: Install, scene_image: Image.Image, fused: bool) -> None:
+def test_logits_that_are_not_finite_give_no_token(
+    bundle: Path, gpu: Install, scene_image: Image.Image, fused: bool
+) -> None:
     gpu(fuses=fused)
     session = load(bundle)
     huge = np.full((1, 1, 64), 1e6, np.float32)  # more than half precision holds
@@ -198,10 +244,14 @@ def test_logits_that_are_not_finite_give_no_token(bundle: Path, gpu: Install, sc
             session.ask(scene_image, "tell me all about every single thing", decoding=decoding)
     session.embed_prompt = embed  # type: ignore[method-assign]
     session.forget()
-    assert tokens(session, scene_image) == expected(bundle, scene_image, fused), "NaN in rows that are masked now does no harm"
+    assert tokens(session, scene_image) == expected(bundle, scene_image, fused), (
+        "NaN in rows that are masked now does no harm"
+    )
     session.engine.forward(np.ones((1, 4, 64), np.float32), 0)
     session.engine.forward(huge, 4)
-    assert not np.isfinite(session.engine.forward(huge / 1e6, 5)).all(), "a row that attends a spoilt one shows it"
+    assert not np.isfinite(session.engine.forward(huge / 1e6, 5)).all(), (
+        "a row that attends a spoilt one shows it"
+    )
     assert np.isfinite(session.engine.forward(huge / 1e6, 4)).all()
 
 
@@ -212,7 +262,9 @@ def test_the_token_chosen_on_the_gpu_is_tried_too(bundle: Path, gpu: Install) ->
                 node.op_type = "ReduceMin"
 
     gpu().plant = plant
-    with pytest.raises(EngineError, match=r"decoder.onnx computes something else .*decode chose token"):
+    with pytest.raises(
+        EngineError, match=r"decoder.onnx computes something else .*decode chose token"
+    ):
         load(bundle)
 
 
@@ -224,14 +276,18 @@ def test_memory_that_runs_out_is_noticed_at_the_start(bundle: Path, gpu: Install
     for total in range(1000, needed, needed // 12):
         simulation.cuda.total = total
         with pytest.raises(
-            ContextError, match=r"^no memory for [a-z].*: \d+ MiB wanted, \d+ MiB of the GPU's \d+ MiB are free; choose a smaller --context"
+            ContextError,
+            match=r"^no memory for [a-z].*: \d+ MiB wanted, \d+ MiB of the GPU's \d+ MiB are "
+            r"free; choose a smaller --context",
         ):
             load(bundle)
     simulation.cuda.total = needed
     load(bundle)
 
 
-def test_memory_that_runs_out_for_beams_costs_that_answer_only(bundle: Path, gpu: Install, scene_image: Image.Image) -> None:
+def test_memory_that_runs_out_for_beams_costs_that_answer_only(
+    bundle: Path, gpu: Install, scene_image: Image.Image
+) -> None:
     simulation = gpu()
     session = load(bundle)
     simulation.cuda.total = simulation.cuda.used + 100_000
@@ -244,18 +300,25 @@ def test_a_build_for_which_memory_is_short_is_announced(
     bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     gpu()
-    monkeypatch.setattr("runtime.engines.tensorrt.provider.read_memory", lambda root: Memory(4000, 0.1, 0, 0))
+    monkeypatch.setattr(
+        "runtime.engines.tensorrt.provider.read_memory", lambda root: Memory(4000, 0.1, 0, 0)
+    )
     load(bundle)
     assert "building needs about 1 MB of memory, 0 are available" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cudaGraphLaunch", "cudaMemcpyAsync", "cudaStreamSynchronize"])
-def test_a_lost_gpu_answers_no_more(bundle: Path, gpu: Install, scene_image: Image.Image, name: str) -> None:
+def test_a_lost_gpu_answers_no_more(
+    bundle: Path, gpu: Install, scene_image: Image.Image, name: str
+) -> None:
     cuda = gpu().cuda
     session = load(bundle)
     tokens(session, scene_image)
     cuda.fails[name] = [cudaError_t.cudaErrorLaunchFailure]
-    told = rf"^the GPU failed \({name} gave cudaErrorLaunchFailure: said the simulation\); this session answers no more: start the program again"
+    told = (
+        rf"^the GPU failed \({name} gave cudaErrorLaunchFailure: said the simulation\); this "
+        rf"session answers no more: start the program again"
+    )
     with pytest.raises(EngineError, match=told):
         tokens(session, scene_image)
     cuda.calls.clear()
@@ -265,7 +328,9 @@ def test_a_lost_gpu_answers_no_more(bundle: Path, gpu: Install, scene_image: Ima
         lambda: session.engine.forward(one, 0),
         lambda: session.engine.verify(one, 0),
         lambda: session.engine.batch(2, 9),
-        lambda: session.engine.embed_image(np.ones((1, 3, 32, 32), np.float32), np.ones((4, 16), np.float32)),
+        lambda: session.engine.embed_image(
+            np.ones((1, 3, 32, 32), np.float32), np.ones((4, 16), np.float32)
+        ),
         lambda: session.ask(scene_image, "describe"),
     ):
         with pytest.raises(EngineError, match="this session answers no more"):
@@ -284,10 +349,16 @@ def test_a_network_that_fails_to_run_ends_the_session(bundle: Path, gpu: Install
         session.engine.forward(np.ones((1, 3, 64), np.float32), 0)
 
 
-def test_a_machine_without_a_gpu_is_told_so(bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_gpu_is_told_so(
+    bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu().cuda.fails["cudaGetDeviceCount"] = [cudaError_t.cudaErrorNoDevice]
     with pytest.raises(EngineError, match=r"no GPU can be used .cudaErrorNoDevice: .*--target cpu"):
         load(bundle)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(EngineError, match=r"target tensorrt needs tensorrt, which is not installed; run: pip install 'infmllm-edge\[tensorrt\]'"):
+    with pytest.raises(
+        EngineError,
+        match=r"target tensorrt needs tensorrt, which is not installed; run: pip install "
+        r"'infmllm-edge\[tensorrt\]'",
+    ):
         load(bundle)

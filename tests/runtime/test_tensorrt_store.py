@@ -1,4 +1,6 @@
-"""Engines on disk: made once, bounded, and nothing but what this machine wrote for itself is ever deserialised."""
+"""Engines on disk: made once, bounded, and nothing but what this machine wrote for
+itself is ever deserialised.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ def bundle(built_tensorrt: Callable[[str], Path]) -> Path:
 
 def folders() -> list[Path]:
     root = cache_folder() / "engines-tensorrt"
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")) if root.exists() else []
+    return (
+        sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if root.exists()
+        else []
+    )
 
 
 def logits(session: Session) -> bytes:
@@ -40,10 +46,14 @@ def logits(session: Session) -> bytes:
 def test_engines_are_made_once(bundle: Path, gpu: Install) -> None:
     simulation = gpu()
     first = logits(load(bundle))
-    assert simulation.built == PARTS and simulation.timings == [b"", b"timings"], "the second build knew what the first measured"
+    assert simulation.built == PARTS and simulation.timings == [b"", b"timings"], (
+        "the second build knew what the first measured"
+    )
     again = gpu()
     assert logits(load(bundle)) == first
-    assert again.built == [] and len(again.read) == 2 and again.cuda.launched == 0, "neither built nor tried again"
+    assert again.built == [] and len(again.read) == 2 and again.cuda.launched == 0, (
+        "neither built nor tried again"
+    )
     assert len(folders()) == 2
 
 
@@ -88,8 +98,12 @@ def _link(path: Path) -> None:
     (path.parent / "engine.json").write_text("[" * 5000)
 
 
-@pytest.mark.parametrize("damage", [_swap, _flip, _truncate, _link], ids=lambda damage: damage.__name__)
-def test_a_file_that_is_not_what_was_written_is_built_again(bundle: Path, gpu: Install, damage: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "damage", [_swap, _flip, _truncate, _link], ids=lambda damage: damage.__name__
+)
+def test_a_file_that_is_not_what_was_written_is_built_again(
+    bundle: Path, gpu: Install, damage: Callable[[Path], None]
+) -> None:
     gpu()
     first = logits(load(bundle))
     for folder in folders():
@@ -98,21 +112,30 @@ def test_a_file_that_is_not_what_was_written_is_built_again(bundle: Path, gpu: I
     again = gpu()
     assert logits(load(bundle)) == first
     assert again.built == PARTS and len(again.read) == 2 and len(folders()) == 2
-    assert damage is _link or not damaged & set(again.read), "what was damaged got as far as being deserialised"
+    assert damage is _link or not damaged & set(again.read), (
+        "what was damaged got as far as being deserialised"
+    )
 
 
-def test_an_engine_that_cannot_be_read_any_more_is_made_again(bundle: Path, gpu: Install, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_that_cannot_be_read_any_more_is_made_again(
+    bundle: Path, gpu: Install, capfd: pytest.CaptureFixture[str]
+) -> None:
     gpu()
     load(bundle)
     again = gpu()
     again.unreadable = 1
     load(bundle)
-    assert again.built == ["vision-fused.onnx"] and "cannot be loaded (The engine plan file is not compatible" in capfd.readouterr().err
+    assert (
+        again.built == ["vision-fused.onnx"]
+        and "cannot be loaded (The engine plan file is not compatible" in capfd.readouterr().err
+    )
     load(bundle)
     assert again.built == ["vision-fused.onnx"]
 
 
-def test_a_build_that_was_killed_is_told_of(bundle: Path, gpu: Install, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_build_that_was_killed_is_told_of(
+    bundle: Path, gpu: Install, capfd: pytest.CaptureFixture[str]
+) -> None:
     simulation = gpu()
     load(bundle)
     ready = folders()[0]
@@ -123,7 +146,9 @@ def test_a_build_that_was_killed_is_told_of(bundle: Path, gpu: Install, capfd: p
     assert not list(ready.parent.glob(".*making")) and len(folders()) == 2
 
 
-def test_an_interrupt_leaves_nothing_behind(bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_nothing_behind(
+    bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     simulation = gpu()
 
     def interrupted(*arguments: object) -> None:
@@ -138,7 +163,9 @@ def test_an_interrupt_leaves_nothing_behind(bundle: Path, gpu: Install, monkeypa
     assert simulation.built == PARTS
 
 
-def test_who_comes_second_waits_and_takes_what_was_made(bundle: Path, gpu: Install, capfd: pytest.CaptureFixture[str]) -> None:
+def test_who_comes_second_waits_and_takes_what_was_made(
+    bundle: Path, gpu: Install, capfd: pytest.CaptureFixture[str]
+) -> None:
     gpu()
     load(bundle)
     engines = folders()
@@ -158,18 +185,27 @@ def test_who_comes_second_waits_and_takes_what_was_made(bundle: Path, gpu: Insta
     began.wait()
     load(bundle)
     other.join()
-    assert again.built == [] and capfd.readouterr().err.count("another process is building this engine") == 1
+    assert (
+        again.built == []
+        and capfd.readouterr().err.count("another process is building this engine") == 1
+    )
 
 
 @pytest.mark.parametrize("way", ["option", "bound", "read-only", "full"])
 def test_without_a_store_every_start_builds_and_tries(
-    bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], way: str
+    bundle: Path,
+    gpu: Install,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    way: str,
 ) -> None:
     simulation = gpu()
     if way == "bound":
         monkeypatch.setenv("INFMLLM_ENGINE_CACHE_GB", "0")
     elif way == "read-only":
-        monkeypatch.setattr("runtime.engines.tensorrt.engine_cache.os.access", lambda path, mode: False)
+        monkeypatch.setattr(
+            "runtime.engines.tensorrt.engine_cache.os.access", lambda path, mode: False
+        )
     elif way == "full":
         monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0})())
     found = [logits(load(bundle, engine_cache=way != "option")) for _ in range(2)]
@@ -180,7 +216,9 @@ def test_without_a_store_every_start_builds_and_tries(
 
 
 def test_one_bound_holds_for_engines_of_all_kinds(tmp_path: Path) -> None:
-    for age, (root, name) in enumerate([("engines-tensorrt", "a"), ("engines", "b"), ("engines", "c"), ("engines-tensorrt", "d")]):
+    for age, (root, name) in enumerate(
+        [("engines-tensorrt", "a"), ("engines", "b"), ("engines", "c"), ("engines-tensorrt", "d")]
+    ):
         folder = tmp_path / root / name
         folder.mkdir(parents=True)
         (folder / "content").write_bytes(b"x" * 1000)
@@ -211,7 +249,9 @@ def test_a_timing_file_that_is_no_use_is_left_aside(bundle: Path, gpu: Install) 
     assert again.built == PARTS and again.timings == [b"", b"timings"]
 
 
-def test_the_compilers_memory_can_be_chosen(bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compilers_memory_can_be_chosen(
+    bundle: Path, gpu: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
     simulation = gpu()
     load(bundle, engine_cache=False)
     assert simulation.workspaces[0] == simulation.cuda.total // 2
@@ -224,8 +264,12 @@ def test_the_compilers_memory_can_be_chosen(bundle: Path, gpu: Install, monkeypa
             load(bundle, engine_cache=False)
 
 
-def test_what_cannot_be_tried_is_said(bundle: Path, gpu: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bundle that is known to drift, and a cache too short for the goldens, are used with a notice; the next load tries again."""
+def test_what_cannot_be_tried_is_said(
+    bundle: Path, gpu: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bundle that is known to drift, and a cache too short for the goldens, are used
+    with a notice; the next load tries again.
+    """
     gpu()
     session = load(bundle, context=24)
     assert session.engine.capacity == 24 and "answer untried" in capsys.readouterr().err

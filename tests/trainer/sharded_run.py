@@ -1,6 +1,8 @@
-"""Run under torchrun by `test_processes`: a few steps with FSDP2 on the CPU, which `accelerate` offers for GPUs only and so is switched on by hand.
+"""Run under torchrun by `test_processes`: a few steps with FSDP2 on the CPU, which
+`accelerate` offers for GPUs only and so is switched on by hand.
 
-Arguments: a folder for state, the file that receives the whole weights, steps before stopping (0: all), new or resume, and the precision.
+Arguments: a folder for state, the file that receives the whole weights, steps before
+stopping (0: all), new or resume, and the precision.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def sharded_accelerator(precision: str) -> Accelerator:
         cpu_ram_efficient_loading=False,
     )
     if accelerator.mixed_precision != "no":  # as accelerate does on GPUs
-        accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision, buffer_autocast=True)
+        accelerator.state.fsdp_plugin.set_mixed_precision(
+            accelerator.mixed_precision, buffer_autocast=True
+        )
     assert accelerator.is_fsdp2
     return autocast_only(accelerator)
 
@@ -53,7 +57,9 @@ def main(state: Path, out: Path, stop_after: int | None, resume: bool, precision
     trainer.train.make_accelerator = sharded_accelerator
     inner = RawTokenizer.from_str(build_tokenizer(corpus()).to_str())
     model = InfMLLM(TINY, torch.Generator().manual_seed(0))
-    options = TrainOptions(state, workers=0, stop_after=stop_after, resume=resume, precision=precision)
+    options = TrainOptions(
+        state, workers=0, stop_after=stop_after, resume=resume, precision=precision
+    )
     trained = train(model, Tokenizer(inner, TINY), SceneSource(), RECIPE, options)
     if trained.is_main:
         torch.save(trained.model.state_dict(), out)
@@ -61,4 +67,10 @@ def main(state: Path, out: Path, stop_after: int | None, resume: bool, precision
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) or None, sys.argv[4] == "resume", sys.argv[5])
+    main(
+        Path(sys.argv[1]),
+        Path(sys.argv[2]),
+        int(sys.argv[3]) or None,
+        sys.argv[4] == "resume",
+        sys.argv[5],
+    )

@@ -1,4 +1,6 @@
-"""Augmentation keeps boxes right, sentences follow what is in view, and labels per patch say what is in front."""
+"""Augmentation keeps boxes right, sentences follow what is in view, and labels per
+patch say what is in front.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +29,27 @@ from trainer.datasets.draw import move_samples
 def test_a_box_drawn_before_equals_the_box_computed_after(
     name: str, seed: int, size: tuple[int, int], place: tuple[float, float, float, float]
 ) -> None:
-    """A rectangle is painted on a black picture; after the augmentation its pixels span the box the sample then has, to within a pixel."""
+    """A rectangle is painted on a black picture; after the augmentation its pixels span
+    the box the sample then has, to within a pixel.
+    """
     width, height = size
     x1, y1 = int(place[0] * width), int(place[1] * height)
-    x2, y2 = min(width, x1 + max(3, int(place[2] * width))), min(height, y1 + max(3, int(place[3] * height)))
+    x2, y2 = (
+        min(width, x1 + max(3, int(place[2] * width))),
+        min(height, y1 + max(3, int(place[3] * height))),
+    )
     image = Image.new("RGB", size)
     image.paste((255, 255, 255), (x1, y1, x2, y2))
     sample = Sample("ground", "it", "", box=(x1 / width, y1 / height, x2 / width, y2 / height))
     moved, [after] = move_samples(AUGMENTATIONS[name], image, [sample], np.random.default_rng(seed))
     ys, xs = np.nonzero(np.asarray(moved)[:, :, 0] > 127)
     assert after.box is not None
-    found = (xs.min() / moved.width, ys.min() / moved.height, (xs.max() + 1) / moved.width, (ys.max() + 1) / moved.height)
+    found = (
+        xs.min() / moved.width,
+        ys.min() / moved.height,
+        (xs.max() + 1) / moved.width,
+        (ys.max() + 1) / moved.height,
+    )
     assert found == pytest.approx(after.box, abs=1e-9)
     assert parse_box(after.answer) == pytest.approx(after.box, abs=0.0051)
     square = AUGMENTATIONS[name].finish(to_square(moved, TINY), np.random.default_rng(seed))
@@ -46,9 +58,16 @@ def test_a_box_drawn_before_equals_the_box_computed_after(
 
 def test_sentences_follow_what_is_in_view() -> None:
     names = [ClassName("cell", "cells"), ClassName("egg", "eggs")]
-    things = [Thing(0, (0, 0, 10, 10)), Thing(0, (-4, 0, 6, 10)), Thing(1, (-6, 0, 4, 10)), Thing(1, (90, 70, 110, 80))]
+    things = [
+        Thing(0, (0, 0, 10, 10)),
+        Thing(0, (-4, 0, 6, 10)),
+        Thing(1, (-6, 0, 4, 10)),
+        Thing(1, (90, 70, 110, 80)),
+    ]
     shown = visible(things, 100, 80)
-    assert [thing.label for thing in shown] == [0, 0, 1] and shown[2].box == pytest.approx((0.9, 0.875, 1, 1))
+    assert [thing.label for thing in shown] == [0, 0, 1] and shown[2].box == pytest.approx(
+        (0.9, 0.875, 1, 1)
+    )
     samples = detection_samples(shown, names, "a slide")
     assert samples[0].answer == "a slide with 2 cells and an egg"
     assert [s.text for s in samples if s.task == "ground"] == ["egg"]
@@ -60,6 +79,11 @@ def test_sentences_follow_what_is_in_view() -> None:
 def test_patch_labels_put_small_things_in_front() -> None:
     big, small = Thing(0, (0, 0, 1, 1)), Thing(1, (0.25, 0.25, 0.5, 0.5))
     labels = dense_labels([small, big], 4)
-    assert labels[:, 0].reshape(4, 4).tolist() == [[1, 1, 1, 1], [1, 2, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert labels[:, 0].reshape(4, 4).tolist() == [
+        [1, 1, 1, 1],
+        [1, 2, 1, 1],
+        [1, 1, 1, 1],
+        [1, 1, 1, 1],
+    ]
     assert labels[5, 1:5].tolist() == [0.25, 0.25, 0.5, 0.5] and labels[:, 5:].all()
     assert not dense_labels([], 4).any()

@@ -15,7 +15,9 @@ from trainer.checkpoint import CARD, CONFIG, WEIGHTS, load_checkpoint, save_chec
 from trainer.model import InfMLLM
 
 
-def test_weights_that_overflow_are_not_saved_over_a_good_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_weights_that_overflow_are_not_saved_over_a_good_checkpoint(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     path = Path(shutil.copytree(tiny_checkpoint, tmp_path / "ck"))
     before = (path / WEIGHTS).read_bytes()
     model = InfMLLM(TINY, torch.Generator().manual_seed(0))
@@ -42,7 +44,9 @@ def damage(path: Path, how: str) -> None:
     save_file(weights, path / WEIGHTS)
 
 
-@pytest.mark.parametrize("how", ["card", "missing", "unknown", "shape", "nan", "truncated", "none", "config", "pickle"])
+@pytest.mark.parametrize(
+    "how", ["card", "missing", "unknown", "shape", "nan", "truncated", "none", "config", "pickle"]
+)
 def test_checkpoints_are_read_strictly(how: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(tiny_checkpoint, tmp_path / "ck"))
     assert load_checkpoint(path).card == json.loads((path / CARD).read_text())
@@ -61,4 +65,6 @@ def test_checkpoints_are_read_strictly(how: str, tiny_checkpoint: Path, tmp_path
         damage(path, how)
     with pytest.raises(Exception) as caught:
         load_checkpoint(path)
-    assert type(caught.value).__name__ in ("CheckpointError", "SpecError") and "\n" not in str(caught.value)
+    assert type(caught.value).__name__ in ("CheckpointError", "SpecError") and "\n" not in str(
+        caught.value
+    )

@@ -1,4 +1,6 @@
-"""Every data set reader on small files in its real format, mixing, and augmentation that keeps boxes right."""
+"""Every data set reader on small files in its real format, mixing, and augmentation
+that keeps boxes right.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def coco(folder: Path) -> str:
     pictures(folder / "train2017", "000000000009.jpg")
     data = {
         "images": [{"id": 9, "file_name": "000000000009.jpg", "width": 100, "height": 80}],
-        "annotations": [{"id": i, "image_id": 9, "caption": text} for i, text in enumerate(("A cat sits.\n", "One  cat."))],
+        "annotations": [
+            {"id": i, "image_id": 9, "caption": text}
+            for i, text in enumerate(("A cat sits.\n", "One  cat."))
+        ],
     }
     return f"coco:{dump(folder / 'captions.json', data)},images={folder / 'train2017'}"
 
@@ -48,7 +53,10 @@ def vqav2(folder: Path) -> str:
     pictures(folder / "train2014", "COCO_train2014_000000000009.jpg")
     questions = {
         "data_subtype": "train2014",
-        "questions": [{"image_id": 9, "question": "How many cats?", "question_id": 90}, {"image_id": 9, "question": "Is it?", "question_id": 91}],
+        "questions": [
+            {"image_id": 9, "question": "How many cats?", "question_id": 90},
+            {"image_id": 9, "question": "Is it?", "question_id": 91},
+        ],
     }
     annotations = {
         "annotations": [
@@ -57,7 +65,8 @@ def vqav2(folder: Path) -> str:
                 "image_id": 9,
                 "answer_type": kind,
                 "multiple_choice_answer": best,
-                "answers": [{"answer": best, "answer_id": i} for i in range(9)] + [{"answer": "other", "answer_id": 9}],
+                "answers": [{"answer": best, "answer_id": i} for i in range(9)]
+                + [{"answer": "other", "answer_id": 9}],
             }
             for number, kind, best in ((90, "number", "2"), (91, "yes/no", "yes"))
         ]
@@ -80,14 +89,30 @@ def refcoco(folder: Path) -> str:
 
 def llava(folder: Path) -> str:
     pictures(folder / "images", "x.jpg")
-    turns = [("human", "What is it?\n<image>"), ("gpt", "A cat."), ("human", "And its color?"), ("gpt", "Grey.")]
-    rows = [{"id": "1", "image": "x.jpg", "conversations": [{"from": role, "value": text} for role, text in turns]}]
+    turns = [
+        ("human", "What is it?\n<image>"),
+        ("gpt", "A cat."),
+        ("human", "And its color?"),
+        ("gpt", "Grey."),
+    ]
+    rows = [
+        {
+            "id": "1",
+            "image": "x.jpg",
+            "conversations": [{"from": role, "value": text} for role, text in turns],
+        }
+    ]
     return f"llava:{dump(folder / 'llava.json', rows)},images={folder / 'images'}"
 
 
 def jsonl(folder: Path) -> str:
     pictures(folder / "images", "x.jpg")
-    (folder / "d.jsonl").write_text(json.dumps({"image": "images/x.jpg", "task": "ground", "phrase": "cat", "box": [10, 20, 60, 70]}) + "\n")
+    (folder / "d.jsonl").write_text(
+        json.dumps(
+            {"image": "images/x.jpg", "task": "ground", "phrase": "cat", "box": [10, 20, 60, 70]}
+        )
+        + "\n"
+    )
     return str(folder / "d.jsonl")
 
 
@@ -99,41 +124,75 @@ def voc(folder: Path, objects: str = VOC_OBJECT.format("potted_plant", 10, 20, 6
         (folder / name).mkdir(parents=True, exist_ok=True)
     pictures(folder / "JPEGImages", "x.jpg")
     size = "<size><width>100</width><height>80</height><depth>3</depth></size>"
-    (folder / "Annotations" / "x.xml").write_text(f"<annotation><filename>x.jpg</filename>{size}{objects}</annotation>")
+    (folder / "Annotations" / "x.xml").write_text(
+        f"<annotation><filename>x.jpg</filename>{size}{objects}</annotation>"
+    )
     (folder / "ImageSets" / "Main" / "train.txt").write_text("x\n")
     return f"voc:{folder}"
 
 
-MAKERS = {"coco": coco, "vqav2": vqav2, "refcoco": refcoco, "llava": llava, "jsonl": jsonl, "voc": voc, "synthetic": lambda folder: "synthetic:3"}
+MAKERS = {
+    "coco": coco,
+    "vqav2": vqav2,
+    "refcoco": refcoco,
+    "llava": llava,
+    "jsonl": jsonl,
+    "voc": voc,
+    "synthetic": lambda folder: "synthetic:3",
+}
 
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_reader_reads_and_trains(name: str, tmp_path: Path) -> None:
     text = MAKERS[name](tmp_path)
     examples = read_examples(text)
-    assert examples and all(sample.prompt() and sample.answer for example in examples for sample in example.load()[1])
+    assert examples and all(
+        sample.prompt() and sample.answer for example in examples for sample in example.load()[1]
+    )
     source = open_source([text])
     first, again = (source.draw(np.random.default_rng(5), False, TINY) for _ in range(2))
     assert first.samples == again.samples and first.samples and source.texts()
     image, _ = first.load()
     assert name == "synthetic" or image.size == (TINY.vision.image_size,) * 2
     if source.dense_classes:
-        assert isinstance(first.dense, np.ndarray) and first.dense.shape == (TINY.vision.grid**2, len(source.dense_classes) + 4 + 64)
+        assert isinstance(first.dense, np.ndarray) and first.dense.shape == (
+            TINY.vision.grid**2,
+            len(source.dense_classes) + 4 + 64,
+        )
 
 
 def test_what_readers_find(tmp_path: Path) -> None:
     [caption] = read_examples(coco(tmp_path))[0].samples
     assert caption.references == ("A cat sits.", "One cat.") and caption.answer == "A cat sits."
     count, yes = read_examples(vqav2(tmp_path))[0].samples
-    assert (count.answer, count.kind, len(count.references), yes.answer) == ("2", "number", 10, "yes")
+    assert (count.answer, count.kind, len(count.references), yes.answer) == (
+        "2",
+        "number",
+        10,
+        "yes",
+    )
     left, cat = read_examples(refcoco(tmp_path))[0].samples
-    assert left.box == pytest.approx((0.1, 0.25, 0.6, 0.88125)) and (left.text, cat.text) == ("left cat", "cat")
+    assert left.box == pytest.approx((0.1, 0.25, 0.6, 0.88125)) and (left.text, cat.text) == (
+        "left cat",
+        "cat",
+    )
     first, later = read_examples(llava(tmp_path))[0].samples
     assert first.text == "What is it?" and first.answer == "A cat." and len(first.messages) == 1
-    assert later.answer == "Grey." and [m.role for m in later.messages] == ["user", "assistant", "user"] and later.kind == "later turn"
+    assert (
+        later.answer == "Grey."
+        and [m.role for m in later.messages] == ["user", "assistant", "user"]
+        and later.kind == "later turn"
+    )
     caption, count, presence, box = read_examples(voc(tmp_path))[0].samples
-    assert caption.answer == "a picture with a potted plant" and (count.text, count.answer) == ("how many potted plants are there?", "1")
-    assert presence.answer == "yes" and box.box == pytest.approx((0.1, 0.25, 0.6, 0.875)) and box.text == "potted plant"
+    assert caption.answer == "a picture with a potted plant" and (count.text, count.answer) == (
+        "how many potted plants are there?",
+        "1",
+    )
+    assert (
+        presence.answer == "yes"
+        and box.box == pytest.approx((0.1, 0.25, 0.6, 0.875))
+        and box.text == "potted plant"
+    )
 
 
 FAULTS: dict[str, tuple[str, str, Any, str]] = {
@@ -151,7 +210,9 @@ FAULTS: dict[str, tuple[str, str, Any, str]] = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_bad_rows_are_named_or_left_out_with_a_count(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_named_or_left_out_with_a_count(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, old, new, words = FAULTS[case]
     text = MAKERS[case.split()[0]](tmp_path)
     path = tmp_path / file
@@ -159,7 +220,11 @@ def test_bad_rows_are_named_or_left_out_with_a_count(case: str, tmp_path: Path, 
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(DataError) as caught:
         read_examples(text)
-    assert words in str(caught.value) and file.split(".")[0] in str(caught.value) and "\n" not in str(caught.value)
+    assert (
+        words in str(caught.value)
+        and file.split(".")[0] in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
     if "json" in case.split()[1:]:
         return
     if case == "vqav2":
@@ -181,7 +246,10 @@ def test_bad_rows_are_named_or_left_out_with_a_count(case: str, tmp_path: Path, 
     ],
 )
 def test_bad_annotations(objects: str, words: str, tmp_path: Path) -> None:
-    text = voc(tmp_path, objects + VOC_OBJECT.format("dog", 1, 1, 50, 50) if "not valid" not in words else objects)
+    text = voc(
+        tmp_path,
+        objects + VOC_OBJECT.format("dog", 1, 1, 50, 50) if "not valid" not in words else objects,
+    )
     with pytest.raises(DataError, match=words):
         read_examples(text)
     if "not valid" not in words:
@@ -191,10 +259,16 @@ def test_bad_annotations(objects: str, words: str, tmp_path: Path) -> None:
 def test_names_of_classes(tmp_path: Path) -> None:
     text = voc(tmp_path, VOC_OBJECT.format("Platelets", 1, 1, 50, 50))
     assert read_examples(text)[0].samples[1].text == "how many platelets are there?"
-    names = dump(tmp_path / "names.json", {"Platelets": ["platelet", "platelets"], "WBC": "white cell"})
+    names = dump(
+        tmp_path / "names.json", {"Platelets": ["platelet", "platelets"], "WBC": "white cell"}
+    )
     texts = [sample.text for sample in read_examples(f"{text},names={names}")[0].samples]
     assert "platelet" in texts and "how many white cells are there?" in texts
-    for wrong, words in (({}, "no words for class"), ({"Platelets": 3}, "expected a word"), ([], "no JSON object")):
+    for wrong, words in (
+        ({}, "no words for class"),
+        ({"Platelets": 3}, "expected a word"),
+        ([], "no JSON object"),
+    ):
         dump(names, wrong)
         with pytest.raises(DataError, match=words):
             read_examples(f"{text},names={names}")
@@ -202,13 +276,24 @@ def test_names_of_classes(tmp_path: Path) -> None:
 
 def test_entities_are_not_expanded(tmp_path: Path) -> None:
     text = voc(tmp_path)
-    (tmp_path / "Annotations" / "x.xml").write_text('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>')
+    (tmp_path / "Annotations" / "x.xml").write_text(
+        '<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'
+    )
     with pytest.raises(DataError, match="entities"):
         read_examples(text)
 
 
 @pytest.mark.parametrize(
-    "text", ["voc:nowhere", "coco:gone.json", "gone.jsonl", "jsonl:x,answers=y", "synthetic,weight=-1", "synthetic,weight", "synthetic:none"]
+    "text",
+    [
+        "voc:nowhere",
+        "coco:gone.json",
+        "gone.jsonl",
+        "jsonl:x,answers=y",
+        "synthetic,weight=-1",
+        "synthetic,weight",
+        "synthetic:none",
+    ],
 )
 def test_bad_data_arguments(text: str) -> None:
     with pytest.raises((DataError, UsageError)) as caught:
@@ -216,7 +301,9 @@ def test_bad_data_arguments(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_picture_is_drawn_around_only_if_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_picture_is_drawn_around_only_if_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = jsonl(tmp_path)
     line = '{"image": "images/x.jpg", "task": "vqa", "question": "what?", "answer": "x"}\n'
     Image.new("RGB", (100, 80)).save(tmp_path / "images" / "bad.jpg")
@@ -250,10 +337,18 @@ def test_the_cache_keeps_to_its_limit(tmp_path: Path) -> None:
 def test_real_photographs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match=r"BloodImage_00343\.xml: object 3: box"):
         read_examples(f"voc:{BCCD},split=train")
-    examples = read_examples(f"voc:{BCCD},split=train,names={NAMES},scene=a blood smear", skip_bad=True)
+    examples = read_examples(
+        f"voc:{BCCD},split=train,names={NAMES},scene=a blood smear", skip_bad=True
+    )
     assert len(examples) == 205 and "left out 1 bad rows" in capsys.readouterr().err
     test = read_examples(f"voc:{BCCD},split=test,names={NAMES}")
-    assert len(test) == 72 and sum(s.text == "white blood cell" and s.task == "ground" for e in test for s in e.samples) == 65
+    assert (
+        len(test) == 72
+        and sum(
+            s.text == "white blood cell" and s.task == "ground" for e in test for s in e.samples
+        )
+        == 65
+    )
 
 
 def test_labels_of_different_things_are_not_mixed(tmp_path: Path) -> None:
@@ -261,7 +356,9 @@ def test_labels_of_different_things_are_not_mixed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     cats = [voc(tmp_path / name, VOC_OBJECT.format("cat", 1, 1, 50, 50)) for name in ("one", "two")]
     dogs = voc(tmp_path / "three", VOC_OBJECT.format("dog", 1, 1, 50, 50))
-    assert open_source(cats).dense_classes == (2,) and open_source([cats[0], dogs]).dense_classes == ()
+    assert (
+        open_source(cats).dense_classes == (2,) and open_source([cats[0], dogs]).dense_classes == ()
+    )
 
 
 def test_an_annotation_of_another_size_is_a_bad_row(tmp_path: Path) -> None:
@@ -281,13 +378,24 @@ def test_a_box_a_pixel_outside_is_clamped_as_the_published_files_need(tmp_path: 
 def test_too_long_samples_are_named_or_left_out(tmp_path: Path, tokenizer_json: str) -> None:
     tokenizer = Tokenizer(RawTokenizer.from_str(tokenizer_json), TINY)
     pictures(tmp_path, "x.png")
-    rows = [{"image": "x.png", "task": "caption", "answer": answer} for answer in ("a cat", "word " * 900)]
+    rows = [
+        {"image": "x.png", "task": "caption", "answer": answer}
+        for answer in ("a cat", "word " * 900)
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     source = open_source([str(tmp_path / "d.jsonl")])
-    bad = next(found for index in range(20) if isinstance(found := BatchStream(source, TINY, tokenizer, 2, 0)[index], BadBatch))
+    bad = next(
+        found
+        for index in range(20)
+        if isinstance(found := BatchStream(source, TINY, tokenizer, 2, 0)[index], BadBatch)
+    )
     assert "x.png" in bad.message and "positions" in bad.message
     for index in range(20):
         batch = BatchStream(source, TINY, tokenizer, 2, 0, skip_bad=True)[index]
         assert isinstance(batch, Batch) and batch.ids.shape[1] < 100
     samples = [Sample("caption", "describe", "red " * 60)] * 20
-    assert len(pack(samples, tokenizer, 4, TINY.decoder.context).ids) <= 1024 < positions(samples, tokenizer, 4)
+    assert (
+        len(pack(samples, tokenizer, 4, TINY.decoder.context).ids)
+        <= 1024
+        < positions(samples, tokenizer, 4)
+    )

@@ -1,4 +1,6 @@
-"""The model against independent references: `transformers`' Blip2VisionModel and LlamaForCausalLM on the same random weights."""
+"""The model against independent references: `transformers`' Blip2VisionModel and
+LlamaForCausalLM on the same random weights.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ TOLERANCE = 1e-4  # maximum absolute difference in fp32
 
 
 def randomised(module: torch.nn.Module, seed: int) -> dict[str, Tensor]:
-    """Random values everywhere, norms and biases too, so that nothing hides behind ones and zeros."""
+    """Random values everywhere, norms and biases too, so that nothing hides behind ones
+    and zeros.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
-            parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, scale, generator=generator)
+            parameter.normal_(
+                1.0 if "norm" in name and "weight" in name else 0.0, scale, generator=generator
+            )
     return dict(module.state_dict())
 
 
@@ -56,10 +62,15 @@ def test_vision_tower_equals_blip2() -> None:
             for part in ("weight", "bias"):
                 renamed[f"{new}.{b}.{part}"] = weights[f"{old}.{a}.{part}"]
     theirs.load_state_dict(renamed, strict=True)
-    pixels = torch.randn(2, 3, spec.image_size, spec.image_size, generator=torch.Generator().manual_seed(2))
-    # BLIP-2's model ends in its own post_layernorm; the specification's tower has none before ln_vision, so compare the hidden states before it.
+    pixels = torch.randn(
+        2, 3, spec.image_size, spec.image_size, generator=torch.Generator().manual_seed(2)
+    )
+    # BLIP-2's model ends in its own post_layernorm; the specification's tower has none before
+    # ln_vision, so compare the hidden states before it.
     hidden = theirs(pixels, output_hidden_states=True).hidden_states[-1]
-    expected = F.layer_norm(hidden, (spec.width,), weights["norm.weight"], weights["norm.bias"], spec.final_norm_eps)[:, 1:]
+    expected = F.layer_norm(
+        hidden, (spec.width,), weights["norm.weight"], weights["norm.bias"], spec.final_norm_eps
+    )[:, 1:]
     assert torch.allclose(ours(pixels), expected, atol=TOLERANCE, rtol=0)
 
 
@@ -69,18 +80,34 @@ def test_decoder_equals_llama_with_and_without_cache() -> None:
     ours = Decoder(spec)
     weights = randomised(ours, 3)
     theirs = llama(spec)
-    theirs.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": value for name, value in weights.items()}, strict=True)
+    theirs.load_state_dict(
+        {
+            name if name.startswith("lm_head") else f"model.{name}": value
+            for name, value in weights.items()
+        },
+        strict=True,
+    )
     embeds = torch.randn(2, 11, spec.hidden, generator=torch.Generator().manual_seed(4))
     expected = theirs(inputs_embeds=embeds).logits
     positions = torch.arange(11).expand(2, -1)
     mask = torch.ones(11, 11, dtype=torch.bool).tril()[None, None]
     hidden, _ = ours(embeds, positions, mask)
     assert torch.allclose(ours.lm_head(hidden), expected, atol=TOLERANCE, rtol=0)
-    caches = [(torch.randn(2, spec.kv_heads, 20, spec.head_dim), torch.randn(2, spec.kv_heads, 20, spec.head_dim)) for _ in range(spec.layers)]
-    logits, caches = ours.step(embeds[:, :7], positions[:, :7], caches)  # stale rows must not be seen
+    caches = [
+        (
+            torch.randn(2, spec.kv_heads, 20, spec.head_dim),
+            torch.randn(2, spec.kv_heads, 20, spec.head_dim),
+        )
+        for _ in range(spec.layers)
+    ]
+    logits, caches = ours.step(
+        embeds[:, :7], positions[:, :7], caches
+    )  # stale rows must not be seen
     assert torch.allclose(logits, expected[:, 6], atol=TOLERANCE, rtol=0)
     for index in range(7, 11):
-        logits, caches = ours.step(embeds[:, index : index + 1], positions[:, index : index + 1], caches)
+        logits, caches = ours.step(
+            embeds[:, index : index + 1], positions[:, index : index + 1], caches
+        )
         assert torch.allclose(logits, expected[:, index], atol=TOLERANCE, rtol=0)
 
 
@@ -90,9 +117,15 @@ def test_pool_adapter_equals_average_pooling_then_mlp(p: int) -> None:
     adapter = PoolAdapter(32, 64)
     randomised(adapter, 6)
     patches = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(7))
-    pooled = F.adaptive_avg_pool2d(patches.transpose(1, 2).unflatten(2, (4, 4)), p).flatten(2).transpose(1, 2)
+    pooled = (
+        F.adaptive_avg_pool2d(patches.transpose(1, 2).unflatten(2, (4, 4)), p)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     expected = adapter.fc2(F.gelu(adapter.fc1(pooled)))
-    assert torch.allclose(adapter(patches, torch.from_numpy(pool_matrix(4, p))), expected, atol=1e-5)
+    assert torch.allclose(
+        adapter(patches, torch.from_numpy(pool_matrix(4, p))), expected, atol=1e-5
+    )
 
 
 @torch.no_grad()

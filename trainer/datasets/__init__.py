@@ -1,6 +1,8 @@
-"""Data sets, one file each: `DATASETS` names the readers, and every one yields `Sample`s. Needs numpy and Pillow only.
+"""Data sets, one file each: `DATASETS` names the readers, and every one yields
+`Sample`s. Needs numpy and Pillow only.
 
-A data argument is `NAME:PATH,option=value,...` or the path of a .jsonl file; several are mixed by their `weight` option.
+A data argument is `NAME:PATH,option=value,...` or the path of a .jsonl file; several
+are mixed by their `weight` option.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _COMMON = ("weight", "augment")
 
 @dataclass(frozen=True)
 class DataSet:
-    """How one kind of data is read. `read` lists examples in file order; `source` draws for training where a plain list will not do.
+    """How one kind of data is read. `read` lists examples in file order; `source` draws
+    for training where a plain list will not do.
 
     `listing` is the file whose hash identifies the data on a card.
     """
@@ -47,7 +50,9 @@ DATASETS: dict[str, DataSet] = {
     "refcoco": DataSet(refcoco.read, ("images",), "crop"),
     "llava": DataSet(llava.read, ("images",)),
     "voc": DataSet(voc.read, ("split", "names", "scene"), "photo", voc.open_source, voc.listing),
-    "synthetic": DataSet(held_out.read, source=lambda source, faults, augment: scene_text.SceneSource()),
+    "synthetic": DataSet(
+        held_out.read, source=lambda source, faults, augment: scene_text.SceneSource()
+    ),
 }
 
 
@@ -59,7 +64,9 @@ def _parsed(text: str) -> tuple[DataSource, DataSet]:
 
 
 def read_examples(text: str, skip_bad: bool = False) -> list[Example]:
-    """All examples of one data argument, for evaluation. Raises `DataError` or `UsageError`."""
+    """All examples of one data argument, for evaluation. Raises `DataError` or
+    `UsageError`.
+    """
     source, row = _parsed(text)
     faults = Faults(skip_bad)
     examples = row.read(source, faults)
@@ -87,13 +94,22 @@ def _weight(source: DataSource) -> float:
 
 
 def open_source(texts: Sequence[str], skip_bad: bool = False) -> ExampleSource:
-    """What training draws from: one data set, or several mixed by weight. Raises `DataError` or `UsageError`."""
+    """What training draws from: one data set, or several mixed by weight. Raises
+    `DataError` or `UsageError`.
+    """
     sources: list[ExampleSource] = []
     weights: list[float] = []
     for text in texts:
         source, row = _parsed(text)
-        augment, faults = find_augmentation(source.options.get("augment", row.augment)), Faults(skip_bad)
-        made = row.source(source, faults, augment) if row.source else ListedSource(row.read(source, faults), augment, text, skip_bad)
+        augment, faults = (
+            find_augmentation(source.options.get("augment", row.augment)),
+            Faults(skip_bad),
+        )
+        made = (
+            row.source(source, faults, augment)
+            if row.source
+            else ListedSource(row.read(source, faults), augment, text, skip_bad)
+        )
         _tell(text, faults)
         sources.append(made)
         weights.append(_weight(source))

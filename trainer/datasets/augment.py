@@ -1,7 +1,10 @@
-"""Augmentation that keeps boxes right: a crop and mirrors move picture and boxes together, then blur and colour change the square.
+"""Augmentation that keeps boxes right: a crop and mirrors move picture and boxes
+together, then blur and colour change the square.
 
-`crop` is the published recipe (area 0.5 to 1, optional blur) with the window kept around the boxes asked for; `photo` also mirrors and varies
-colour, for data whose sentences are written after the crop. Neither a mirror nor a crop is safe for a sentence that was written before it.
+`crop` is the published recipe (area 0.5 to 1, optional blur) with the window kept
+around the boxes asked for; `photo` also mirrors and varies colour, for data whose
+sentences are written after the crop. Neither a mirror nor a crop is safe for a sentence
+that was written before it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ __all__ = ["AUGMENTATIONS", "Augmentation", "find_augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges. `area` is the least share of the picture a crop keeps, `colour` the largest relative change of a channel."""
+    """Ranges. `area` is the least share of the picture a crop keeps, `colour` the
+    largest relative change of a channel.
+    """
 
     area: float = 1.0
     stretch: float = 0.0
@@ -30,8 +35,12 @@ class Augmentation:
     blur_radius: tuple[float, float] = (0.1, 2.0)
     colour: float = 0.0
 
-    def move(self, image: Image.Image, boxes: Sequence[Box], rng: np.random.Generator, keep: Box | None) -> tuple[Image.Image, list[Box]]:
-        """Crops and mirrors; returns the new picture and the boxes in its pixels, not clipped. The crop holds all of `keep` (pixels)."""
+    def move(
+        self, image: Image.Image, boxes: Sequence[Box], rng: np.random.Generator, keep: Box | None
+    ) -> tuple[Image.Image, list[Box]]:
+        """Crops and mirrors; returns the new picture and the boxes in its pixels, not
+        clipped. The crop holds all of `keep` (pixels).
+        """
         x, y, width, height = self._window(image.size, rng, keep)
         if (width, height) != image.size:
             image = image.crop((x, y, x + width, y + height))
@@ -44,7 +53,9 @@ class Augmentation:
             moved = [(x1, height - y2, x2, height - y1) for x1, y1, x2, y2 in moved]
         return image, moved
 
-    def _window(self, size: tuple[int, int], rng: np.random.Generator, keep: Box | None) -> tuple[int, int, int, int]:
+    def _window(
+        self, size: tuple[int, int], rng: np.random.Generator, keep: Box | None
+    ) -> tuple[int, int, int, int]:
         """A random window (x, y, width, height) in whole pixels."""
         if self.area >= 1.0:
             return (0, 0, *size)
@@ -52,9 +63,18 @@ class Augmentation:
         aspect = math.exp(rng.uniform(-self.stretch, self.stretch))
         window = []
         for axis, factor in ((0, aspect), (1, 1 / aspect)):
-            low, high = (math.floor(max(0.0, keep[axis])), math.ceil(min(size[axis], keep[axis + 2]))) if keep else (0, 0)
-            length = min(size[axis], max(4, high - low, round(size[axis] * math.sqrt(share * factor))))
-            first, last = max(0, high - length), min(low if keep else size[axis], size[axis] - length)
+            low, high = (
+                (math.floor(max(0.0, keep[axis])), math.ceil(min(size[axis], keep[axis + 2])))
+                if keep
+                else (0, 0)
+            )
+            length = min(
+                size[axis], max(4, high - low, round(size[axis] * math.sqrt(share * factor)))
+            )
+            first, last = (
+                max(0, high - length),
+                min(low if keep else size[axis], size[axis] - length),
+            )
             window.append((int(rng.integers(first, last + 1)), length))
         (x, width), (y, height) = window
         return x, y, width, height
@@ -62,12 +82,25 @@ class Augmentation:
     def finish(self, square: Image.Image, rng: np.random.Generator) -> Image.Image:
         """Blurs and recolours the picture at the model's size."""
         if rng.random() < self.blur:
-            # The published radius is for pictures of 224 pixels and more; smaller ones blur in proportion.
-            square = square.filter(ImageFilter.GaussianBlur(rng.uniform(*self.blur_radius) * min(1.0, square.width / 224)))
+            # The published radius is for pictures of 224 pixels and more; smaller ones blur in
+            # proportion.
+            square = square.filter(
+                ImageFilter.GaussianBlur(
+                    rng.uniform(*self.blur_radius) * min(1.0, square.width / 224)
+                )
+            )
         if self.colour:
-            gain = 1 + rng.uniform(-self.colour, self.colour) + rng.uniform(-self.colour / 2, self.colour / 2, 3)
+            gain = (
+                1
+                + rng.uniform(-self.colour, self.colour)
+                + rng.uniform(-self.colour / 2, self.colour / 2, 3)
+            )
             shift = 255 * rng.uniform(-self.colour / 2, self.colour / 2)
-            rows = [value for c in range(3) for value in (*(gain[c] if c == k else 0.0 for k in range(3)), shift)]
+            rows = [
+                value
+                for c in range(3)
+                for value in (*(gain[c] if c == k else 0.0 for k in range(3)), shift)
+            ]
             square = square.convert("RGB", tuple(float(v) for v in rows))  # type: ignore[arg-type]
         return square
 
@@ -82,5 +115,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 def find_augmentation(name: str) -> Augmentation:
     """The augmentation of that name; raises `UsageError` listing the choices."""
     if name not in AUGMENTATIONS:
-        raise UsageError(f"unknown augmentation {name!r}; choose one of: {', '.join(AUGMENTATIONS)}")
+        raise UsageError(
+            f"unknown augmentation {name!r}; choose one of: {', '.join(AUGMENTATIONS)}"
+        )
     return AUGMENTATIONS[name]

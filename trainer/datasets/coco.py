@@ -1,4 +1,6 @@
-"""COCO captions: `captions_train2017.json` with its pictures in `images=FOLDER` (default: the file's own folder)."""
+"""COCO captions: `captions_train2017.json` with its pictures in `images=FOLDER`
+(default: the file's own folder).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ PROMPT = "describe"
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per picture with one sample; its people's captions are the references, drawn from in training. Raises `DataError`."""
+    """One example per picture with one sample; its people's captions are the
+    references, drawn from in training. Raises `DataError`.
+    """
     data = read_json(source.path)
     names: dict[int, str] = {}
     for index, row in enumerate(rows(data, "images", source.path)):
@@ -32,5 +36,11 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
     for image, texts in captions.items():
         with faults.row(f"{source.path}: image {image}"):
             sample = Sample("caption", PROMPT, texts[0], references=tuple(texts)).checked()
-            examples.append(Example(picture(source.folder("images"), names[image]), (sample,), name=f"{source.path}: image {image}"))
+            examples.append(
+                Example(
+                    picture(source.folder("images"), names[image]),
+                    (sample,),
+                    name=f"{source.path}: image {image}",
+                )
+            )
     return examples

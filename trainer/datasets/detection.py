@@ -1,6 +1,8 @@
-"""From boxes with class names to the tasks: captions, counting, presence and grounding, and labels per patch.
+"""From boxes with class names to the tasks: captions, counting, presence and grounding,
+and labels per patch.
 
-Sentences are written from the boxes that are visible, so they stay true after a crop or a mirror.
+Sentences are written from the boxes that are visible, so they stay true after a crop or
+a mirror.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from runtime.contract.boxes import Box, format_box, to_unit_box
 from runtime.data.sample import Sample
 from trainer.datasets.phrases import article, listed
 
-__all__ = ["DENSE_SUB", "MANY", "ClassName", "Thing", "dense_labels", "detection_samples", "visible"]
+__all__ = [
+    "DENSE_SUB",
+    "MANY",
+    "ClassName",
+    "Thing",
+    "dense_labels",
+    "detection_samples",
+    "visible",
+]
 
 DENSE_SUB = 8  # label samples per patch side
 _DENSE_COVER = 8  # of 64 samples that make a patch belong to a thing
@@ -40,7 +50,9 @@ class Thing:
 
 
 def visible(things: Sequence[Thing], width: int, height: int) -> list[Thing]:
-    """Things with at least half of their box inside a width x height picture, boxes clipped and scaled to [0, 1]."""
+    """Things with at least half of their box inside a width x height picture, boxes
+    clipped and scaled to [0, 1].
+    """
     kept = []
     for thing in things:
         x1, y1, x2, y2 = thing.box
@@ -57,14 +69,36 @@ def _counted(name: ClassName, count: int) -> str:
     return f"{count if count < MANY else 'many'} {name.several}"
 
 
-def detection_samples(things: Sequence[Thing], names: Sequence[ClassName], scene: str) -> list[Sample]:
-    """All that can be asked: one caption, a count and a presence question per class, a phrase for each class with one thing in view."""
+def detection_samples(
+    things: Sequence[Thing], names: Sequence[ClassName], scene: str
+) -> list[Sample]:
+    """All that can be asked: one caption, a count and a presence question per class, a
+    phrase for each class with one thing in view.
+    """
     counts = [sum(thing.label == label for thing in things) for label in range(len(names))]
-    parts = listed([_counted(name, count) for name, count in zip(names, counts, strict=True) if count])
-    samples = [Sample("caption", "describe", f"{scene} with {parts}" if parts else scene, kind="caption")]
+    parts = listed(
+        [_counted(name, count) for name, count in zip(names, counts, strict=True) if count]
+    )
+    samples = [
+        Sample("caption", "describe", f"{scene} with {parts}" if parts else scene, kind="caption")
+    ]
     for label, (name, count) in enumerate(zip(names, counts, strict=True)):
-        samples.append(Sample("vqa", f"how many {name.several} are there?", str(count), kind=f"count of {name.several}"))
-        samples.append(Sample("vqa", f"are there any {name.several}?", "yes" if count else "no", kind=f"presence of {name.several}"))
+        samples.append(
+            Sample(
+                "vqa",
+                f"how many {name.several} are there?",
+                str(count),
+                kind=f"count of {name.several}",
+            )
+        )
+        samples.append(
+            Sample(
+                "vqa",
+                f"are there any {name.several}?",
+                "yes" if count else "no",
+                kind=f"presence of {name.several}",
+            )
+        )
         if count == 1:
             box = next(thing.box for thing in things if thing.label == label)
             samples.append(Sample("ground", name.one, format_box(box), box=box, kind=name.one))
@@ -72,22 +106,30 @@ def detection_samples(things: Sequence[Thing], names: Sequence[ClassName], scene
 
 
 def dense_labels(things: Sequence[Thing], grid: int) -> NDArray[np.float32]:
-    """Labels of every patch, [grid*grid, 1 + 4 + 64] float32: class (0 for none, else index + 1), box (in [0, 1]), covered 8 x 8 cells.
+    """Labels of every patch, [grid*grid, 1 + 4 + 64] float32: class (0 for none, else
+    index + 1), box (in [0, 1]), covered 8 x 8 cells.
 
     Where boxes overlap, the smaller thing is in front.
     """
     side = grid * DENSE_SUB
     owners = np.zeros((side, side), np.int64)
-    ordered = sorted(things, key=lambda thing: -(thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1]))
+    ordered = sorted(
+        things, key=lambda thing: -(thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1])
+    )
     for index, thing in enumerate(ordered, 1):
         x1, y1, x2, y2 = (round(v * side) for v in thing.box)
         owners[y1:y2, x1:x2] = index
-    cells = owners.reshape(grid, DENSE_SUB, grid, DENSE_SUB).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
+    cells = (
+        owners.reshape(grid, DENSE_SUB, grid, DENSE_SUB)
+        .transpose(0, 2, 1, 3)
+        .reshape(grid * grid, -1)
+    )
     labels = np.zeros((grid * grid, 5 + DENSE_SUB**2), np.float32)
     labels[:, 5:] = cells > 0
     if ordered:
         cover = np.stack([(cells == index).sum(1) for index in range(1, len(ordered) + 1)], axis=1)
-        # The smallest thing that covers enough of a patch owns it: a platelet on a patch full of red cells is what is hard to see.
+        # The smallest thing that covers enough of a patch owns it: a platelet on a patch full
+        # of red cells is what is hard to see.
         for patch in np.flatnonzero(cover.max(1) >= _DENSE_COVER):
             thing = ordered[int(np.flatnonzero(cover[patch] >= _DENSE_COVER)[-1])]
             labels[patch, :5] = [thing.label + 1, *thing.box]

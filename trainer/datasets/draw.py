@@ -1,6 +1,8 @@
-"""What training draws from: a list of examples, or several sources mixed, each draw a function of the generator alone.
+"""What training draws from: a list of examples, or several sources mixed, each draw a
+function of the generator alone.
 
-A draw returns a picture that is augmented and already square, so that what comes after is the same for every source.
+A draw returns a picture that is augmented and already square, so that what comes after
+is the same for every source.
 """
 
 from __future__ import annotations
@@ -32,13 +34,17 @@ _MAX_TRIES = 100
 
 
 class ExampleSource(Protocol):
-    """Draws training examples. `dense_classes` counts the classes of each label per patch (empty: there are none), `dense_names` names them all."""
+    """Draws training examples. `dense_classes` counts the classes of each label per
+    patch (empty: there are none), `dense_names` names them all.
+    """
 
     dense_classes: tuple[int, ...]
     dense_names: tuple[str, ...]
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
-        """One example for a model of that spec; `chat` asks for conversations rather than short tasks, where there are any."""
+        """One example for a model of that spec; `chat` asks for conversations rather
+        than short tasks, where there are any.
+        """
         ...
 
     def texts(self) -> list[str]:
@@ -47,7 +53,9 @@ class ExampleSource(Protocol):
 
 
 class PictureCache:
-    """Opened pictures, kept until a number of bytes is reached (the first ones stay, so that drawing at random keeps hitting them)."""
+    """Opened pictures, kept until a number of bytes is reached (the first ones stay, so
+    that drawing at random keeps hitting them).
+    """
 
     def __init__(self, limit: int = _CACHE_BYTES) -> None:
         self._limit, self._bytes = limit, 0
@@ -66,13 +74,17 @@ class PictureCache:
 
 
 class Retries:
-    """Draws again, where bad rows are left out, when a picture cannot be used; says each reason once."""
+    """Draws again, where bad rows are left out, when a picture cannot be used; says
+    each reason once.
+    """
 
     def __init__(self, skip_bad: bool) -> None:
         self._skip, self._noted = skip_bad, set[str]()
 
     def until_usable(self, attempt: Callable[[], T]) -> T:
-        """The first attempt that works. Raises `DataError` or `ImageError`: the first one, or after 100 that were left out."""
+        """The first attempt that works. Raises `DataError` or `ImageError`: the first
+        one, or after 100 that were left out.
+        """
         for _ in range(_MAX_TRIES):
             try:
                 return attempt()
@@ -83,32 +95,50 @@ class Retries:
                 if last not in self._noted:
                     self._noted.add(last)
                     note(f"left out: {last}")
-        raise DataError(f"{_MAX_TRIES} pictures in a row could not be used, the last because: {last}")
+        raise DataError(
+            f"{_MAX_TRIES} pictures in a row could not be used, the last because: {last}"
+        )
 
 
 class ListedSource:
-    """Draws pictures of a list uniformly, each with up to 8 of its samples. With `skip_bad` a picture that cannot be used is drawn again."""
+    """Draws pictures of a list uniformly, each with up to 8 of its samples. With
+    `skip_bad` a picture that cannot be used is drawn again.
+    """
 
     dense_classes: tuple[int, ...] = ()
     dense_names: tuple[str, ...] = ()
 
-    def __init__(self, examples: Sequence[Example], augment: Augmentation, name: str = "data", skip_bad: bool = False) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        augment: Augmentation,
+        name: str = "data",
+        skip_bad: bool = False,
+    ) -> None:
         grouped: dict[Path, list[Sample]] = defaultdict(list)
         for example in examples:
             assert isinstance(example.picture, Path), "listed examples refer to files"
             grouped[example.picture].extend(example.samples)
         if not grouped:
             raise DataError(f"{name} has no samples; check the file and its format")
-        self._short, self._chat = self._groups(grouped, chat=False), self._groups(grouped, chat=True)
+        self._short, self._chat = (
+            self._groups(grouped, chat=False),
+            self._groups(grouped, chat=True),
+        )
         self._augment, self._retries, self._pictures = augment, Retries(skip_bad), PictureCache()
 
     @staticmethod
     def _groups(grouped: dict[Path, list[Sample]], chat: bool) -> list[tuple[Path, list[Sample]]]:
-        kept = ((path, [s for s in samples if (s.task == "chat") == chat]) for path, samples in grouped.items())
+        kept = (
+            (path, [s for s in samples if (s.task == "chat") == chat])
+            for path, samples in grouped.items()
+        )
         return [(path, samples) for path, samples in kept if samples]
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
-        """See `ExampleSource.draw`; falls back to the other kind when there is only one."""
+        """See `ExampleSource.draw`; falls back to the other kind when there is only
+        one.
+        """
         groups = (self._chat if chat else self._short) or self._short or self._chat
 
         def attempt() -> Example:
@@ -118,7 +148,9 @@ class ListedSource:
 
         return self._retries.until_usable(attempt)
 
-    def _load(self, path: Path, chosen: list[Sample], rng: np.random.Generator, spec: ModelSpec) -> Example:
+    def _load(
+        self, path: Path, chosen: list[Sample], rng: np.random.Generator, spec: ModelSpec
+    ) -> Example:
         image = self._pictures.open(path)
         placed = [_retold(sample.placed(*image.size, str(path)), rng) for sample in chosen]
         moved, placed = move_samples(self._augment, image, placed, rng)
@@ -127,7 +159,12 @@ class ListedSource:
 
     def texts(self) -> list[str]:
         """See `ExampleSource.texts`."""
-        return [text for _, samples in [*self._short, *self._chat] for s in samples for text in (s.text, s.answer, *s.references)]
+        return [
+            text
+            for _, samples in [*self._short, *self._chat]
+            for s in samples
+            for text in (s.text, s.answer, *s.references)
+        ]
 
 
 def _retold(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -138,15 +175,32 @@ def _retold(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def move_samples(
-    augmentation: Augmentation, image: Image.Image, samples: Sequence[Sample], rng: np.random.Generator
+    augmentation: Augmentation,
+    image: Image.Image,
+    samples: Sequence[Sample],
+    rng: np.random.Generator,
 ) -> tuple[Image.Image, list[Sample]]:
-    """Crops the picture around the samples' boxes (all in [0, 1]) and rewrites boxes and box answers."""
+    """Crops the picture around the samples' boxes (all in [0, 1]) and rewrites boxes
+    and box answers.
+    """
     width, height = image.size
     boxes = [to_pixel_box(s.box, width, height) for s in samples if s.box]
-    keep = (min(b[0] for b in boxes), min(b[1] for b in boxes), max(b[2] for b in boxes), max(b[3] for b in boxes)) if boxes else None
+    keep = (
+        (
+            min(b[0] for b in boxes),
+            min(b[1] for b in boxes),
+            max(b[2] for b in boxes),
+            max(b[3] for b in boxes),
+        )
+        if boxes
+        else None
+    )
     image, moved = augmentation.move(image, boxes, rng, keep)
     following = iter(moved)
-    return image, [_reboxed(sample, next(following), image.size) if sample.box else sample for sample in samples]
+    return image, [
+        _reboxed(sample, next(following), image.size) if sample.box else sample
+        for sample in samples
+    ]
 
 
 def _reboxed(sample: Sample, pixels: Box, size: tuple[int, int]) -> Sample:
@@ -155,7 +209,9 @@ def _reboxed(sample: Sample, pixels: Box, size: tuple[int, int]) -> Sample:
 
 
 class Mixture:
-    """Draws from several sources in proportion to their weights. Labels per patch are kept only where all sources have the same kind."""
+    """Draws from several sources in proportion to their weights. Labels per patch are
+    kept only where all sources have the same kind.
+    """
 
     def __init__(self, sources: Sequence[ExampleSource], weights: Sequence[float]) -> None:
         self._sources, self._odds = list(sources), np.array(weights) / sum(weights)
@@ -164,7 +220,9 @@ class Mixture:
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
         """See `ExampleSource.draw`."""
-        example = self._sources[int(rng.choice(len(self._sources), p=self._odds))].draw(rng, chat, spec)
+        example = self._sources[int(rng.choice(len(self._sources), p=self._odds))].draw(
+            rng, chat, spec
+        )
         return example if self.dense_classes else replace(example, dense=None)
 
     def texts(self) -> list[str]:

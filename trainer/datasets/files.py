@@ -16,13 +16,19 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise DataError(f"data file {path} cannot be read ({error.strerror}); check the path") from None
+        raise DataError(
+            f"data file {path} cannot be read ({error.strerror}); check the path"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"data file {path} is not valid JSON ({error}); download it again") from None
+        raise DataError(
+            f"data file {path} is not valid JSON ({error}); download it again"
+        ) from None
 
 
 def rows(data: object, key: str, path: Path) -> list[Any]:
-    """The list under `key` of a JSON object (or `data` itself for an empty key). Raises `DataError`."""
+    """The list under `key` of a JSON object (or `data` itself for an empty key). Raises
+    `DataError`.
+    """
     found = data.get(key) if isinstance(data, dict) else data if not key else None
     if not isinstance(found, list):
         raise DataError(f"{path} has no list {key or 'of rows'!r}; is this the right file?")

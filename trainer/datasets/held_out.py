@@ -1,4 +1,6 @@
-"""Held-out scenes for evaluation: a fixed sequence of scenes from seeds no training run uses. Needs numpy and Pillow only."""
+"""Held-out scenes for evaluation: a fixed sequence of scenes from seeds no training run
+uses. Needs numpy and Pillow only.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,24 @@ __all__ = ["HELD_OUT_SEED", "held_out_scenes", "read"]
 DEFAULT_COUNT = 200
 
 HELD_OUT_SEED = 0x48454C44
-"""First word of the generator seeds; training seeds are (1000 * seed + stage, step) and stay far below it."""
+"""First word of the generator seeds; training seeds are (1000 * seed + stage, step) and
+stay far below it.
+"""
 
 
 def held_out_scenes(count: int) -> Iterator[Example]:
-    """Scenes until there are `count` captions, questions and grounding phrases each; the same scenes for every call."""
+    """Scenes until there are `count` captions, questions and grounding phrases each;
+    the same scenes for every call.
+    """
     grounded = index = 0
     while index < count or grounded < count:
         rng = np.random.default_rng((HELD_OUT_SEED, index))
         scene = draw_scene(rng)
-        samples = [caption_sample(scene, rng, "describe"), vqa_sample(scene, rng)] if index < count else []
+        samples = (
+            [caption_sample(scene, rng, "describe"), vqa_sample(scene, rng)]
+            if index < count
+            else []
+        )
         phrase = ground_sample(scene, rng)
         if phrase and grounded < count:
             samples.append(phrase)
@@ -37,8 +47,13 @@ def held_out_scenes(count: int) -> Iterator[Example]:
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """The held-out scenes of `synthetic[:COUNT]`, COUNT samples of each task. Raises `DataError`."""
+    """The held-out scenes of `synthetic[:COUNT]`, COUNT samples of each task. Raises
+    `DataError`.
+    """
     count = source.argument or str(DEFAULT_COUNT)
     if not count.isascii() or not count.isdigit() or int(count) < 1:
-        raise DataError(f"{source.text!r}: the count is {count!r}, expected a positive number such as synthetic:500")
+        raise DataError(
+            f"{source.text!r}: the count is {count!r}, expected a positive number such as "
+            f"synthetic:500"
+        )
     return list(held_out_scenes(int(count)))

@@ -1,4 +1,6 @@
-"""LLaVA conversations: a JSON list of `{image, conversations: [{from: human|gpt, value}]}`, pictures in `images=FOLDER`."""
+"""LLaVA conversations: a JSON list of `{image, conversations: [{from: human|gpt,
+value}]}`, pictures in `images=FOLDER`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ _MARKER = "<image>"
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per conversation with one sample per answer, each with the turns before it. Raises `DataError`.
+    """One example per conversation with one sample per answer, each with the turns
+    before it. Raises `DataError`.
 
     Conversations without a picture are bad rows: every sample here is about one.
     """
@@ -27,7 +30,11 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
                 raise ValueError("the conversation has no picture")
             path = picture(source.folder("images"), field(row, "image", str))
             turns = [_turn(turn) for turn in field(row, "conversations", list)]
-            if len(turns) < 2 or len(turns) % 2 or [t.role for t in turns] != ["user", "assistant"] * (len(turns) // 2):
+            if (
+                len(turns) < 2
+                or len(turns) % 2
+                or [t.role for t in turns] != ["user", "assistant"] * (len(turns) // 2)
+            ):
                 raise ValueError("conversations must alternate human and gpt and end with gpt")
             samples = tuple(_sample(turns[: end + 1]).checked() for end in range(1, len(turns), 2))
             examples.append(Example(path, samples, name=where))
@@ -46,4 +53,6 @@ def _turn(turn: object) -> Message:
 
 def _sample(turns: list[Message]) -> Sample:
     kind = "first turn" if len(turns) == 2 else "later turn"
-    return Sample("chat", turns[-2].content, turns[-1].content, messages=tuple(turns[:-1]), kind=kind)
+    return Sample(
+        "chat", turns[-2].content, turns[-1].content, messages=tuple(turns[:-1]), kind=kind
+    )

@@ -1,6 +1,8 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as the published InfMLLM evaluation reads them: a JSON list of `{img_name, bbox, sentences: [{sent}]}`.
+"""RefCOCO, RefCOCO+ and RefCOCOg as the published InfMLLM evaluation reads them: a JSON
+list of `{img_name, bbox, sentences: [{sent}]}`.
 
-`bbox` is x1, y1, x2, y2 in pixels. Pictures lie in `images=FOLDER` (default: the file's own folder), directly or in train2014/ and val2014/.
+`bbox` is x1, y1, x2, y2 in pixels. Pictures lie in `images=FOLDER` (default: the file's
+own folder), directly or in train2014/ and val2014/.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ _OVERSHOOT = 1.0  # pixels
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per picture with all phrases; boxes are checked against the picture's size. Raises `DataError`."""
+    """One example per picture with all phrases; boxes are checked against the picture's
+    size. Raises `DataError`.
+    """
     found: dict[Path, list[Sample]] = defaultdict(list)
     sizes: dict[Path, tuple[int, int]] = {}
     for index, row in enumerate(rows(read_json(source.path), "", source.path)):
@@ -31,7 +35,11 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
             sizes[path] = sizes.get(path) or image_size(path)
             box = _inside(_box(field(row, "bbox", list)), *sizes[path])
             for sentence in field(row, "sentences", list):
-                sample = Sample("ground", field(sentence, "sent", str), "", pixel_box=box).placed(*sizes[path], where).checked()
+                sample = (
+                    Sample("ground", field(sentence, "sent", str), "", pixel_box=box)
+                    .placed(*sizes[path], where)
+                    .checked()
+                )
                 found[path].append(sample)
     return [Example(path, tuple(samples), name=str(path)) for path, samples in found.items()]
 
@@ -42,10 +50,16 @@ def _picture(folder: Path, name: str) -> Path:
 
 
 def _inside(box: Box, width: int, height: int) -> Box:
-    """The box without an overshoot of up to a pixel, which the published files have; more is a fault of the data."""
+    """The box without an overshoot of up to a pixel, which the published files have;
+    more is a fault of the data.
+    """
     x1, y1, x2, y2 = box
     close = min(x1, y1) >= -_OVERSHOOT and x2 <= width + _OVERSHOOT and y2 <= height + _OVERSHOOT
-    return (max(0.0, x1), max(0.0, y1), min(float(width), x2), min(float(height), y2)) if close else box
+    return (
+        (max(0.0, x1), max(0.0, y1), min(float(width), x2), min(float(height), y2))
+        if close
+        else box
+    )
 
 
 def _box(values: list[object]) -> Box:

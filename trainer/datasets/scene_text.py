@@ -1,6 +1,8 @@
-"""What can be said about a scene: captions, questions with short answers, grounding phrases with boxes, and natural instructions.
+"""What can be said about a scene: captions, questions with short answers, grounding
+phrases with boxes, and natural instructions.
 
-Every sentence is true by construction and every phrase that must name one thing names exactly one.
+Every sentence is true by construction and every phrase that must name one thing names
+exactly one.
 """
 
 from __future__ import annotations
@@ -14,11 +16,35 @@ from runtime.contract.prompt import Message
 from runtime.contract.spec import ModelSpec
 from runtime.data.sample import Example, Sample
 from trainer.datasets.phrases import article, listed
-from trainer.datasets.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, dense_labels, draw_scene, pick
+from trainer.datasets.scenes import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    dense_labels,
+    draw_scene,
+    pick,
+)
 
-__all__ = ["CAPTION_PROMPTS", "QUESTIONS", "SceneSource", "caption", "chat_samples", "corpus", "scene_samples"]
+__all__ = [
+    "CAPTION_PROMPTS",
+    "QUESTIONS",
+    "SceneSource",
+    "caption",
+    "chat_samples",
+    "corpus",
+    "scene_samples",
+]
 
-CAPTION_PROMPTS = ("describe", "describe the image", "describe the picture", "describe this image", "what is in the image?", "caption")
+CAPTION_PROMPTS = (
+    "describe",
+    "describe the image",
+    "describe the picture",
+    "describe this image",
+    "what is in the image?",
+    "caption",
+)
 DESCRIBE = ("Describe the image.", "What do you see?", "What is in the picture?")
 LOCATE = ("Where is the {}?", "Find the {}.")
 
@@ -45,7 +71,11 @@ def _fits(phrase: str, thing: Thing) -> bool:
 
 
 def _unique_phrases(scene: Scene, thing: Thing) -> list[str]:
-    return [phrase for phrase in _names(thing) if sum(_fits(phrase, other) for other in scene.things) == 1]
+    return [
+        phrase
+        for phrase in _names(thing)
+        if sum(_fits(phrase, other) for other in scene.things) == 1
+    ]
 
 
 def _named_thing(scene: Scene, rng: np.random.Generator) -> tuple[Thing, str] | None:
@@ -73,7 +103,11 @@ def _ask_shape(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
 
 
 def _ask_size(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    options = [t for t in scene.things if sum(o.colour == t.colour and o.shape == t.shape for o in scene.things) == 1]
+    options = [
+        t
+        for t in scene.things
+        if sum(o.colour == t.colour and o.shape == t.shape for o in scene.things) == 1
+    ]
     if not options:
         return None
     thing = options[int(rng.integers(len(options)))]
@@ -88,7 +122,9 @@ def _ask_count(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None
     present = rng.random() < 0.75
     if kind == 1:
         colour = thing.colour if present else pick(rng, list(COLOURS))
-        return f"how many {colour} objects are there?", str(sum(t.colour == colour for t in scene.things))
+        return f"how many {colour} objects are there?", str(
+            sum(t.colour == colour for t in scene.things)
+        )
     shape = thing.shape if present else pick(rng, SHAPES)
     plural = "crosses" if shape == "cross" else f"{shape}s"
     return f"how many {plural} are there?", str(sum(t.shape == shape for t in scene.things))
@@ -101,13 +137,17 @@ def _ask_existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | 
     for _ in range(20):
         colour, shape = pick(rng, list(COLOURS)), pick(rng, SHAPES)
         near = any(t.colour == colour or t.shape == shape for t in scene.things)
-        if not any(t.colour == colour and t.shape == shape for t in scene.things) and (near or rng.random() < 0.5):
+        if not any(t.colour == colour and t.shape == shape for t in scene.things) and (
+            near or rng.random() < 0.5
+        ):
             return f"is there {article(colour)} {colour} {shape}?", "no"
     return None
 
 
 def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    named = [(thing, phrases[0]) for thing in scene.things if (phrases := _unique_phrases(scene, thing))]
+    named = [
+        (thing, phrases[0]) for thing in scene.things if (phrases := _unique_phrases(scene, thing))
+    ]
     if len(named) < 2:
         return None
     first, second = (named[int(i)] for i in rng.permutation(len(named))[:2])
@@ -115,7 +155,12 @@ def _ask_relation(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
     gap = first[0].centre[axis] - second[0].centre[axis]
     if abs(gap) < 0.1:
         return None
-    word, holds = (("left of", gap < 0), ("right of", gap > 0), ("above", gap < 0), ("below", gap > 0))[2 * axis + int(rng.integers(2))]
+    word, holds = (
+        ("left of", gap < 0),
+        ("right of", gap > 0),
+        ("above", gap < 0),
+        ("below", gap > 0),
+    )[2 * axis + int(rng.integers(2))]
     return f"is the {first[1]} {word} the {second[1]}?", "yes" if holds else "no"
 
 
@@ -128,8 +173,17 @@ QUESTIONS: dict[str, Question] = {
     "existence": _ask_existence,
     "relation": _ask_relation,
 }
-_TRAINING_SHARES = {"colour": 2.0, "shape": 1.0, "size": 1.0, "count": 1.0, "existence": 2.0, "relation": 3.0}
-"""How often each kind is tried first in training: kinds that were learnt last come up more. Held-out questions are drawn evenly."""
+_TRAINING_SHARES = {
+    "colour": 2.0,
+    "shape": 1.0,
+    "size": 1.0,
+    "count": 1.0,
+    "existence": 2.0,
+    "relation": 3.0,
+}
+"""How often each kind is tried first in training: kinds that were learnt last come up
+more. Held-out questions are drawn evenly.
+"""
 
 
 def caption_sample(scene: Scene, rng: np.random.Generator, prompt: str | None = None) -> Sample:
@@ -137,8 +191,12 @@ def caption_sample(scene: Scene, rng: np.random.Generator, prompt: str | None = 
     return Sample("caption", prompt or pick(rng, CAPTION_PROMPTS), caption(scene), kind="caption")
 
 
-def vqa_sample(scene: Scene, rng: np.random.Generator, shares: Mapping[str, float] | None = None) -> Sample:
-    """A question of a random kind that this scene allows (a count always is); `shares` says how likely each kind is tried first."""
+def vqa_sample(
+    scene: Scene, rng: np.random.Generator, shares: Mapping[str, float] | None = None
+) -> Sample:
+    """A question of a random kind that this scene allows (a count always is); `shares`
+    says how likely each kind is tried first.
+    """
     odds = np.array([shares[kind] for kind in QUESTIONS]) if shares else np.ones(len(QUESTIONS))
     for kind in rng.choice(list(QUESTIONS), len(QUESTIONS), replace=False, p=odds / odds.sum()):
         if asked := QUESTIONS[str(kind)](scene, rng):
@@ -147,12 +205,20 @@ def vqa_sample(scene: Scene, rng: np.random.Generator, shares: Mapping[str, floa
 
 
 def ground_sample(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """A phrase that fits exactly one thing, with its box; None when all things look alike."""
+    """A phrase that fits exactly one thing, with its box; None when all things look
+    alike.
+    """
     named = _named_thing(scene, rng)
-    return Sample("ground", named[1], format_box(named[0].box), box=named[0].box, kind="ground") if named else None
+    return (
+        Sample("ground", named[1], format_box(named[0].box), box=named[0].box, kind="ground")
+        if named
+        else None
+    )
 
 
-def scene_samples(scene: Scene, rng: np.random.Generator, questions: int = 4, phrases: int = 2) -> list[Sample]:
+def scene_samples(
+    scene: Scene, rng: np.random.Generator, questions: int = 4, phrases: int = 2
+) -> list[Sample]:
     """One caption, several distinct questions and phrases."""
     found = [caption_sample(scene, rng)]
     found += [vqa_sample(scene, rng, _TRAINING_SHARES) for _ in range(questions)]
@@ -166,10 +232,19 @@ def chat_samples(scene: Scene, rng: np.random.Generator, turns: int = 2) -> list
     said: list[tuple[str, str]] = [(pick(rng, DESCRIBE), spoken)]
     for _ in range(turns):
         if named := _named_thing(scene, rng):
-            said.append((pick(rng, LOCATE).format(named[1]), f"The {named[1]} is at {format_box(named[0].box)}."))
+            said.append(
+                (
+                    pick(rng, LOCATE).format(named[1]),
+                    f"The {named[1]} is at {format_box(named[0].box)}.",
+                )
+            )
     samples = [Sample("chat", text, answer, kind="chat") for text, answer in said]
     if len(said) > 1:
-        history = (Message("user", said[0][0]), Message("assistant", said[0][1]), Message("user", said[1][0]))
+        history = (
+            Message("user", said[0][0]),
+            Message("assistant", said[0][1]),
+            Message("user", said[1][0]),
+        )
         samples.append(Sample("chat", said[1][0], said[1][1], messages=history, kind="chat"))
     return samples
 
@@ -179,17 +254,32 @@ def corpus() -> Iterator[str]:
     for size in SIZES:
         for colour in COLOURS:
             for shape in SHAPES:
-                yield f"describe a {size} {colour} {shape}, a {size} {colour} {shape} and the {size} {colour} {shape}."
+                yield (
+                    f"describe a {size} {colour} {shape}, a {size} {colour} {shape} and the "
+                    f"{size} {colour} {shape}."
+                )
                 yield f"<ref>{size}</ref><ref>{colour}</ref><ref>{shape}</ref>"
-                yield f"where is the {size} {colour} {shape}? is the {colour} {shape} {size} or {size}? {colour} {shape}</ref>"
+                yield (
+                    f"where is the {size} {colour} {shape}? is the {colour} {shape} {size} or "
+                    f"{size}? {colour} {shape}</ref>"
+                )
     for shape in ("circles", "squares", "triangles", "crosses"):
-        yield f"how many {shape} are there? what color is the object? what shape is it? how many objects are there?"
+        yield (
+            f"how many {shape} are there? what color is the object? what shape is it? how many "
+            f"objects are there?"
+        )
     yield from CAPTION_PROMPTS
     yield from DESCRIBE
     yield from (text.format("red circle") for text in LOCATE)
-    yield "is the circle left of the square? is it right of, above, below, under, the cross? yes no 0 1 2 3 4"
+    yield (
+        "is the circle left of the square? is it right of, above, below, under, the cross? yes "
+        "no 0 1 2 3 4"
+    )
     yield "Yes No There is The, is there an orange circle?"
-    yield "what is in the picture? find locate caption image photo scene background color colour big tiny none two three one four"
+    yield (
+        "what is in the picture? find locate caption image photo scene background color colour "
+        "big tiny none two three one four"
+    )
 
 
 class SceneSource:

@@ -1,7 +1,9 @@
-"""Synthetic scenes: coloured shapes on plain or textured grounds, any aspect ratio, drawn from a seeded generator.
+"""Synthetic scenes: coloured shapes on plain or textured grounds, any aspect ratio,
+drawn from a seeded generator.
 
-A scene knows everything about itself, so captions, questions, grounding boxes and dense labels per patch come for free and are exact.
-Needs numpy and Pillow only. The sentences about a scene are in `scene_text`.
+A scene knows everything about itself, so captions, questions, grounding boxes and dense
+labels per patch come for free and are exact. Needs numpy and Pillow only. The sentences
+about a scene are in `scene_text`.
 """
 
 from __future__ import annotations
@@ -77,7 +79,8 @@ def draw_scene(rng: np.random.Generator, things: int | None = None) -> Scene:
 def dense_labels(scene: Scene, grid: int) -> NDArray[np.float32]:
     """Labels of every patch, [grid*grid, 7 + 64] float32.
 
-    Colour, shape, size (0 for background, else index + 1), box (4, in [0, 1]), then which of the patch's 8 x 8 cells are covered by a thing.
+    Colour, shape, size (0 for background, else index + 1), box (4, in [0, 1]), then
+    which of the patch's 8 x 8 cells are covered by a thing.
     """
     side = grid * DENSE_SUB
     canvas = Image.new("L", (side, side), 0)
@@ -85,13 +88,24 @@ def dense_labels(scene: Scene, grid: int) -> NDArray[np.float32]:
     scale_x, scale_y = side / scene.image.width, side / scene.image.height
     for index, thing in enumerate(scene.things, 1):
         draw.polygon([(x * scale_x - 0.5, y * scale_y - 0.5) for x, y in thing.outline], fill=index)
-    owners = np.asarray(canvas).reshape(grid, DENSE_SUB, grid, DENSE_SUB).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
-    cover = np.stack([(owners == index).sum(1) for index in range(1, len(scene.things) + 1)], axis=1)
+    owners = (
+        np.asarray(canvas)
+        .reshape(grid, DENSE_SUB, grid, DENSE_SUB)
+        .transpose(0, 2, 1, 3)
+        .reshape(grid * grid, -1)
+    )
+    cover = np.stack(
+        [(owners == index).sum(1) for index in range(1, len(scene.things) + 1)], axis=1
+    )
     labels = np.zeros((grid * grid, 7 + DENSE_SUB**2), np.float32)
     labels[:, 7:] = owners > 0
     for patch in np.flatnonzero(cover.max(1) >= _DENSE_COVER):
         thing = scene.things[int(cover[patch].argmax())]
-        ids = (list(COLOURS).index(thing.colour), SHAPES.index(thing.shape), list(SIZES).index(thing.size))
+        ids = (
+            list(COLOURS).index(thing.colour),
+            SHAPES.index(thing.shape),
+            list(SIZES).index(thing.size),
+        )
         labels[patch, :7] = [*(i + 1 for i in ids), *thing.box]
     return labels
 
@@ -120,7 +134,9 @@ def _outline(shape: str, radius: float, tilt: float) -> NDArray[np.float64]:
         arm = 0.32
         corner = np.array([(-arm, -1), (arm, -1), (arm, -arm)])
         quarter = np.array([(0, 1), (-1, 0)])
-        points = np.concatenate([corner @ np.linalg.matrix_power(quarter, turns) for turns in range(4)])
+        points = np.concatenate(
+            [corner @ np.linalg.matrix_power(quarter, turns) for turns in range(4)]
+        )
     turn = np.array([(math.cos(tilt), math.sin(tilt)), (-math.sin(tilt), math.cos(tilt))])
     return radius * points @ turn
 
@@ -132,7 +148,9 @@ def _place(rng: np.random.Generator, width: int, height: int, wanted: int) -> li
         if len(placed) == wanted:
             break
         size, shape = pick(rng, tuple(SIZES)), pick(rng, SHAPES)
-        points = _outline(shape, unit * rng.uniform(*SIZES[size]), rng.uniform(-_MAX_TILT, _MAX_TILT))
+        points = _outline(
+            shape, unit * rng.uniform(*SIZES[size]), rng.uniform(-_MAX_TILT, _MAX_TILT)
+        )
         low, high = points.min(0), points.max(0)
         room = np.array([width, height]) - (high - low) - 2
         if room.min() <= 0:
@@ -141,14 +159,27 @@ def _place(rng: np.random.Generator, width: int, height: int, wanted: int) -> li
         (x1, y1), (x2, y2) = points.min(0), points.max(0)
         box = (x1 / width, y1 / height, x2 / width, y2 / height)
         gap = 0.02
-        if all(box[2] + gap < o[0] or o[2] + gap < box[0] or box[3] + gap < o[1] or o[3] + gap < box[1] for o in (t.box for t in placed)):
+        if all(
+            box[2] + gap < o[0] or o[2] + gap < box[0] or box[3] + gap < o[1] or o[3] + gap < box[1]
+            for o in (t.box for t in placed)
+        ):
             colour = pick(rng, tuple(COLOURS))
-            placed.append(Thing(colour, shape, size, tuple((float(x), float(y)) for x, y in points), tuple(map(float, box))))  # type: ignore[arg-type]
+            placed.append(
+                Thing(
+                    colour,
+                    shape,
+                    size,
+                    tuple((float(x), float(y)) for x, y in points),
+                    tuple(map(float, box)),
+                )
+            )  # type: ignore[arg-type]
     return placed
 
 
 def _ground(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A muted background: plain, or with noise, a gradient, stripes or a checker pattern."""
+    """A muted background: plain, or with noise, a gradient, stripes or a checker
+    pattern.
+    """
     base = rng.uniform(40, 220) + rng.uniform(-18, 18, 3)
     kind = pick(rng, ("plain", "plain", "noise", "gradient", "stripes", "checker"))
     if kind == "plain":
@@ -164,7 +195,9 @@ def _ground(rng: np.random.Generator, width: int, height: int) -> Image.Image:
         pattern = (x / width - 0.5) * math.cos(angle) * 4 + (y / height - 0.5) * math.sin(angle) * 4
     elif kind == "stripes":
         angle, period = rng.uniform(0, math.pi), rng.uniform(6, 24)
-        pattern = np.sign(np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period)))
+        pattern = np.sign(
+            np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period))
+        )
     else:
         cell = int(rng.integers(8, 28))
         pattern = np.where((x // cell + y // cell) % 2 == 0, 1.0, -1.0)

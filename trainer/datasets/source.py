@@ -1,4 +1,6 @@
-"""Batches as a function of seed and step, so that a resumed run, or one spread over other processes, sees exactly what it would have seen."""
+"""Batches as a function of seed and step, so that a resumed run, or one spread over
+other processes, sees exactly what it would have seen.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,18 @@ _MAX_TRIES = 100
 
 @dataclass(frozen=True)
 class BadBatch:
-    """Why a batch could not be made; a worker process hands it over in place of the batch, so that the error keeps its one line."""
+    """Why a batch could not be made; a worker process hands it over in place of the
+    batch, so that the error keeps its one line.
+    """
 
     message: str
 
 
 @dataclass
 class BatchStream(Dataset[Batch | BadBatch]):
-    """A map from the index of a micro-batch (step * parts + part) to the batch, for a `DataLoader` without its own batching."""
+    """A map from the index of a micro-batch (step * parts + part) to the batch, for a
+    `DataLoader` without its own batching.
+    """
 
     source: ExampleSource
     spec: ModelSpec
@@ -48,30 +54,49 @@ class BatchStream(Dataset[Batch | BadBatch]):
             return BadBatch(str(error))
 
     def _batch(self, index: int) -> Batch:
-        # p and chat are drawn per optimiser step: processes then take equally long, and conversations are no padding to short questions.
+        # p and chat are drawn per optimiser step: processes then take equally long, and
+        # conversations are no padding to short questions.
         shared = np.random.default_rng((self.seed, 1 << 32, index // self.parts))
         p = self.spec.pool_sizes[int(shared.integers(len(self.spec.pool_sizes)))]
         chat = bool(shared.random() < self.chat_share)
         rng = np.random.default_rng((self.seed, index))
         drawn = [self._draw(rng, chat, p) for _ in range(self.batch)]
         dense = [example.dense for example, _, _ in drawn if isinstance(example.dense, np.ndarray)]
-        return collate([row for _, row, _ in drawn], [pixels for _, _, pixels in drawn], p, dense if len(dense) == self.batch else None)
+        return collate(
+            [row for _, row, _ in drawn],
+            [pixels for _, _, pixels in drawn],
+            p,
+            dense if len(dense) == self.batch else None,
+        )
 
-    def _draw(self, rng: np.random.Generator, chat: bool, p: int) -> tuple[Example, PackedRow, np.ndarray]:
-        """A drawn example, its packed samples and its pixels; one whose samples are all too long is drawn again where bad rows are left out."""
+    def _draw(
+        self, rng: np.random.Generator, chat: bool, p: int
+    ) -> tuple[Example, PackedRow, np.ndarray]:
+        """A drawn example, its packed samples and its pixels; one whose samples are all
+        too long is drawn again where bad rows are left out.
+        """
         for _ in range(_MAX_TRIES):
             example = self.source.draw(rng, chat, self.spec)
             image, samples = example.load()
             samples = tuple(_same_opening(samples))
             if self.skip_bad:
-                samples = tuple(s for s in samples if positions([s], self.tokenizer, p * p) <= self.spec.decoder.context)
+                samples = tuple(
+                    s
+                    for s in samples
+                    if positions([s], self.tokenizer, p * p) <= self.spec.decoder.context
+                )
             if samples:
                 row = pack(samples, self.tokenizer, p * p, self.spec.decoder.context, example.name)
                 return example, row, to_pixels(image, self.spec)
-        raise DataError(f"{_MAX_TRIES} examples in a row were too long for the context of {self.spec.decoder.context}; check the data")
+        raise DataError(
+            f"{_MAX_TRIES} examples in a row were too long for the context of "
+            f"{self.spec.decoder.context}; check the data"
+        )
 
 
 def _same_opening(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples that share the first one's text before the image (chat and short tasks differ there)."""
+    """The samples that share the first one's text before the image (chat and short
+    tasks differ there).
+    """
     opening = samples[0].prompt().before
     return [sample for sample in samples if sample.prompt().before == opening]

@@ -1,7 +1,10 @@
-"""Pascal VOC folders (`Annotations/*.xml`, `JPEGImages`, `ImageSets/Main/SPLIT.txt`) as captions, counting, presence and grounding.
+"""Pascal VOC folders (`Annotations/*.xml`, `JPEGImages`, `ImageSets/Main/SPLIT.txt`) as
+captions, counting, presence and grounding.
 
-Options: `split` (default train), `scene` (how a caption begins, default "a picture") and `names`, a JSON file from class names to what people
-say, one or [one, several]: {"WBC": ["white blood cell", "white blood cells"]}. Documents are parsed without entities or network access.
+Options: `split` (default train), `scene` (how a caption begins, default "a picture")
+and `names`, a JSON file from class names to what people say, one or [one, several]:
+{"WBC": ["white blood cell", "white blood cells"]}. Documents are parsed without
+entities or network access.
 """
 
 from __future__ import annotations
@@ -21,7 +24,14 @@ from runtime.data.bad_rows import Faults
 from runtime.data.data_argument import DataSource
 from runtime.data.sample import Example, Sample
 from trainer.datasets.augment import Augmentation
-from trainer.datasets.detection import MANY, ClassName, Thing, dense_labels, detection_samples, visible
+from trainer.datasets.detection import (
+    MANY,
+    ClassName,
+    Thing,
+    dense_labels,
+    detection_samples,
+    visible,
+)
 from trainer.datasets.draw import PictureCache, Retries
 from trainer.datasets.files import picture, read_json
 
@@ -69,9 +79,14 @@ def _annotation(root: Path, name: str, faults: Faults) -> _Picture:
             x1, y1, x2, y2 = (_number(corners, tag) for tag in ("xmin", "ymin", "xmax", "ymax"))
             check_inside((x1, y1, x2, y2), width, height, f"box {[x1, y1, x2, y2]} of {label}")
             things.append((label, (x1, y1, x2, y2)))
-    shown = picture(root / "JPEGImages", Path((tree.findtext("filename") or "").strip() or f"{name}.jpg").name)
+    shown = picture(
+        root / "JPEGImages", Path((tree.findtext("filename") or "").strip() or f"{name}.jpg").name
+    )
     if image_size(shown) != (width, height):
-        raise ValueError(f"{shown} is {'x'.join(map(str, image_size(shown)))}, its annotation says {width}x{height}")
+        raise ValueError(
+            f"{shown} is {'x'.join(map(str, image_size(shown)))}, its annotation says "
+            f"{width}x{height}"
+        )
     return _Picture(shown, tuple(things), width, height)
 
 
@@ -102,23 +117,44 @@ def _load(source: DataSource, faults: Faults) -> _Data:
     labels = sorted({label for shown in pictures for label, _ in shown.things})
     names = _names(source, labels)
     index = {label: i for i, label in enumerate(names)}
-    rows = [(p.path, [Thing(index[label], box) for label, box in p.things], p.width, p.height) for p in pictures]
+    rows = [
+        (p.path, [Thing(index[label], box) for label, box in p.things], p.width, p.height)
+        for p in pictures
+    ]
     return _Data(rows, list(names.values()), source.options.get("scene", "a picture"))
 
 
 def _names(source: DataSource, labels: list[str]) -> dict[str, ClassName]:
     """Names of all classes: those of the file in its order, else the labels themselves."""
-    given = read_json(Path(source.options["names"])) if "names" in source.options else {label: label.lower().replace("_", " ") for label in labels}
+    given = (
+        read_json(Path(source.options["names"]))
+        if "names" in source.options
+        else {label: label.lower().replace("_", " ") for label in labels}
+    )
     if not isinstance(given, dict):
         raise DataError(f"{source.options['names']} is no JSON object from class names to words")
     missing = sorted(set(labels) - set(given))
     if missing:
-        raise DataError(f"{source.options['names']} has no words for class {missing[0]!r}; the data have: {', '.join(labels)}")
+        raise DataError(
+            f"{source.options['names']} has no words for class {missing[0]!r}; the data have: "
+            f"{', '.join(labels)}"
+        )
     names = {}
     for label, words in given.items():
-        pair = [words, words if words.endswith("s") else f"{words}s"] if isinstance(words, str) else words
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(word, str) and word.strip() for word in pair)):
-            raise DataError(f"{source.options['names']}: {label!r} is {words!r:.60}, expected a word or [one, several]")
+        pair = (
+            [words, words if words.endswith("s") else f"{words}s"]
+            if isinstance(words, str)
+            else words
+        )
+        if not (
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(isinstance(word, str) and word.strip() for word in pair)
+        ):
+            raise DataError(
+                f"{source.options['names']}: {label!r} is {words!r:.60}, expected a word or [one, "
+                f"several]"
+            )
         names[label] = ClassName(*pair)
     return names
 
@@ -127,13 +163,19 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
     """One example per picture with all its questions. Raises `DataError`."""
     data = _load(source, faults)
     return [
-        Example(path, tuple(detection_samples(visible(things, width, height), data.names, data.scene)), name=path.stem)
+        Example(
+            path,
+            tuple(detection_samples(visible(things, width, height), data.names, data.scene)),
+            name=path.stem,
+        )
         for path, things, width, height in data.pictures
     ]
 
 
 class VocSource:
-    """Draws augmented pictures whose sentences are written after the augmentation, with labels per patch."""
+    """Draws augmented pictures whose sentences are written after the augmentation, with
+    labels per patch.
+    """
 
     def __init__(self, data: _Data, augment: Augmentation, skip_bad: bool = False) -> None:
         self._data, self._augment, self._retries = data, augment, Retries(skip_bad)
@@ -145,13 +187,17 @@ class VocSource:
         """See `ExampleSource.draw`; there are no conversations."""
         path, things, image = self._open(rng)
         image, boxes = self._augment.move(image, [thing.box for thing in things], rng, None)
-        shown = visible([Thing(thing.label, box) for thing, box in zip(things, boxes, strict=True)], *image.size)
+        shown = visible(
+            [Thing(thing.label, box) for thing, box in zip(things, boxes, strict=True)], *image.size
+        )
         square = self._augment.finish(to_square(image, spec), rng)
         samples = tuple(detection_samples(shown, self._data.names, self._data.scene))
         return Example(square, samples, name=path.stem, dense=dense_labels(shown, spec.vision.grid))
 
     def _open(self, rng: np.random.Generator) -> tuple[Path, list[Thing], Image.Image]:
-        """A random picture; one that cannot be read is drawn again where bad rows are left out."""
+        """A random picture; one that cannot be read is drawn again where bad rows are
+        left out.
+        """
 
         def attempt() -> tuple[Path, list[Thing], Image.Image]:
             path, things, _, _ = self._data.pictures[int(rng.integers(len(self._data.pictures)))]

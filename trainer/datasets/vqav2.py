@@ -1,4 +1,6 @@
-"""VQAv2: a questions file, `answers=` its annotations file and `images=` the COCO folder (default: the file's own folder)."""
+"""VQAv2: a questions file, `answers=` its annotations file and `images=` the COCO
+folder (default: the file's own folder).
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,26 @@ __all__ = ["read"]
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per picture; ten people's answers are the references, their most common one is trained on. Raises `DataError`."""
+    """One example per picture; ten people's answers are the references, their most
+    common one is trained on. Raises `DataError`.
+    """
     if "answers" not in source.options:
-        raise UsageError(f"data {source.text!r} lacks the annotations; write vqav2:QUESTIONS.json,answers=ANNOTATIONS.json,images=FOLDER")
+        raise UsageError(
+            f"data {source.text!r} lacks the annotations; write "
+            f"vqav2:QUESTIONS.json,answers=ANNOTATIONS.json,images=FOLDER"
+        )
     answers_path = Path(source.options["answers"])
     answers: dict[int, tuple[str, tuple[str, ...], str]] = {}
     for index, row in enumerate(rows(read_json(answers_path), "annotations", answers_path)):
         with faults.row(f"{answers_path}: annotations[{index}]"):
-            people = tuple(str(field(given, "answer", str)) for given in field(row, "answers", list))
-            answers[field(row, "question_id", int)] = (field(row, "multiple_choice_answer", str), people, str(row.get("answer_type", "")))
+            people = tuple(
+                str(field(given, "answer", str)) for given in field(row, "answers", list)
+            )
+            answers[field(row, "question_id", int)] = (
+                field(row, "multiple_choice_answer", str),
+                people,
+                str(row.get("answer_type", "")),
+            )
     data = read_json(source.path)
     found: dict[Path, list[Sample]] = defaultdict(list)
     for index, row in enumerate(rows(data, "questions", source.path)):
@@ -33,7 +46,9 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
             if number not in answers:
                 raise ValueError(f"question {number} has no answer in {answers_path}")
             answer, people, kind = answers[number]
-            sample = Sample("vqa", field(row, "question", str), answer, kind=kind, references=people).checked()
+            sample = Sample(
+                "vqa", field(row, "question", str), answer, kind=kind, references=people
+            ).checked()
             path = picture(source.folder("images"), _file_name(data, row))
             found[path].append(sample)
     return [Example(path, tuple(samples), name=str(path)) for path, samples in found.items()]

@@ -1,4 +1,6 @@
-"""From found parts to a checkpoint of ours: every tensor accounted for, read, converted and written shard by shard."""
+"""From found parts to a checkpoint of ours: every tensor accounted for, read, converted
+and written shard by shard.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ _POOL_SIZES = (16, 8, 32, 4)  # the ones offered where they divide the grid, in 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What to import. `source` is a raw InfMLLM checkpoint, or a LLaMA folder with `vision` naming a tower to put in front."""
+    """What to import. `source` is a raw InfMLLM checkpoint, or a LLaMA folder with
+    `vision` naming a tower to put in front.
+    """
 
     source: Path
     out: Path
@@ -46,9 +50,11 @@ class ImportOptions:
 
 
 def import_checkpoint(options: ImportOptions) -> tuple[ModelSpec, list[str]]:
-    """Writes a checkpoint; returns its spec and the names of tensors that are new (random), because the source has none.
+    """Writes a checkpoint; returns its spec and the names of tensors that are new
+    (random), because the source has none.
 
-    Raises `CheckpointError` listing unknown, missing and mismatched tensors, or `UsageError`; nothing is left at `out` then.
+    Raises `CheckpointError` listing unknown, missing and mismatched tensors, or
+    `UsageError`; nothing is left at `out` then.
     """
     if options.dtype not in DTYPES:
         raise UsageError(f"unknown dtype {options.dtype!r}; choose one of: {', '.join(DTYPES)}")
@@ -57,21 +63,35 @@ def import_checkpoint(options: ImportOptions) -> tuple[ModelSpec, list[str]]:
     if not raw and options.vision is None:
         raise UsageError(f"{options.source} is a decoder alone; name a vision tower with --vision")
     towers = open_weights(options.vision) if options.vision else weights
-    tower_config: dict[str, Any] = dict(_config(options.vision or options.source)) if options.vision else {}
+    tower_config: dict[str, Any] = (
+        dict(_config(options.vision or options.source)) if options.vision else {}
+    )
     if options.vision_heads:
         tower_config = {
             **tower_config,
-            "vision_config": {**tower_config.get("vision_config", tower_config), "num_attention_heads": options.vision_heads},
+            "vision_config": {
+                **tower_config.get("vision_config", tower_config),
+                "num_attention_heads": options.vision_heads,
+            },
         }
     vision = vision_part(towers, tower_config, options.image_size)
     decoder = decoder_part(weights, config, options.decoder_heads)
     pooler = pooler_part(weights)
-    used = decoder.used | (pooler.used if pooler else frozenset()) | (vision.used if not options.vision else frozenset())
+    used = (
+        decoder.used
+        | (pooler.used if pooler else frozenset())
+        | (vision.used if not options.vision else frozenset())
+    )
     unknown = sorted(set(weights) - used)
     if options.vision and raw:
-        unknown = [name for name in unknown if not name.startswith(("visual_encoder.", "ln_vision."))]  # replaced by --vision
+        unknown = [
+            name for name in unknown if not name.startswith(("visual_encoder.", "ln_vision."))
+        ]  # replaced by --vision
     if unknown:
-        raise CheckpointError(f"{options.source} has {len(unknown)} unknown tensors, such as {', '.join(unknown[:3])}; this is another model")
+        raise CheckpointError(
+            f"{options.source} has {len(unknown)} unknown tensors, such as "
+            f"{', '.join(unknown[:3])}; this is another model"
+        )
     spec = _spec(options, vision.spec, decoder.spec, config)
     parts = [vision, decoder, *([pooler] if pooler else [])]
     new = _write(options, spec, parts, _tokenizer(options))
@@ -92,31 +112,51 @@ def _config(path: Path) -> Mapping[str, Any]:
     return data
 
 
-def _spec(options: ImportOptions, vision: VisionSpec, decoder: DecoderSpec, config: Mapping[str, Any]) -> ModelSpec:
-    pools = tuple(p for p in _POOL_SIZES if p <= vision.grid and vision.grid % p == 0) or (vision.grid,)
+def _spec(
+    options: ImportOptions, vision: VisionSpec, decoder: DecoderSpec, config: Mapping[str, Any]
+) -> ModelSpec:
+    pools = tuple(p for p in _POOL_SIZES if p <= vision.grid and vision.grid % p == 0) or (
+        vision.grid,
+    )
     ids = {}
     for name in ("bos", "eos", "pad"):
         value = config.get(f"{name}_token_id")
-        value = value[0] if isinstance(value, list) and value else value  # newer folders list several ends; the first is the usual one
+        value = (
+            value[0] if isinstance(value, list) and value else value
+        )  # newer folders list several ends; the first is the usual one
         if isinstance(value, int) and value >= 0:  # older folders write -1 for none
             ids[f"{name}_id"] = value
     return ModelSpec(options.out.name, vision, decoder, pools, options.image_mode, **ids)
 
 
 def _tokenizer(options: ImportOptions) -> Path:
-    folder = options.tokenizer or (options.source if options.source.is_dir() else options.source.parent)
+    folder = options.tokenizer or (
+        options.source if options.source.is_dir() else options.source.parent
+    )
     path = folder / TOKENIZER if folder.is_dir() else folder
     if path.name == "tokenizer.model" or not path.is_file():
-        hint = "convert it once: transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        raise CheckpointError(f"no {TOKENIZER} at {folder}; name one with --tokenizer, or if there is only a tokenizer.model, {hint}")
+        hint = (
+            "convert it once: "
+            "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+        raise CheckpointError(
+            f"no {TOKENIZER} at {folder}; name one with --tokenizer, or if there is only a "
+            f"tokenizer.model, {hint}"
+        )
     return path
 
 
-def _tensors(options: ImportOptions, spec: ModelSpec, parts: list[Part], new: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model in order, converted; what no part has is random from the seed and named in `new`."""
+def _tensors(
+    options: ImportOptions, spec: ModelSpec, parts: list[Part], new: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model in order, converted; what no part has is random from
+    the seed and named in `new`.
+    """
     sources = {name: source for part in parts for name, source in part.sources.items()}
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in InfMLLM(spec).state_dict().items()}
+        expected = {
+            name: tuple(tensor.shape) for name, tensor in InfMLLM(spec).state_dict().items()
+        }
     generator = torch.Generator().manual_seed(options.seed)
     for name, shape in track(expected.items(), len(expected), "importing"):
         if name in sources:
@@ -124,15 +164,24 @@ def _tensors(options: ImportOptions, spec: ModelSpec, parts: list[Part], new: li
         elif name.startswith(("pool_adapter.", "vision_tower.norm.")):
             new.append(name)
             plain = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-            tensor = torch.randn(shape, generator=generator) * shape[1] ** -0.5 if len(shape) > 1 else plain
+            tensor = (
+                torch.randn(shape, generator=generator) * shape[1] ** -0.5
+                if len(shape) > 1
+                else plain
+            )
         else:
             raise CheckpointError(f"{options.source} lacks {name}; is this the whole checkpoint?")
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{name} has shape {tuple(tensor.shape)} in {sources[name].stored.file}, expected {shape}")
+            raise CheckpointError(
+                f"{name} has shape {tuple(tensor.shape)} in {sources[name].stored.file}, expected "
+                f"{shape}"
+            )
         yield name, finite(name, tensor, DTYPES[options.dtype])
 
 
-def _write(options: ImportOptions, spec: ModelSpec, parts: list[Part], tokenizer: Path) -> list[str]:
+def _write(
+    options: ImportOptions, spec: ModelSpec, parts: list[Part], tokenizer: Path
+) -> list[str]:
     try:
         Tokenizer.load(tokenizer, spec)
     except BundleError as error:
@@ -142,7 +191,10 @@ def _write(options: ImportOptions, spec: ModelSpec, parts: list[Part], tokenizer
         write_shards(folder, _tensors(options, spec, parts, new), options.shard_bytes)
         shutil.copyfile(tokenizer, folder / TOKENIZER)
         (folder / CONFIG).write_text(json.dumps(spec.to_json(), indent=2) + "\n")
-        names = {"source": options.source.name, "vision": options.vision.name if options.vision else None}
+        names = {
+            "source": options.source.name,
+            "vision": options.vision.name if options.vision else None,
+        }
         card = {"preset": None, "imported": names | {"dtype": options.dtype, "new_tensors": new}}
         (folder / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return new

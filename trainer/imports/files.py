@@ -1,4 +1,5 @@
-"""Reading tensors one at a time from safetensors, and from pickled files only through `weights_only` and a memory map.
+"""Reading tensors one at a time from safetensors, and from pickled files only through
+`weights_only` and a memory map.
 
 Nothing in a file is executed, and a tensor is in memory only while its caller holds it.
 """
@@ -39,7 +40,9 @@ WeightFiles = Mapping[str, Stored]
 
 
 def open_weights(path: Path) -> dict[str, Stored]:
-    """All tensors of a file, or of a folder's shards, by name with `module.` and LoRA wrapper prefixes removed. Raises `CheckpointError`."""
+    """All tensors of a file, or of a folder's shards, by name with `module.` and LoRA
+    wrapper prefixes removed. Raises `CheckpointError`.
+    """
     files = _files(path)
     found: dict[str, Stored] = {}
     for file in files:
@@ -47,12 +50,15 @@ def open_weights(path: Path) -> dict[str, Stored]:
         for name, tensor in stored.items():
             name = _stripped(name)
             if name in found:
-                raise CheckpointError(f"{file}: tensor {name} is also in {found[name].file}; remove one of them")
+                raise CheckpointError(
+                    f"{file}: tensor {name} is also in {found[name].file}; remove one of them"
+                )
             found[name] = tensor
     adapters = sorted(name for name in found if "lora_" in name)
     if adapters:
         raise CheckpointError(
-            f"{path} holds {len(adapters)} LoRA tensors, such as {adapters[0]}; merge them into the weights first (peft: merge_and_unload)"
+            f"{path} holds {len(adapters)} LoRA tensors, such as {adapters[0]}; merge them into "
+            f"the weights first (peft: merge_and_unload)"
         )
     return found
 
@@ -66,7 +72,10 @@ def _files(path: Path) -> list[Path]:
     for name in _SINGLE:
         if (path / name).is_file():
             return [path / name]
-    raise CheckpointError(f"{path} holds none of {', '.join((*_SINGLE, *_INDEXES))}; give the folder or file with the weights")
+    raise CheckpointError(
+        f"{path} holds none of {', '.join((*_SINGLE, *_INDEXES))}; give the folder or file with "
+        f"the weights"
+    )
 
 
 def _safetensors(file: Path) -> dict[str, Stored]:
@@ -88,16 +97,40 @@ def _safetensors(file: Path) -> dict[str, Stored]:
 
 def _pickled(file: Path) -> dict[str, Stored]:
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped; they are read whole, once.
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        # Files from before torch 1.6 are no zip archives and cannot be mapped; they are read
+        # whole, once.
+        data = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (
+        OSError,
+        EOFError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
         reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"{file} cannot be read as plain tensors ({reason}); nothing in it was executed. Save it as safetensors") from None
+        raise CheckpointError(
+            f"{file} cannot be read as plain tensors ({reason}); nothing in it was executed. Save "
+            f"it as safetensors"
+        ) from None
     data = _unwrapped(data)
-    tensors = {name: value for name, value in data.items() if isinstance(value, Tensor)} if isinstance(data, Mapping) else {}
+    tensors = (
+        {name: value for name, value in data.items() if isinstance(value, Tensor)}
+        if isinstance(data, Mapping)
+        else {}
+    )
     if not tensors:
-        raise CheckpointError(f"{file} holds no table of tensors; give the file with the model's weights")
-    return {str(name): Stored(file, tuple(value.shape), lambda value=value: value) for name, value in tensors.items()}  # type: ignore[misc]
+        raise CheckpointError(
+            f"{file} holds no table of tensors; give the file with the model's weights"
+        )
+    return {
+        str(name): Stored(file, tuple(value.shape), lambda value=value: value)
+        for name, value in tensors.items()
+    }  # type: ignore[misc]
 
 
 def _unwrapped(data: object) -> object:

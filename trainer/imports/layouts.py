@@ -1,6 +1,8 @@
-"""The layouts we read: which of our tensors comes from which of theirs, and what model their shapes and configurations describe.
+"""The layouts we read: which of our tensors comes from which of theirs, and what model
+their shapes and configurations describe.
 
-Published raw InfMLLM and EVA-CLIP/BLIP-2 (`visual_encoder.*`), Hugging Face `Blip2VisionModel`, and any LLaMA in Hugging Face layout.
+Published raw InfMLLM and EVA-CLIP/BLIP-2 (`visual_encoder.*`), Hugging Face
+`Blip2VisionModel`, and any LLaMA in Hugging Face layout.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from trainer.start import resized_positions
 
 __all__ = ["Part", "decoder_part", "pooler_part", "vision_part"]
 
-_EVA_WIDTH, _EVA_HEADS, _EVA_BLOCKS, _LLAMA_HEAD_DIM = 1408, 16, 39, 128  # BLIP-2 leaves out the last of EVA's 40 blocks
+_EVA_WIDTH, _EVA_HEADS, _EVA_BLOCKS, _LLAMA_HEAD_DIM = (
+    1408,
+    16,
+    39,
+    128,
+)  # BLIP-2 leaves out the last of EVA's 40 blocks
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model found in files: our names with their sources, and the stored names it uses up. `spec` describes tower or decoder."""
+    """A part of a model found in files: our names with their sources, and the stored
+    names it uses up. `spec` describes tower or decoder.
+    """
 
     sources: Mapping[str, Source]
     used: frozenset[str]
@@ -46,11 +55,16 @@ class Part:
 
 
 def _prefixed(weights: WeightFiles, *prefixes: str) -> str:
-    """The first prefix under which there are tensors; None of them is a `CheckpointError`."""
+    """The first prefix under which there are tensors; None of them is a
+    `CheckpointError`.
+    """
     for prefix in prefixes:
         if any(name.startswith(prefix) for name in weights):
             return prefix
-    raise CheckpointError(f"no tensors named {' or '.join(p + '*' for p in prefixes)}; found such as {', '.join(sorted(weights)[:3])}")
+    raise CheckpointError(
+        f"no tensors named {' or '.join(p + '*' for p in prefixes)}; found such as "
+        f"{', '.join(sorted(weights)[:3])}"
+    )
 
 
 def _number(config: Mapping[str, Any], key: str, default: float) -> float:
@@ -59,14 +73,21 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
     if value is None:
         return default
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
-        raise CheckpointError(f"the configuration's {key} is {value!r:.40}, expected a positive number")
+        raise CheckpointError(
+            f"the configuration's {key} is {value!r:.40}, expected a positive number"
+        )
     return value
 
 
 def _layers(weights: WeightFiles, prefix: str) -> int:
-    numbers = {int(m[1]) for name in weights if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))}
+    numbers = {
+        int(m[1]) for name in weights if (m := re.match(re.escape(prefix) + r"(\d+)\.", name))
+    }
     if numbers != set(range(len(numbers))) or not numbers:
-        raise CheckpointError(f"layers {prefix}N are numbered {sorted(numbers)[:8]}, expected 0, 1, 2, ... without gaps")
+        raise CheckpointError(
+            f"layers {prefix}N are numbered {sorted(numbers)[:8]}, expected 0, 1, 2, ... without "
+            f"gaps"
+        )
     return len(numbers)
 
 
@@ -74,21 +95,43 @@ def _shape(weights: WeightFiles, name: str, ndim: int) -> tuple[int, ...]:
     if name not in weights:
         raise CheckpointError(f"tensor {name} is missing; is this the whole checkpoint?")
     if len(weights[name].shape) != ndim:
-        raise CheckpointError(f"tensor {name} has shape {weights[name].shape}, expected {ndim} dimensions")
+        raise CheckpointError(
+            f"tensor {name} has shape {weights[name].shape}, expected {ndim} dimensions"
+        )
     return weights[name].shape
 
 
-def _collect(weights: WeightFiles, names: Mapping[str, tuple[str, Callable[[Tensor], Tensor] | None]], spec: Any = None) -> Part:
+def _collect(
+    weights: WeightFiles,
+    names: Mapping[str, tuple[str, Callable[[Tensor], Tensor] | None]],
+    spec: Any = None,
+) -> Part:
     missing = sorted(theirs for theirs, _ in names.values() if theirs not in weights)
     if missing:
-        raise CheckpointError(f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}; is this the whole checkpoint?")
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}; is this the "
+            f"whole checkpoint?"
+        )
     sources = {ours: Source(weights[theirs], change) for ours, (theirs, change) in names.items()}
     return Part(sources, frozenset(theirs for theirs, _ in names.values()), spec)
 
 
 _EVA_BLOCK = {
-    name: name for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.qkv.weight", "attn.q_bias", "attn.v_bias")
-} | {f"{layer}.{kind}": f"{layer}.{kind}" for layer in ("attn.proj", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")}
+    name: name
+    for name in (
+        "norm1.weight",
+        "norm1.bias",
+        "norm2.weight",
+        "norm2.bias",
+        "attn.qkv.weight",
+        "attn.q_bias",
+        "attn.v_bias",
+    )
+} | {
+    f"{layer}.{kind}": f"{layer}.{kind}"
+    for layer in ("attn.proj", "mlp.fc1", "mlp.fc2")
+    for kind in ("weight", "bias")
+}
 _BLIP2_BLOCK = {
     f"{ours}.{kind}": f"{theirs}.{kind}"
     for ours, theirs in {
@@ -108,21 +151,37 @@ def _bias_third(index: int) -> Callable[[Tensor], Tensor]:
     def cut(bias: Tensor) -> Tensor:
         q, k, v = bias.chunk(3)
         if bool(k.any()):
-            raise CheckpointError("the vision tower has a bias on its attention keys, which InfMLLM's tower has not")
+            raise CheckpointError(
+                "the vision tower has a bias on its attention keys, which InfMLLM's tower has not"
+            )
         return (q, k, v)[index]
 
     return cut
 
 
 def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int | None) -> Part:
-    """The tower. `config` is a Hugging Face configuration (empty for raw files); `image_size` resizes positions. Raises `CheckpointError`."""
+    """The tower. `config` is a Hugging Face configuration (empty for raw files);
+    `image_size` resizes positions. Raises `CheckpointError`.
+    """
     huggingface = any("embeddings.class_embedding" in name for name in weights)
     if huggingface:
-        prefix = _prefixed(weights, "vision_model.embeddings.", "embeddings.").removesuffix("embeddings.")
-        blocks, block, patch = f"{prefix}encoder.layers.", _BLIP2_BLOCK, f"{prefix}embeddings.patch_embedding"
-        cls, positions, norm = f"{prefix}embeddings.class_embedding", f"{prefix}embeddings.position_embedding", f"{prefix}post_layernorm"
+        prefix = _prefixed(weights, "vision_model.embeddings.", "embeddings.").removesuffix(
+            "embeddings."
+        )
+        blocks, block, patch = (
+            f"{prefix}encoder.layers.",
+            _BLIP2_BLOCK,
+            f"{prefix}embeddings.patch_embedding",
+        )
+        cls, positions, norm = (
+            f"{prefix}embeddings.class_embedding",
+            f"{prefix}embeddings.position_embedding",
+            f"{prefix}post_layernorm",
+        )
     else:
-        prefix = "" if "cls_token" in weights else _prefixed(weights, "visual_encoder.", "visual.")  # bare EVA files have no prefix
+        prefix = (
+            "" if "cls_token" in weights else _prefixed(weights, "visual_encoder.", "visual.")
+        )  # bare EVA files have no prefix
         blocks, block, patch = f"{prefix}blocks.", _EVA_BLOCK, f"{prefix}patch_embed.proj"
         cls, positions, norm = f"{prefix}cls_token", f"{prefix}pos_embed", "ln_vision"
     vision = config.get("vision_config", config)
@@ -132,7 +191,10 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
     rows = _shape(weights, positions, 3)[1]
     heads = int(_number(vision, "num_attention_heads", _EVA_HEADS if width == _EVA_WIDTH else 0))
     if not heads:
-        raise CheckpointError(f"a raw tower of width {width} does not tell its number of heads; give it with --vision-heads")
+        raise CheckpointError(
+            f"a raw tower of width {width} does not tell its number of heads; give it with "
+            f"--vision-heads"
+        )
     old_grid = round((rows - 1) ** 0.5)
     epsilon = _number(vision, "layer_norm_eps", 1e-6)
     spec = VisionSpec(
@@ -151,15 +213,22 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
     }
     for kind in ("weight", "bias"):
         names[f"patch_embed.{kind}"] = (f"{patch}.{kind}", None)
-        if huggingface or f"{norm}.{kind}" in weights or prefix == "visual_encoder.":  # bare EVA files end before it; it is new then
+        if (
+            huggingface or f"{norm}.{kind}" in weights or prefix == "visual_encoder."
+        ):  # bare EVA files end before it; it is new then
             names[f"norm.{kind}"] = (f"{norm}.{kind}", None)
     for layer in range(spec.layers):
         for ours, theirs in block.items():
             names[f"blocks.{layer}.{ours}"] = (f"{blocks}{layer}.{theirs}", None)
         if huggingface:
             for ours, third in (("q_bias", 0), ("v_bias", 2)):
-                names[f"blocks.{layer}.attn.{ours}"] = (f"{blocks}{layer}.self_attn.qkv.bias", _bias_third(third))
-    return _collect(weights, {f"vision_tower.{ours}": source for ours, source in names.items()}, spec)
+                names[f"blocks.{layer}.attn.{ours}"] = (
+                    f"{blocks}{layer}.self_attn.qkv.bias",
+                    _bias_third(third),
+                )
+    return _collect(
+        weights, {f"vision_tower.{ours}": source for ours, source in names.items()}, spec
+    )
 
 
 def pooler_part(weights: WeightFiles) -> Part | None:
@@ -175,16 +244,23 @@ def pooler_part(weights: WeightFiles) -> Part | None:
 
 
 def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | None) -> Part:
-    """The LLaMA decoder. Raises `CheckpointError` for other architectures and features (rope scaling, biases, sliding windows)."""
+    """The LLaMA decoder. Raises `CheckpointError` for other architectures and features
+    (rope scaling, biases, sliding windows).
+    """
     prefix = "lm_model." if any(name.startswith("lm_model.") for name in weights) else ""
     body = _prefixed(weights, f"{prefix}model.")
     _check_llama(config)
     vocabulary, hidden = _shape(weights, f"{body}embed_tokens.weight", 2)
     count = heads or int(_number(config, "num_attention_heads", hidden // _LLAMA_HEAD_DIM))
     if count < 1 or hidden % count:
-        raise CheckpointError(f"a decoder of width {hidden} does not tell its number of heads; give it with --decoder-heads")
+        raise CheckpointError(
+            f"a decoder of width {hidden} does not tell its number of heads; give it with "
+            f"--decoder-heads"
+        )
     kv_rows = _shape(weights, f"{body}layers.0.self_attn.k_proj.weight", 2)[0]
-    rope = config.get("rope_parameters") if isinstance(config.get("rope_parameters"), Mapping) else {}
+    rope = (
+        config.get("rope_parameters") if isinstance(config.get("rope_parameters"), Mapping) else {}
+    )
     assert isinstance(rope, Mapping), "chosen above"
     theta = {"rope_theta": config.get("rope_theta") or rope.get("rope_theta")}
     spec = DecoderSpec(
@@ -198,23 +274,44 @@ def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | N
         rope_theta=_number(theta, "rope_theta", 10000.0),
         rms_norm_eps=_number(config, "rms_norm_eps", 1e-5),
     )
-    names = {"embed_tokens.weight": f"{body}embed_tokens.weight", "norm.weight": f"{body}norm.weight"}
+    names = {
+        "embed_tokens.weight": f"{body}embed_tokens.weight",
+        "norm.weight": f"{body}norm.weight",
+    }
     tied = f"{prefix}lm_head.weight" not in weights and bool(config.get("tie_word_embeddings"))
     names["lm_head.weight"] = f"{body}embed_tokens.weight" if tied else f"{prefix}lm_head.weight"
-    linear = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    linear = [f"self_attn.{p}_proj" for p in "qkvo"] + [
+        f"mlp.{p}_proj" for p in ("gate", "up", "down")
+    ]
     for layer in range(spec.layers):
         for name in (*linear, "input_layernorm", "post_attention_layernorm"):
             names[f"layers.{layer}.{name}.weight"] = f"{body}layers.{layer}.{name}.weight"
-    part = _collect(weights, {f"decoder.{ours}": (theirs, None) for ours, theirs in names.items()}, spec)
-    computed = {name for name in weights if name.endswith("rotary_emb.inv_freq")}  # older files store what is computed
+    part = _collect(
+        weights, {f"decoder.{ours}": (theirs, None) for ours, theirs in names.items()}, spec
+    )
+    computed = {
+        name for name in weights if name.endswith("rotary_emb.inv_freq")
+    }  # older files store what is computed
     return Part(part.sources, part.used | computed, spec)
 
 
 def _check_llama(config: Mapping[str, Any]) -> None:
-    found = {key: config.get(key) for key in ("attention_bias", "mlp_bias", "sliding_window") if config.get(key)}
+    found = {
+        key: config.get(key)
+        for key in ("attention_bias", "mlp_bias", "sliding_window")
+        if config.get(key)
+    }
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    scaling = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, Mapping) else rope
-    head_dim, hidden, heads = config.get("head_dim"), config.get("hidden_size"), config.get("num_attention_heads")
+    scaling = (
+        (rope.get("rope_type") or rope.get("type") or "default")
+        if isinstance(rope, Mapping)
+        else rope
+    )
+    head_dim, hidden, heads = (
+        config.get("head_dim"),
+        config.get("hidden_size"),
+        config.get("num_attention_heads"),
+    )
     if head_dim and hidden and heads and head_dim * heads != hidden:
         found["head_dim"] = head_dim
     if config.get("hidden_act", "silu") != "silu":
@@ -224,13 +321,24 @@ def _check_llama(config: Mapping[str, Any]) -> None:
     if config.get("model_type", "llama") not in ("llama", "vicuna"):
         found["model_type"] = config["model_type"]
     if found:
-        raise CheckpointError(f"the decoder is no plain LLaMA: {found}; only the plain architecture is supported")
+        raise CheckpointError(
+            f"the decoder is no plain LLaMA: {found}; only the plain architecture is supported"
+        )
 
 
 def finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor as `dtype`; raises `CheckpointError` if a value is not finite there."""
-    converted = tensor.detach().to(dtype, copy=True).contiguous()  # a copy: tied tensors may not share memory in a file
+    converted = (
+        tensor.detach().to(dtype, copy=True).contiguous()
+    )  # a copy: tied tensors may not share memory in a file
     if not bool(torch.isfinite(converted).all()):
-        hint = "use --dtype bf16 or fp32" if bool(torch.isfinite(tensor).all()) else "the checkpoint is damaged"
-        raise CheckpointError(f"{name} holds values that are not finite as {str(dtype).removeprefix('torch.')}; {hint}")
+        hint = (
+            "use --dtype bf16 or fp32"
+            if bool(torch.isfinite(tensor).all())
+            else "the checkpoint is damaged"
+        )
+        raise CheckpointError(
+            f"{name} holds values that are not finite as {str(dtype).removeprefix('torch.')}; "
+            f"{hint}"
+        )
     return converted

@@ -1,4 +1,6 @@
-"""Checks that a session's inputs and outputs are those the manifest's spec calls for, before anything is bound to them."""
+"""Checks that a session's inputs and outputs are those the manifest's spec calls for,
+before anything is bound to them.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,28 @@ Shape = tuple[int | None, ...]
 """Static dimensions, None where they are free."""
 
 
-def check_values(bundle: Bundle, file: str, found_values: Iterable[Any], expected: Mapping[str, Shape]) -> None:
-    """Raises `BundleError` unless a graph's inputs (or outputs) are exactly the expected ones, with their static dimensions."""
+def check_values(
+    bundle: Bundle, file: str, found_values: Iterable[Any], expected: Mapping[str, Shape]
+) -> None:
+    """Raises `BundleError` unless a graph's inputs (or outputs) are exactly the
+    expected ones, with their static dimensions.
+    """
     found = {value.name: value for value in found_values}
     for name in sorted(set(found) ^ set(expected)):
         raise BundleError(
-            f"{bundle.path / file}: {name} is {'unexpected' if name in found else 'missing'}; graph and manifest do not belong together"
+            f"{bundle.path / file}: {name} is {'unexpected' if name in found else 'missing'}; "
+            f"graph and manifest do not belong together"
         )
     for name, shape in expected.items():
         dims = found[name].shape
-        if len(dims) != len(shape) or any(isinstance(d, int) and w is not None and d != w for d, w in zip(dims, shape, strict=True)):
-            raise BundleError(f"{bundle.path / file}: {name} is {dims}, the manifest's spec makes it {list(shape)}; re-export the bundle")
+        if len(dims) != len(shape) or any(
+            isinstance(d, int) and w is not None and d != w
+            for d, w in zip(dims, shape, strict=True)
+        ):
+            raise BundleError(
+                f"{bundle.path / file}: {name} is {dims}, the manifest's spec makes it "
+                f"{list(shape)}; re-export the bundle"
+            )
 
 
 def check_vision(bundle: Bundle, file: str, session: ort.InferenceSession) -> None:
@@ -35,4 +48,9 @@ def check_vision(bundle: Bundle, file: str, session: ort.InferenceSession) -> No
     tower = bundle.spec.vision
     pixels = (None, 3, tower.image_size, tower.image_size)
     check_values(bundle, file, session.get_inputs(), {PIXELS: pixels, POOL: (None, tower.grid**2)})
-    check_values(bundle, file, session.get_outputs(), {IMAGE_EMBEDS: (None, None, bundle.spec.decoder.hidden)})
+    check_values(
+        bundle,
+        file,
+        session.get_outputs(),
+        {IMAGE_EMBEDS: (None, None, bundle.spec.decoder.hidden)},
+    )

@@ -1,7 +1,8 @@
 """ONNX Runtime on the CPU: the sessions, and a decode loop that rebinds nothing.
 
-Key/value buffers are allocated once and bound as input and output of the same graph, which updates them in place. One token costs two integer writes,
-one row copy and one `run`.
+Key/value buffers are allocated once and bound as input and output of the same graph,
+which updates them in place. One token costs two integer writes, one row copy and one
+`run`.
 """
 
 from __future__ import annotations
@@ -33,20 +34,39 @@ from runtime.generation.sampling import greedy
 
 __all__ = ["OrtEngine"]
 
-_KEPT_BINDINGS = 32  # inputs up to this many rows keep their binding; longer ones are bound anew, which costs 30 µs of many milliseconds
+# inputs up to this many rows keep their binding; longer ones are bound anew, which costs 30 µs
+# of many milliseconds
+_KEPT_BINDINGS = 32
 
 
-def _check_contract(bundle: Bundle, vision: ort.InferenceSession, decoders: Mapping[str, ort.InferenceSession]) -> None:
-    """Raises `BundleError` unless all graphs have the inputs and outputs the spec calls for, with its static dimensions."""
+def _check_contract(
+    bundle: Bundle, vision: ort.InferenceSession, decoders: Mapping[str, ort.InferenceSession]
+) -> None:
+    """Raises `BundleError` unless all graphs have the inputs and outputs the spec calls
+    for, with its static dimensions.
+    """
     spec = bundle.spec.decoder
-    caches: dict[str, Shape] = dict.fromkeys(spec.cache_names, (None, spec.kv_heads, None, spec.head_dim))
+    caches: dict[str, Shape] = dict.fromkeys(
+        spec.cache_names, (None, spec.kv_heads, None, spec.head_dim)
+    )
     check_vision(bundle, VISION, vision)
     for file, decoder in decoders.items():
         # Bundles of version 0.1 give logits of the last position only.
         keep: dict[str, Shape] = {LOGITS_TO_KEEP: (1,)} if _keeps(decoder) else {}
-        inputs: dict[str, Shape] = {INPUTS_EMBEDS: (None, None, spec.hidden), SEQLENS_K: (None,), TOTAL_LENGTH: (), **keep, **caches}
+        inputs: dict[str, Shape] = {
+            INPUTS_EMBEDS: (None, None, spec.hidden),
+            SEQLENS_K: (None,),
+            TOTAL_LENGTH: (),
+            **keep,
+            **caches,
+        }
         check_values(bundle, file, decoder.get_inputs(), inputs)
-        check_values(bundle, file, decoder.get_outputs(), {LOGITS: (None, spec.vocab_size), **{present(name): caches[name] for name in caches}})
+        check_values(
+            bundle,
+            file,
+            decoder.get_outputs(),
+            {LOGITS: (None, spec.vocab_size), **{present(name): caches[name] for name in caches}},
+        )
 
 
 def _keeps(session: ort.InferenceSession) -> bool:
@@ -54,17 +74,27 @@ def _keeps(session: ort.InferenceSession) -> bool:
 
 
 class _Buffers:
-    """Caches for `slots` sequences, and the small arrays that say how far each is filled; every session and length binds the same ones."""
+    """Caches for `slots` sequences, and the small arrays that say how far each is
+    filled; every session and length binds the same ones.
+    """
 
-    def __init__(self, bundle: Bundle, decoder: ort.InferenceSession, slots: int, rows: int) -> None:
+    def __init__(
+        self, bundle: Bundle, decoder: ort.InferenceSession, slots: int, rows: int
+    ) -> None:
         spec = bundle.spec.decoder
         kinds = {value.name: value.type for value in decoder.get_inputs()}
         shape = (slots, spec.kv_heads, rows, spec.head_dim)
         names = spec.cache_names
         try:
-            self.caches = {name: np.zeros(shape, np.int8 if kinds[name] == "tensor(int8)" else np.float32) for name in names}
+            self.caches = {
+                name: np.zeros(shape, np.int8 if kinds[name] == "tensor(int8)" else np.float32)
+                for name in names
+            }
         except MemoryError:
-            raise ContextError(f"no memory for {slots} caches of {rows} rows; choose a smaller --context, or fewer beams or questions") from None
+            raise ContextError(
+                f"no memory for {slots} caches of {rows} rows; choose a smaller --context, or "
+                f"fewer beams or questions"
+            ) from None
         self.rows, self._hidden, self._vocabulary = rows, spec.hidden, spec.vocab_size
         self._bindings: dict[tuple[int, int, int, int], _Call] = {}
 
@@ -75,7 +105,9 @@ class _Buffers:
         if call is None:
             logits = np.zeros((slots * keep, self._vocabulary), np.float32)
             caches = {name: cache[:slots] for name, cache in self.caches.items()}
-            call = _Call(session, np.zeros((slots, length, self._hidden), np.float32), logits, keep, caches)
+            call = _Call(
+                session, np.zeros((slots, length, self._hidden), np.float32), logits, keep, caches
+            )
             if length <= _KEPT_BINDINGS:
                 self._bindings[key] = call
         return call
@@ -85,7 +117,12 @@ class _Call:
     """One graph bound to buffers of one shape."""
 
     def __init__(
-        self, session: ort.InferenceSession, embeds: NDArray[np.float32], logits: NDArray[np.float32], keep: int, caches: Mapping[str, NDArray[Any]]
+        self,
+        session: ort.InferenceSession,
+        embeds: NDArray[np.float32],
+        logits: NDArray[np.float32],
+        keep: int,
+        caches: Mapping[str, NDArray[Any]],
     ) -> None:
         self.embeds, self.logits = embeds, logits
         self.seqlens, self.total = np.zeros(embeds.shape[0], np.int32), np.zeros((), np.int32)
@@ -112,7 +149,9 @@ class _Call:
 
 
 class OrtEngine:
-    """The graphs of a `cpu` bundle in ONNX Runtime. Calls of more than one token go to the prefill graph where the bundle has one."""
+    """The graphs of a `cpu` bundle in ONNX Runtime. Calls of more than one token go to
+    the prefill graph where the bundle has one.
+    """
 
     trial: Trial | None = None
 
@@ -122,13 +161,24 @@ class OrtEngine:
         self.capacity = min(options.context or spec.context, spec.context)
         self._vision = open_graph(bundle, VISION, options)
         self._decoder = open_graph(bundle, DECODER, options)
-        self._prefill = open_graph(bundle, PREFILL, options) if PREFILL in bundle.files else self._decoder
-        _check_contract(bundle, self._vision, {DECODER: self._decoder, **({PREFILL: self._prefill} if PREFILL in bundle.files else {})})
+        self._prefill = (
+            open_graph(bundle, PREFILL, options) if PREFILL in bundle.files else self._decoder
+        )
+        _check_contract(
+            bundle,
+            self._vision,
+            {
+                DECODER: self._decoder,
+                **({PREFILL: self._prefill} if PREFILL in bundle.files else {}),
+            },
+        )
         self.verifies = _keeps(self._decoder)
         self._own = _Buffers(bundle, self._decoder, 1, self.capacity)
         self._step = self._own.call(self._decoder, 1, 1, 1)
 
-    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
+    def embed_image(
+        self, pixels: NDArray[np.float32], pool: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         """See `Engine.embed_image`."""
         try:
             (embeds,) = self._vision.run([IMAGE_EMBEDS], {PIXELS: pixels, POOL: pool})
@@ -153,9 +203,14 @@ class OrtEngine:
         assert self.verifies or length == 1, "the caller asks `verifies` first"
         return self._fed(self._own.call(self._decoder, 1, length, length), inputs_embeds, start)
 
-    def _fed(self, call: _Call, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
+    def _fed(
+        self, call: _Call, inputs_embeds: NDArray[np.float32], start: int
+    ) -> NDArray[np.float32]:
         end = start + inputs_embeds.shape[1]
-        assert end <= self.capacity, f"rows {start} to {end} do not fit the cache of {self.capacity}; the session checks this before prefill"
+        assert end <= self.capacity, (
+            f"rows {start} to {end} do not fit the cache of {self.capacity}; the session checks "
+            f"this before prefill"
+        )
         call.embeds[...] = inputs_embeds
         call.seqlens[0] = end - 1
         call.total[...] = end
@@ -163,7 +218,11 @@ class OrtEngine:
 
     def batch(self, slots: int, rows: int) -> OrtBatch:
         """See `Engine.batch`."""
-        return OrtBatch(self._own, _Buffers(self._bundle, self._decoder, slots, min(rows, self.capacity)), self._decoder)
+        return OrtBatch(
+            self._own,
+            _Buffers(self._bundle, self._decoder, slots, min(rows, self.capacity)),
+            self._decoder,
+        )
 
 
 class OrtBatch:
@@ -177,9 +236,13 @@ class OrtBatch:
         for name, cache in self._buffers.caches.items():
             cache[slot, :, :rows] = self._own.caches[name][0, :, :rows]
 
-    def step(self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]) -> NDArray[np.float32]:
+    def step(
+        self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
         """See `Batch.step`."""
-        assert starts.max() < self._buffers.rows, f"row {starts.max()} does not fit {self._buffers.rows}; the caller asks for enough rows"
+        assert starts.max() < self._buffers.rows, (
+            f"row {starts.max()} does not fit {self._buffers.rows}; the caller asks for enough rows"
+        )
         call = self._buffers.call(self._decoder, len(starts), 1, 1)
         call.embeds[...] = inputs_embeds
         call.seqlens[...] = starts

@@ -1,8 +1,11 @@
-"""ONNX Runtime's CUDA provider: both graphs of a `cuda` bundle, caches in the GPU's memory, decoding steps as one CUDA graph.
+"""ONNX Runtime's CUDA provider: both graphs of a `cuda` bundle, caches in the GPU's
+memory, decoding steps as one CUDA graph.
 
-A greedy step brings a token id and one number back to the host. The attention reads from the device how far a sequence is (`seqlens_k`); the total
-length it takes on the host only chooses how the work is split, so a decoding step always says the cache's whole length there and nothing on the
-host changes from step to step: that is what lets one captured graph serve them all.
+A greedy step brings a token id and one number back to the host. The attention reads
+from the device how far a sequence is (`seqlens_k`); the total length it takes on the
+host only chooses how the work is split, so a decoding step always says the cache's
+whole length there and nothing on the host changes from step to step: that is what lets
+one captured graph serve them all.
 """
 
 from __future__ import annotations
@@ -43,12 +46,15 @@ _FATAL = 4  # ONNX Runtime log level
 _SETTINGS = {
     "device_id": "0",
     "arena_extend_strategy": "kSameAsRequested",  # the default doubles what it takes
-    "cudnn_conv_algo_search": "HEURISTIC",  # one convolution, the patch embedding: not worth an exhaustive search at each start
+    # one convolution, the patch embedding: not worth an exhaustive search at each start
+    "cudnn_conv_algo_search": "HEURISTIC",
 }
 
 
 class OrtCudaEngine(DeviceEngine):
-    """The graphs of a `cuda` bundle. On `HOST` the same graphs and calls run on the CPU, which is how builds and tests prove them."""
+    """The graphs of a `cuda` bundle. On `HOST` the same graphs and calls run on the
+    CPU, which is how builds and tests prove them.
+    """
 
     def __init__(self, bundle: Bundle, options: EngineOptions, device: Device = CUDA) -> None:
         if device.captures:
@@ -58,69 +64,133 @@ class OrtCudaEngine(DeviceEngine):
         decoder = _opened(bundle, DECODER, options, device, captures=device.captures)
         _check_decoder(bundle, decoder)
         check_vision(bundle, VISION, vision)
-        super().__init__(bundle, device, vision, decoder, min(options.context or spec.context, spec.context))
+        super().__init__(
+            bundle, device, vision, decoder, min(options.context or spec.context, spec.context)
+        )
 
     def batch(self, slots: int, rows: int) -> DeviceBatch:
         """See `Engine.batch`."""
         spec = self.bundle.spec.decoder
         shape = (slots, spec.kv_heads, min(rows, self.capacity), spec.head_dim)
-        return DeviceBatch(self.device, self.caches, shape, lambda slots, caches: self.bound(CallShape(slots, 1, 1), caches))
+        return DeviceBatch(
+            self.device,
+            self.caches,
+            shape,
+            lambda slots, caches: self.bound(CallShape(slots, 1, 1), caches),
+        )
 
     def places(self, length: int, start: int) -> dict[str, NDArray[Any]]:
-        """How far the cache is filled. A single token's total length stays the whole cache's, see above."""
+        """How far the cache is filled. A single token's total length stays the whole
+        cache's, see above.
+        """
         end = start + length
         filled: dict[str, NDArray[Any]] = {SEQLENS_K: np.array([end - 1], np.int32)}
         return filled if length == 1 else {**filled, TOTAL_LENGTH: np.array(end, np.int32)}
 
     def bound(self, shape: CallShape, caches: Mapping[str, ort.OrtValue]) -> Bound:
-        """See `DeviceEngine.bound`. A single token of the engine's own cache is captured."""
+        """See `DeviceEngine.bound`. A single token of the engine's own cache is
+        captured.
+        """
         rows, own = int(next(iter(caches.values())).shape()[2]), caches is self.caches
-        inputs: dict[str, NDArray[Any]] = {SEQLENS_K: np.zeros(shape.slots, np.int32), TOTAL_LENGTH: np.array(rows, np.int32)}
-        return self.call(shape, caches, inputs, frozenset({TOTAL_LENGTH}), 0 if own and shape.length == 1 else None)
+        inputs: dict[str, NDArray[Any]] = {
+            SEQLENS_K: np.zeros(shape.slots, np.int32),
+            TOTAL_LENGTH: np.array(rows, np.int32),
+        }
+        return self.call(
+            shape,
+            caches,
+            inputs,
+            frozenset({TOTAL_LENGTH}),
+            0 if own and shape.length == 1 else None,
+        )
 
 
 def _remedy() -> str:
     from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU
 
-    return f"run: {PIP_ONNXRUNTIME_GPU} (infmllm-export doctor --target {_TARGET} tells what is missing)"
+    return (
+        f"run: {PIP_ONNXRUNTIME_GPU} (infmllm-export doctor --target {_TARGET} tells what is "
+        f"missing)"
+    )
 
 
 def _check_available(device: Device) -> None:
-    """Raises `EngineError` if this onnxruntime has no such provider; loads the CUDA libraries that pip installed, where there are any."""
+    """Raises `EngineError` if this onnxruntime has no such provider; loads the CUDA
+    libraries that pip installed, where there are any.
+    """
     if device.provider not in ort.get_available_providers():
-        raise EngineError(f"the installed onnxruntime {ort.__version__} has no {device.provider}; {_remedy()}")
+        raise EngineError(
+            f"the installed onnxruntime {ort.__version__} has no {device.provider}; {_remedy()}"
+        )
     ort.set_default_logger_severity(_FATAL)
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; the session says it in one line
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # it prints what it does not find; the session says it in one line
         ort.preload_dlls()
 
 
-def _opened(bundle: Bundle, file: str, options: EngineOptions, device: Device, captures: bool = False) -> ort.InferenceSession:
-    """A session whose every node is the device's. Raises `EngineError` where ONNX Runtime would go on without it, on the CPU."""
+def _opened(
+    bundle: Bundle, file: str, options: EngineOptions, device: Device, captures: bool = False
+) -> ort.InferenceSession:
+    """A session whose every node is the device's. Raises `EngineError` where ONNX
+    Runtime would go on without it, on the CPU.
+    """
     settings, path = session_options(options.threads), bundle.file(file)
     chosen: list[Any] = [device.provider]
     if not device.captures:
-        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # literally: rounded behind each operator, as a GPU does
+        settings.graph_optimization_level = (
+            ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        )  # literally: rounded behind each operator, as a GPU does
     else:
-        settings.log_severity_level = _FATAL  # what it logs in several lines the error says in one, and the doctor in full
+        settings.log_severity_level = (
+            _FATAL  # what it logs in several lines the error says in one, and the doctor in full
+        )
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         chosen = [(device.provider, {**_SETTINGS, "enable_cuda_graph": "1" if captures else "0"})]
     try:
         # Its fused residual + norm adds up in half precision; apart, the norm adds up in fp32.
-        session = ort.InferenceSession(str(path), settings, providers=chosen, enable_fallback=0, disabled_optimizers={"SkipLayerNormFusion"})
+        session = ort.InferenceSession(
+            str(path),
+            settings,
+            providers=chosen,
+            enable_fallback=0,
+            disabled_optimizers={"SkipLayerNormFusion"},
+        )
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         reason = f"{str(error).splitlines()[0]:.300}"
         if "fallback to CPU EP has been explicitly disabled" in reason:
-            reason = f"{device.provider} could not be started, or has no kernel for part of this graph"
+            reason = (
+                f"{device.provider} could not be started, or has no kernel for part of this graph"
+            )
         raise EngineError(f"{path} cannot run on the GPU: {reason}; {_remedy()}") from None
     if session.get_providers()[0] != device.provider:
-        raise EngineError(f"{path} would run on {session.get_providers()[0]}, not {device.provider}; {_remedy()}")
+        raise EngineError(
+            f"{path} would run on {session.get_providers()[0]}, not {device.provider}; {_remedy()}"
+        )
     return session
 
 
 def _check_decoder(bundle: Bundle, session: ort.InferenceSession) -> None:
     spec = bundle.spec.decoder
-    caches: dict[str, Shape] = dict.fromkeys(spec.cache_names, (None, spec.kv_heads, None, spec.head_dim))
-    inputs: dict[str, Shape] = {INPUTS_EMBEDS: (None, None, spec.hidden), SEQLENS_K: (None,), LOGITS_ROWS: (None,), TOTAL_LENGTH: (), **caches}
-    outputs: dict[str, Shape] = {LOGITS: (None, spec.vocab_size), NEXT_TOKEN: (None,), LOGITS_MASS: (None,)}
+    caches: dict[str, Shape] = dict.fromkeys(
+        spec.cache_names, (None, spec.kv_heads, None, spec.head_dim)
+    )
+    inputs: dict[str, Shape] = {
+        INPUTS_EMBEDS: (None, None, spec.hidden),
+        SEQLENS_K: (None,),
+        LOGITS_ROWS: (None,),
+        TOTAL_LENGTH: (),
+        **caches,
+    }
+    outputs: dict[str, Shape] = {
+        LOGITS: (None, spec.vocab_size),
+        NEXT_TOKEN: (None,),
+        LOGITS_MASS: (None,),
+    }
     check_values(bundle, DECODER, session.get_inputs(), inputs)
-    check_values(bundle, DECODER, session.get_outputs(), {**outputs, **{present(name): shape for name, shape in caches.items()}})
+    check_values(
+        bundle,
+        DECODER,
+        session.get_outputs(),
+        {**outputs, **{present(name): shape for name, shape in caches.items()}},
+    )

@@ -1,7 +1,9 @@
 """Several sequences decoded together on a device, each in a slot of shared caches.
 
-Rows move between slots on the host, because ONNX Runtime copies only whole buffers: the caches come down, are put in order, and go up again. That
-happens when a question is added or leaves and after every step of a beam search that changes its order, never in a plain decoding step.
+Rows move between slots on the host, because ONNX Runtime copies only whole buffers: the
+caches come down, are put in order, and go up again. That happens when a question is
+added or leaves and after every step of a beam search that changes its order, never in a
+plain decoding step.
 """
 
 from __future__ import annotations
@@ -22,15 +24,24 @@ Caches = dict[str, ort.OrtValue]
 
 
 class DeviceBatch:
-    """See `runtime.engines.Batch`. `shape` is that of its caches [slots,KV,rows,D]; `bind(n, caches)` makes a step of n sequences."""
+    """See `runtime.engines.Batch`. `shape` is that of its caches [slots,KV,rows,D];
+    `bind(n, caches)` makes a step of n sequences.
+    """
 
-    def __init__(self, device: Device, own: Mapping[str, ort.OrtValue], shape: tuple[int, ...], bind: Callable[[int, Caches], Bound]) -> None:
+    def __init__(
+        self,
+        device: Device,
+        own: Mapping[str, ort.OrtValue],
+        shape: tuple[int, ...],
+        bind: Callable[[int, Caches], Bound],
+    ) -> None:
         self._device, self._own, self._bind, self._rows = device, own, bind, shape[2]
         try:
             self._host = {name: np.zeros(shape, np.float16) for name in own}
         except MemoryError:
             raise ContextError(
-                f"no memory for {shape[0]} caches of {shape[2]} rows; choose a smaller --context, or fewer beams or questions"
+                f"no memory for {shape[0]} caches of {shape[2]} rows; choose a smaller --context, "
+                f"or fewer beams or questions"
             ) from None
         self._caches: Caches = {}
         self._call: Bound | None = None
@@ -42,12 +53,22 @@ class DeviceBatch:
         for name, cache in self._host.items():
             cache[slot, :, :rows] = read(self._own[name])[0, :, :rows]
 
-    def step(self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]) -> NDArray[np.float32]:
+    def step(
+        self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
         """See `Batch.step`."""
-        assert starts.max() < self._rows, f"row {starts.max()} does not fit {self._rows}; the caller asks for enough rows"
+        assert starts.max() < self._rows, (
+            f"row {starts.max()} does not fit {self._rows}; the caller asks for enough rows"
+        )
         call = self._up(len(starts))
         total = np.array(int(starts.max()) + 1, np.int32)
-        call.write({INPUTS_EMBEDS: inputs_embeds.astype(np.float16), SEQLENS_K: starts.astype(np.int32), TOTAL_LENGTH: total})
+        call.write(
+            {
+                INPUTS_EMBEDS: inputs_embeds.astype(np.float16),
+                SEQLENS_K: starts.astype(np.int32),
+                TOTAL_LENGTH: total,
+            }
+        )
         call.run()
         self._newer = "device"
         return call.logits()
@@ -73,7 +94,9 @@ class DeviceBatch:
             self._down()
             self._caches = {}  # before the new ones are made: memory for both may not be there
             self._call = None
-            self._caches = {name: self._device.hold(cache[:slots].copy()) for name, cache in self._host.items()}
+            self._caches = {
+                name: self._device.hold(cache[:slots].copy()) for name, cache in self._host.items()
+            }
             self._call, self._slots = self._bind(slots, self._caches), slots
         elif self._newer == "host":
             for name, value in self._caches.items():

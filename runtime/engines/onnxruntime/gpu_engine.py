@@ -1,4 +1,6 @@
-"""What the engines of ONNX Runtime on a GPU share: caches and calls that stay on the device, and a step of which only a token comes back."""
+"""What the engines of ONNX Runtime on a GPU share: caches and calls that stay on the
+device, and a step of which only a token comes back.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle
 from runtime.contract.errors import EngineError
-from runtime.contract.spec import IMAGE_EMBEDS, INPUTS_EMBEDS, LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN, PIXELS, POOL, present
+from runtime.contract.spec import (
+    IMAGE_EMBEDS,
+    INPUTS_EMBEDS,
+    LOGITS,
+    LOGITS_MASS,
+    LOGITS_ROWS,
+    NEXT_TOKEN,
+    PIXELS,
+    POOL,
+    present,
+)
 from runtime.engines import Trial
 from runtime.engines.onnxruntime.io_binding import Bound, Device, write
 from runtime.engines.onnxruntime.sessions import engine_errors
@@ -26,7 +38,9 @@ _KEPT_CALLS = 8  # calls up to this many rows keep their buffers: single tokens 
 
 @dataclass(frozen=True)
 class CallShape:
-    """What a call binds: sequences side by side, rows of each, and how many of the last rows get logits."""
+    """What a call binds: sequences side by side, rows of each, and how many of the last
+    rows get logits.
+    """
 
     slots: int
     length: int
@@ -34,12 +48,20 @@ class CallShape:
 
 
 class DeviceEngine(ABC):
-    """An `Engine` but for `batch`; subclasses say how a graph is told which rows a call fills."""
+    """An `Engine` but for `batch`; subclasses say how a graph is told which rows a call
+    fills.
+    """
 
     verifies = True
 
     def __init__(
-        self, bundle: Bundle, device: Device, vision: ort.InferenceSession, decoder: ort.InferenceSession, capacity: int, rows: int = 0
+        self,
+        bundle: Bundle,
+        device: Device,
+        vision: ort.InferenceSession,
+        decoder: ort.InferenceSession,
+        capacity: int,
+        rows: int = 0,
     ) -> None:
         """`rows` is the length of the caches where it is not `capacity`."""
         spec = bundle.spec.decoder
@@ -54,24 +76,39 @@ class DeviceEngine(ABC):
 
     def new_caches(self) -> dict[str, ort.OrtValue]:
         """Empty caches of one sequence. Raises `ContextError`."""
-        return {name: self.device.hold(np.zeros(self.cache_shape, np.float16)) for name in self.bundle.spec.decoder.cache_names}
+        return {
+            name: self.device.hold(np.zeros(self.cache_shape, np.float16))
+            for name in self.bundle.spec.decoder.cache_names
+        }
 
     @property
     def trial(self) -> Trial | None:
-        """See `Engine.trial`: the build proved the graphs on the CPU, not this GPU's kernels; the goldens do that at every load."""
+        """See `Engine.trial`: the build proved the graphs on the CPU, not this GPU's
+        kernels; the goldens do that at every load.
+        """
         return None if self._proved else self
 
     def judge(self, failed: Mapping[str, str]) -> None:
         """See `Trial.judge`."""
         if failed:
             found = "; ".join(failed.values())
-            raise EngineError(f"{self.bundle.path} computes something else on this GPU ({self.version}): {found}; use --target cpu, and report it")
+            raise EngineError(
+                f"{self.bundle.path} computes something else on this GPU ({self.version}): "
+                f"{found}; use --target cpu, and report it"
+            )
         self._proved = True
 
-    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
-        """See `Engine.embed_image`. The graph takes one picture; several go one after the other."""
+    def embed_image(
+        self, pixels: NDArray[np.float32], pool: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """See `Engine.embed_image`. The graph takes one picture; several go one after
+        the other.
+        """
         try:
-            found = [self._vision.run([IMAGE_EMBEDS], {PIXELS: picture[None], POOL: pool})[0] for picture in pixels]
+            found = [
+                self._vision.run([IMAGE_EMBEDS], {PIXELS: picture[None], POOL: pool})[0]
+                for picture in pixels
+            ]
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             engine_errors(error)
         return np.concatenate(found)
@@ -80,7 +117,11 @@ class DeviceEngine(ABC):
         """See `Engine.forward`."""
         call = self._run(inputs_embeds, start, 1)
         logits: NDArray[np.float32] = call.logits()[0]
-        if not self._proved and np.isfinite(logits).all() and logits[self._token(call)] != logits.max():
+        if (
+            not self._proved
+            and np.isfinite(logits).all()
+            and logits[self._token(call)] != logits.max()
+        ):
             self.judge({"decode": "the token chosen is not the likeliest"})
         return logits
 
@@ -95,7 +136,9 @@ class DeviceEngine(ABC):
         return self._run(inputs_embeds, start, inputs_embeds.shape[1]).logits()
 
     def _heal(self, call: Bound) -> None:
-        """Empties the cache after a call that was not finite: rows that are masked now must be zeros, since nothing times NaN is NaN."""
+        """Empties the cache after a call that was not finite: rows that are masked now
+        must be zeros, since nothing times NaN is NaN.
+        """
         if not np.isfinite(call.read(LOGITS_MASS)).all():
             for cache in self.caches.values():
                 write(cache, np.zeros(self.cache_shape, np.float16))
@@ -104,13 +147,19 @@ class DeviceEngine(ABC):
         """The token the GPU chose. Raises `EngineError` if it is none."""
         token, count = int(call.read(NEXT_TOKEN)[0]), self.bundle.spec.decoder.vocab_size
         if not 0 <= token < count:
-            raise EngineError(f"the GPU chose token {token}, expected 0 to {count - 1}; run infmllm-run --self-test, or re-export the bundle")
+            raise EngineError(
+                f"the GPU chose token {token}, expected 0 to {count - 1}; run infmllm-run "
+                f"--self-test, or re-export the bundle"
+            )
         return token
 
     def _run(self, inputs_embeds: NDArray[np.float32], start: int, count: int) -> Bound:
         length = inputs_embeds.shape[1]
         end, shape = start + length, CallShape(1, length, count)
-        assert end <= self.capacity, f"rows {start} to {end} do not fit the cache of {self.capacity}; the session checks this before prefill"
+        assert end <= self.capacity, (
+            f"rows {start} to {end} do not fit the cache of {self.capacity}; the session checks "
+            f"this before prefill"
+        )
         call = self._calls.get(shape) or self.bound(shape, self.caches)
         if length <= _KEPT_CALLS:
             self._calls[shape] = call
@@ -135,7 +184,9 @@ class DeviceEngine(ABC):
         host: Collection[str] = (),
         graph: int | None = None,
     ) -> Bound:
-        """`bound`, given the inputs that `places` replaces; `host` and `graph` as `Bound` takes them."""
+        """`bound`, given the inputs that `places` replaces; `host` and `graph` as
+        `Bound` takes them.
+        """
         spec, logits = self.bundle.spec.decoder, shape.slots * shape.count
         inputs: dict[str, NDArray[Any]] = {
             INPUTS_EMBEDS: np.zeros((shape.slots, shape.length, spec.hidden), np.float16),
@@ -147,4 +198,6 @@ class DeviceEngine(ABC):
             LOGITS_MASS: np.zeros(logits, np.float32),
         }
         updated = {(name, present(name)): value for name, value in caches.items()}
-        return Bound(self._decoder, self.device, {**inputs, **places}, outputs, updated, host, graph)
+        return Bound(
+            self._decoder, self.device, {**inputs, **places}, outputs, updated, host, graph
+        )

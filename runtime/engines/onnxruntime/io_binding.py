@@ -1,6 +1,8 @@
-"""Memory of a device and calls bound to it, for engines that run in ONNX Runtime on a GPU; the CPU can stand in for one.
+"""Memory of a device and calls bound to it, for engines that run in ONNX Runtime on a
+GPU; the CPU can stand in for one.
 
-Every buffer is allocated once and keeps its address; a call copies in what changes, runs, and copies out what is asked for.
+Every buffer is allocated once and keeps its address; a call copies in what changes,
+runs, and copies out what is asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ _CAPTURE = "gpu_graph_id"  # run option of CUDA's provider; others ignore it
 
 @dataclass(frozen=True)
 class Device:
-    """An execution provider and the memory it computes in: `memory` as `OrtValue` names it, `vendor` a PCI vendor where it asks for one.
+    """An execution provider and the memory it computes in: `memory` as `OrtValue` names
+    it, `vendor` a PCI vendor where it asks for one.
 
     `captures` providers replay a call of fixed shapes and addresses as one CUDA graph.
     """
@@ -36,14 +39,21 @@ class Device:
     captures: bool = False
 
     def hold(self, array: NDArray[Any]) -> ort.OrtValue:
-        """A buffer of the device with the array's contents. Raises `ContextError` if there is no memory for it."""
+        """A buffer of the device with the array's contents. Raises `ContextError` if
+        there is no memory for it.
+        """
         vendor = {} if self.vendor < 0 else {"vendor_id": self.vendor}
         try:
-            return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self.memory, 0, **vendor)
+            return ort.OrtValue.ortvalue_from_numpy(
+                np.asarray(array, order="C"), self.memory, 0, **vendor
+            )
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             size = f"{array.nbytes / 1e6:.1f} MB"
             reason = f"{str(error).splitlines()[0]:.200}"
-            raise ContextError(f"no {size} of {self.memory} memory ({reason}); choose a smaller --context, or fewer beams or questions") from None
+            raise ContextError(
+                f"no {size} of {self.memory} memory ({reason}); choose a smaller --context, or "
+                f"fewer beams or questions"
+            ) from None
 
 
 HOST = Device("CPUExecutionProvider", "cpu")
@@ -53,7 +63,9 @@ HOST = Device("CPUExecutionProvider", "cpu")
 def read(value: ort.OrtValue) -> NDArray[Any]:
     """A copy of a buffer's contents on the host."""
     found: NDArray[Any] = value.numpy()
-    return found.copy() if value.device_name() == HOST.memory else found  # on the host it is a view that does not keep its memory alive
+    return (
+        found.copy() if value.device_name() == HOST.memory else found
+    )  # on the host it is a view that does not keep its memory alive
 
 
 def write(value: ort.OrtValue, array: NDArray[Any]) -> None:
@@ -64,8 +76,10 @@ def write(value: ort.OrtValue, array: NDArray[Any]) -> None:
 class Bound:
     """A session bound to buffers of one shape.
 
-    `inputs` and `outputs` are copied to the device, `host` inputs stay where they are and may be written to directly; `updated` maps inputs to the
-    outputs that take their place in the same memory. `graph`, from 0, has the call captured as the CUDA graph of that number.
+    `inputs` and `outputs` are copied to the device, `host` inputs stay where they are
+    and may be written to directly; `updated` maps inputs to the outputs that take their
+    place in the same memory. `graph`, from 0, has the call captured as the CUDA graph
+    of that number.
     """
 
     def __init__(
@@ -81,8 +95,13 @@ class Bound:
         self._session, self._binding, self._device = session, session.io_binding(), device
         self._options = ort.RunOptions()
         if device.captures:
-            self._options.add_run_config_entry(_CAPTURE, _NOT_CAPTURED if graph is None else str(graph))
-        self.values = {name: (HOST if name in host else device).hold(array) for name, array in {**inputs, **outputs}.items()}
+            self._options.add_run_config_entry(
+                _CAPTURE, _NOT_CAPTURED if graph is None else str(graph)
+            )
+        self.values = {
+            name: (HOST if name in host else device).hold(array)
+            for name, array in {**inputs, **outputs}.items()
+        }
         for name in inputs:
             self._binding.bind_ortvalue_input(name, self.values[name])
         for name in outputs:
@@ -101,14 +120,18 @@ class Bound:
         return read(self.values[name])
 
     def logits(self) -> NDArray[np.float32]:
-        """Logits [n,V] of the last `run`, NaN where the mass is not finite: 8-bit layers make numbers of what is not."""
+        """Logits [n,V] of the last `run`, NaN where the mass is not finite: 8-bit
+        layers make numbers of what is not.
+        """
         found: NDArray[np.float32] = self.read(LOGITS)
         finite = np.isfinite(self.read(LOGITS_MASS))
         return found if finite.all() else np.where(finite[:, None], found, np.float32(np.nan))
 
     def run(self) -> None:
         """Computes. Raises `EngineError`."""
-        apart = self._device.memory != HOST.memory  # copies and kernels may be on different streams, and a run waits for neither by contract
+        apart = (
+            self._device.memory != HOST.memory
+        )  # copies and kernels may be on different streams, and a run waits for neither by contract
         try:
             if apart:
                 self._binding.synchronize_inputs()

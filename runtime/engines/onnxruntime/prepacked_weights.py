@@ -1,8 +1,12 @@
-"""The engine cache: large graphs with their weights packed for this machine's kernels, on disk, so that loading is mapping them.
+"""The engine cache: large graphs with their weights packed for this machine's kernels,
+on disk, so that loading is mapping them.
 
-ONNX Runtime packs weights when it opens a graph, which costs seconds and a second copy in memory. The first process does that once and saves the
-result under a fingerprint of graph, ONNX Runtime, CPU and settings; what the fingerprint does not name exactly is never loaded. What was saved is
-opened once and must give the bits of the session that saved it: ONNX Runtime 1.31 writes some packed 4-bit and blockwise 8-bit weights that do not.
+ONNX Runtime packs weights when it opens a graph, which costs seconds and a second copy
+in memory. The first process does that once and saves the result under a fingerprint of
+graph, ONNX Runtime, CPU and settings; what the fingerprint does not name exactly is
+never loaded. What was saved is opened once and must give the bits of the session that
+saved it: ONNX Runtime 1.31 writes some packed 4-bit and blockwise 8-bit weights that do
+not.
 """
 
 from __future__ import annotations
@@ -24,7 +28,14 @@ from runtime.contract.bundle import Bundle, cache_folder
 from runtime.contract.errors import BusyError, EngineError
 from runtime.contract.files import locked
 from runtime.contract.spec import LOGITS_TO_KEEP, SEQLENS_K, TOTAL_LENGTH
-from runtime.engines.disk_cache import MARK, engine_cache_bytes, identity, make_room, read_mark, staging_of
+from runtime.engines.disk_cache import (
+    MARK,
+    engine_cache_bytes,
+    identity,
+    make_room,
+    read_mark,
+    staging_of,
+)
 from runtime.output.console import note
 
 __all__ = ["open_stored", "stored"]
@@ -41,16 +52,33 @@ _MAX_INPUT = 1 << 28  # numbers in a made-up input
 def _cpu() -> str:
     """What packed weights depend on: the instruction sets of this CPU."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    found = sorted({line.strip() for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    found = sorted(
+        {
+            line.strip()
+            for line in lines
+            if line.startswith(("model name", "flags", "Features", "CPU part"))
+        }
+    )
     return "\n".join([platform.machine(), platform.processor(), *found])
 
 
-def stored(bundle: Bundle, file: str, settings: Callable[[], ort.SessionOptions], note_of_settings: str) -> Path | None:
-    """The prepared graph's path, made now if this is the first time; None where it is not worth it, impossible, or being made by another process."""
+def stored(
+    bundle: Bundle, file: str, settings: Callable[[], ort.SessionOptions], note_of_settings: str
+) -> Path | None:
+    """The prepared graph's path, made now if this is the first time; None where it is
+    not worth it, impossible, or being made by another process.
+    """
     weights, limit = bundle.files.get(file.replace(".onnx", ".weights")), engine_cache_bytes()
     if weights is None or weights[0] < WORTH or limit < _SPACE * weights[0]:
         return None
-    parts = [str(_RECIPE), bundle.files[file][1], weights[1], ort.__version__, note_of_settings, _cpu()]
+    parts = [
+        str(_RECIPE),
+        bundle.files[file][1],
+        weights[1],
+        ort.__version__,
+        note_of_settings,
+        _cpu(),
+    ]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     root = cache_folder() / "engines"
     ready = root / name
@@ -65,14 +93,21 @@ def stored(bundle: Bundle, file: str, settings: Callable[[], ort.SessionOptions]
         os.utime(ready / MARK)
     except BusyError:
         return None
-    except Exception as error:  # ONNX Runtime's exceptions share no public base class; whatever went wrong, the plain graph is still there
-        note(f"the weights of {file} are not kept packed for this CPU ({' '.join(str(error).split()):.160}); loading takes longer")
+    # ONNX Runtime's exceptions share no public base class; whatever went wrong, the plain graph
+    # is still there
+    except Exception as error:
+        note(
+            f"the weights of {file} are not kept packed for this CPU "
+            f"({' '.join(str(error).split()):.160}); loading takes longer"
+        )
         return None
     return ready / _MODEL if usable else None
 
 
 def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions]) -> bool:
-    """Opens the graph once, which writes it and its packed weights, tries what was written, puts the folder in place; False if it is no good."""
+    """Opens the graph once, which writes it and its packed weights, tries what was
+    written, puts the folder in place; False if it is no good.
+    """
     note(f"packing the weights of {source.name} for this CPU (once)")
     staging = staging_of(ready)
     for folder in (ready, staging):
@@ -81,14 +116,28 @@ def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions])
     try:
         saving = settings()
         saving.optimized_model_filepath = str(staging / _MODEL)
-        saving.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
-        saving.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-        saving.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-        expected = _tried(ort.InferenceSession(str(source), saving, providers=["CPUExecutionProvider"]))
+        saving.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", _WEIGHTS
+        )
+        saving.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+        )
+        saving.add_session_config_entry(
+            "session.save_external_prepacked_constant_initializers", "1"
+        )
+        expected = _tried(
+            ort.InferenceSession(str(source), saving, providers=["CPUExecutionProvider"])
+        )
         found = _tried(open_stored(staging / _MODEL, settings()))
-        usable = len(found) == len(expected) and all(np.isfinite(a).all() and np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+        usable = len(found) == len(expected) and all(
+            np.isfinite(a).all() and np.array_equal(a, b)
+            for a, b in zip(expected, found, strict=True)
+        )
         if not usable:
-            note(f"what ONNX Runtime saved of {source.name} computes something else; its weights are packed at every load instead")
+            note(
+                f"what ONNX Runtime saved of {source.name} computes something else; its weights "
+                f"are packed at every load instead"
+            )
             for file in (staging / _MODEL, staging / _WEIGHTS):
                 file.write_bytes(b"")
         mark = {path.name: identity(path) for path in (staging / _MODEL, staging / _WEIGHTS)}
@@ -120,16 +169,31 @@ def _tried(session: ort.InferenceSession) -> list[NDArray[np.generic]]:
             if math.prod(shape) > _MAX_INPUT:
                 raise EngineError(f"{value.name} is {shape}, too large to try")
             if value.name not in feed:
-                feed[value.name] = np.zeros(shape, np.int8) if "int8" in value.type else rng.normal(size=shape).astype(np.float32)
+                feed[value.name] = (
+                    np.zeros(shape, np.int8)
+                    if "int8" in value.type
+                    else rng.normal(size=shape).astype(np.float32)
+                )
         names = {value.name for value in session.get_inputs()}
-        found.append(session.run([session.get_outputs()[0].name], {name: array for name, array in feed.items() if name in names})[0])
+        found.append(
+            session.run(
+                [session.get_outputs()[0].name],
+                {name: array for name, array in feed.items() if name in names},
+            )[0]
+        )
     return found
 
 
 def _intact(folder: Path) -> bool | None:
-    """Whether the folder's files may be used; None if they are not the very ones its maker wrote."""
+    """Whether the folder's files may be used; None if they are not the very ones its
+    maker wrote.
+    """
     mark = read_mark(folder)
     try:
-        return bool(mark[_USABLE]) if all(mark[name] == identity(folder / name) for name in (_MODEL, _WEIGHTS)) else None
+        return (
+            bool(mark[_USABLE])
+            if all(mark[name] == identity(folder / name) for name in (_MODEL, _WEIGHTS))
+            else None
+        )
     except (OSError, KeyError):
         return None

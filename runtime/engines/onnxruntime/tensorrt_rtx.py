@@ -1,7 +1,9 @@
-"""TensorRT-RTX as a plugin of plain ONNX Runtime, for desktop RTX GPUs: the fused graphs of a `tensorrt` bundle, with nothing but pip.
+"""TensorRT-RTX as a plugin of plain ONNX Runtime, for desktop RTX GPUs: the fused
+graphs of a `tensorrt` bundle, with nothing but pip.
 
-The plugin compiles a graph when a session opens it, and keeps what it compiled for this GPU in the engine cache. The cache update writes in place:
-one buffer is bound as input and output. CUDA graphs stay off until someone has measured them on a card.
+The plugin compiles a graph when a session opens it, and keeps what it compiled for this
+GPU in the engine cache. The cache update writes in place: one buffer is bound as input
+and output. CUDA graphs stay off until someone has measured them on a card.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from numpy.typing import NDArray
 
 from runtime.contract.bundle import DECODER_FUSED, VISION_FUSED, Bundle, cache_folder
 from runtime.contract.errors import EngineError
-from runtime.contract.spec import INPUTS_EMBEDS, LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN, PIXELS, POOL, POSITION_IDS, present
+from runtime.contract.spec import (
+    INPUTS_EMBEDS,
+    LOGITS,
+    LOGITS_MASS,
+    LOGITS_ROWS,
+    NEXT_TOKEN,
+    PIXELS,
+    POOL,
+    POSITION_IDS,
+    present,
+)
 from runtime.engines import EngineOptions
 from runtime.engines.onnxruntime.check_io import Shape, check_values, check_vision
 from runtime.engines.onnxruntime.gpu_engine import CallShape, DeviceEngine
@@ -33,12 +45,18 @@ _REMEDY = "infmllm-export doctor --target rtx tells what is missing"
 
 
 class OrtRtxEngine(DeviceEngine):
-    """The fused graphs of a `tensorrt` or `rtx` bundle. On `HOST` they run on the CPU, which is how tests exercise this class."""
+    """The fused graphs of a `tensorrt` or `rtx` bundle. On `HOST` they run on the CPU,
+    which is how tests exercise this class.
+    """
 
     def __init__(self, bundle: Bundle, options: EngineOptions, device: Device = RTX) -> None:
         spec = bundle.spec.decoder
         plugin = None if device.memory == "cpu" else _registered(device)
-        longest = {INPUTS_EMBEDS: (1, bundle.capacity, spec.hidden), POSITION_IDS: (1, bundle.capacity), LOGITS_ROWS: (_MOST_ROWS,)}
+        longest = {
+            INPUTS_EMBEDS: (1, bundle.capacity, spec.hidden),
+            POSITION_IDS: (1, bundle.capacity),
+            LOGITS_ROWS: (_MOST_ROWS,),
+        }
         pictures = {
             PIXELS: (1, 3, bundle.spec.vision.image_size, bundle.spec.vision.image_size),
             POOL: (max(bundle.spec.pool_sizes) ** 2, bundle.spec.vision.grid**2),
@@ -47,10 +65,19 @@ class OrtRtxEngine(DeviceEngine):
         decoder = _opened(bundle, DECODER_FUSED, options, device, plugin, longest)
         check_vision(bundle, VISION_FUSED, vision)
         _check_decoder(bundle, decoder)
-        super().__init__(bundle, device, vision, decoder, min(options.context or bundle.capacity, bundle.capacity), bundle.capacity)
+        super().__init__(
+            bundle,
+            device,
+            vision,
+            decoder,
+            min(options.context or bundle.capacity, bundle.capacity),
+            bundle.capacity,
+        )
 
     def batch(self, slots: int, rows: int) -> RtxBatch:
-        """See `Engine.batch`. Each slot has all rows of the model, since that is the length the graph was made for."""
+        """See `Engine.batch`. Each slot has all rows of the model, since that is the
+        length the graph was made for.
+        """
         return RtxBatch(self, slots)
 
     def places(self, length: int, start: int) -> dict[str, NDArray[Any]]:
@@ -63,7 +90,9 @@ class OrtRtxEngine(DeviceEngine):
 
 
 class RtxBatch:
-    """See `runtime.engines.Batch`: sequences with caches of their own, decoded one after the other. Rows move through the host."""
+    """See `runtime.engines.Batch`: sequences with caches of their own, decoded one
+    after the other. Rows move through the host.
+    """
 
     def __init__(self, engine: OrtRtxEngine, slots: int) -> None:
         self._engine = engine
@@ -75,13 +104,23 @@ class RtxBatch:
         for name, cache in self._caches[slot].items():
             write(cache, read(self._engine.caches[name]))
 
-    def step(self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]) -> NDArray[np.float32]:
+    def step(
+        self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
         """See `Batch.step`."""
-        assert starts.max() < self._engine.capacity, f"row {starts.max()} does not fit {self._engine.capacity}; the caller asks for enough rows"
+        assert starts.max() < self._engine.capacity, (
+            f"row {starts.max()} does not fit {self._engine.capacity}; the caller asks for enough "
+            f"rows"
+        )
         found = []
         for slot, start in enumerate(starts.tolist()):
             call = self._calls[slot]
-            call.write({INPUTS_EMBEDS: inputs_embeds[slot : slot + 1].astype(np.float16), **self._engine.places(1, start)})
+            call.write(
+                {
+                    INPUTS_EMBEDS: inputs_embeds[slot : slot + 1].astype(np.float16),
+                    **self._engine.places(1, start),
+                }
+            )
             call.run()
             found.append(call.logits())
         return np.concatenate(found)
@@ -100,23 +139,36 @@ class RtxBatch:
 
 
 def _registered(device: Device) -> Any:
-    """The plugin's device of this machine. Raises `EngineError` if the plugin does not load, or finds no GPU."""
+    """The plugin's device of this machine. Raises `EngineError` if the plugin does not
+    load, or finds no GPU.
+    """
     try:
         plugin = importlib.import_module(_PLUGIN)
     except ModuleNotFoundError:
-        raise EngineError(f"the TensorRT-RTX plugin is not installed; run: pip install onnxruntime-ep-nv-tensorrt-rtx-cu13 ({_REMEDY})") from None
+        raise EngineError(
+            f"the TensorRT-RTX plugin is not installed; run: pip install "
+            f"onnxruntime-ep-nv-tensorrt-rtx-cu13 ({_REMEDY})"
+        ) from None
     if not hasattr(ort, "register_execution_provider_library"):
-        raise EngineError(f"onnxruntime {ort.__version__} takes no plugins; run: pip install -U 'onnxruntime>=1.24' ({_REMEDY})")
+        raise EngineError(
+            f"onnxruntime {ort.__version__} takes no plugins; run: pip install -U "
+            f"'onnxruntime>=1.24' ({_REMEDY})"
+        )
     found = _devices(device)
     if not found:
         try:
             ort.register_execution_provider_library(device.provider, plugin.get_library_path())
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             reason = f"{str(error).splitlines()[0]:.300}"
-            raise EngineError(f"the TensorRT-RTX plugin does not load: {reason}; it needs an NVIDIA driver and an RTX GPU ({_REMEDY})") from None
+            raise EngineError(
+                f"the TensorRT-RTX plugin does not load: {reason}; it needs an NVIDIA driver and "
+                f"an RTX GPU ({_REMEDY})"
+            ) from None
         found = _devices(device)
     if not found:
-        raise EngineError(f"the TensorRT-RTX plugin finds no RTX GPU; it takes those from Ampere on ({_REMEDY})")
+        raise EngineError(
+            f"the TensorRT-RTX plugin finds no RTX GPU; it takes those from Ampere on ({_REMEDY})"
+        )
     return found[0]
 
 
@@ -125,9 +177,16 @@ def _devices(device: Device) -> list[Any]:
 
 
 def _opened(
-    bundle: Bundle, file: str, options: EngineOptions, device: Device, plugin: Any, largest: Mapping[str, tuple[int, ...]]
+    bundle: Bundle,
+    file: str,
+    options: EngineOptions,
+    device: Device,
+    plugin: Any,
+    largest: Mapping[str, tuple[int, ...]],
 ) -> ort.InferenceSession:
-    """A session on the plugin's device (None: the CPU). `largest` are the inputs' greatest shapes; the smallest have 1 where those may vary."""
+    """A session on the plugin's device (None: the CPU). `largest` are the inputs'
+    greatest shapes; the smallest have 1 where those may vary.
+    """
     settings, path = session_options(options.threads), str(bundle.file(file))
     try:
         if plugin is None:
@@ -137,18 +196,33 @@ def _opened(
         settings.add_provider_for_devices([plugin], _provider_options(bundle, options, largest))
         session = ort.InferenceSession(path, settings, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        raise EngineError(f"{path} cannot run in TensorRT-RTX: {str(error).splitlines()[0]:.300}; {_REMEDY}") from None
+        raise EngineError(
+            f"{path} cannot run in TensorRT-RTX: {str(error).splitlines()[0]:.300}; {_REMEDY}"
+        ) from None
     if device.provider not in session.get_providers():
-        raise EngineError(f"{path} would run on {session.get_providers()[0]}, not {device.provider}; {_REMEDY}")
+        raise EngineError(
+            f"{path} would run on {session.get_providers()[0]}, not {device.provider}; {_REMEDY}"
+        )
     return session
 
 
-def _provider_options(bundle: Bundle, options: EngineOptions, largest: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """One profile for all calls, best for single tokens; caches have a fixed shape and need none."""
+def _provider_options(
+    bundle: Bundle, options: EngineOptions, largest: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """One profile for all calls, best for single tokens; caches have a fixed shape and
+    need none.
+    """
     spec = bundle.spec.decoder
-    caches = dict.fromkeys(spec.cache_names, (1, spec.kv_heads, bundle.capacity, spec.head_dim)) if INPUTS_EMBEDS in largest else {}
+    caches = (
+        dict.fromkeys(spec.cache_names, (1, spec.kv_heads, bundle.capacity, spec.head_dim))
+        if INPUTS_EMBEDS in largest
+        else {}
+    )
     fixed = {INPUTS_EMBEDS: (0, 2), PIXELS: (0, 1, 2, 3), POOL: (1,), POSITION_IDS: (0,)}
-    least = {name: tuple(size if axis in fixed.get(name, ()) else 1 for axis, size in enumerate(shape)) for name, shape in largest.items()}
+    least = {
+        name: tuple(size if axis in fixed.get(name, ()) else 1 for axis, size in enumerate(shape))
+        for name, shape in largest.items()
+    }
     kept = {}
     if options.engine_cache:
         folder = cache_folder() / "engines-rtx"
@@ -168,8 +242,24 @@ def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
 
 def _check_decoder(bundle: Bundle, session: ort.InferenceSession) -> None:
     spec = bundle.spec.decoder
-    caches: dict[str, Shape] = dict.fromkeys(spec.cache_names, (None, spec.kv_heads, bundle.capacity, spec.head_dim))
-    inputs: dict[str, Shape] = {INPUTS_EMBEDS: (None, None, spec.hidden), POSITION_IDS: (None, None), LOGITS_ROWS: (None,), **caches}
-    outputs: dict[str, Shape] = {LOGITS: (None, spec.vocab_size), NEXT_TOKEN: (None,), LOGITS_MASS: (None,)}
+    caches: dict[str, Shape] = dict.fromkeys(
+        spec.cache_names, (None, spec.kv_heads, bundle.capacity, spec.head_dim)
+    )
+    inputs: dict[str, Shape] = {
+        INPUTS_EMBEDS: (None, None, spec.hidden),
+        POSITION_IDS: (None, None),
+        LOGITS_ROWS: (None,),
+        **caches,
+    }
+    outputs: dict[str, Shape] = {
+        LOGITS: (None, spec.vocab_size),
+        NEXT_TOKEN: (None,),
+        LOGITS_MASS: (None,),
+    }
     check_values(bundle, DECODER_FUSED, session.get_inputs(), inputs)
-    check_values(bundle, DECODER_FUSED, session.get_outputs(), {**outputs, **{present(name): shape for name, shape in caches.items()}})
+    check_values(
+        bundle,
+        DECODER_FUSED,
+        session.get_outputs(),
+        {**outputs, **{present(name): shape for name, shape in caches.items()}},
+    )

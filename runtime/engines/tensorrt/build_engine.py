@@ -1,6 +1,8 @@
-"""Building an engine: one of a bundle's graphs through TensorRT's parser and compiler, with the time left shown.
+"""Building an engine: one of a bundle's graphs through TensorRT's parser and compiler,
+with the time left shown.
 
-Networks are strongly typed: every precision is written in the graph, the same for TensorRT 10 and 11, and none is chosen behind its back.
+Networks are strongly typed: every precision is written in the graph, the same for
+TensorRT 10 and 11, and none is chosen behind its back.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ _MAX_TIMINGS = 64 << 20  # a timing cache larger than this is not ours
 
 
 class RefusedError(EngineError):
-    """TensorRT will not have a graph; another form of it may do. `lasting` says whether trying again later can help."""
+    """TensorRT will not have a graph; another form of it may do. `lasting` says whether
+    trying again later can help.
+    """
 
     def __init__(self, message: str, lasting: bool) -> None:
         super().__init__(message)
@@ -30,17 +34,24 @@ class RefusedError(EngineError):
 
 
 def workspace_bytes(machine: Machine, asked_mb: int | None) -> int:
-    """Device memory the compiler may use: what was asked for, else $INFMLLM_WORKSPACE_MB, else half of what is free. Raises `UsageError`."""
+    """Device memory the compiler may use: what was asked for, else
+    $INFMLLM_WORKSPACE_MB, else half of what is free. Raises `UsageError`.
+    """
     text = str(asked_mb) if asked_mb is not None else os.environ.get("INFMLLM_WORKSPACE_MB", "")
     if not text:
         return machine.device.free_memory()[0] // 2
     if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text) >= 1):
-        raise UsageError(f"the workspace is {text!r:.40}, expected a whole number of megabytes; correct INFMLLM_WORKSPACE_MB")
+        raise UsageError(
+            f"the workspace is {text!r:.40}, expected a whole number of megabytes; correct "
+            f"INFMLLM_WORKSPACE_MB"
+        )
     return int(text) << 20
 
 
 def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Path | None) -> Any:
-    """The serialized engine of the graph at `path`, a buffer. Raises `RefusedError`, `BundleError`, `KeyboardInterrupt`."""
+    """The serialized engine of the graph at `path`, a buffer. Raises `RefusedError`,
+    `BundleError`, `KeyboardInterrupt`.
+    """
     trt, journal = machine.trt, machine.journal
     journal.clear()
     builder = trt.Builder(journal.logger)
@@ -48,17 +59,29 @@ def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Pat
     parser = trt.OnnxParser(network, journal.logger)
     lacking = [name for name in form.operators if not parser.supports_operator(name)]
     if lacking:
-        raise RefusedError(f"TensorRT {machine.release} has no {' and '.join(lacking)}; update it for the faster form", lasting=True)
+        raise RefusedError(
+            f"TensorRT {machine.release} has no {' and '.join(lacking)}; update it for the faster "
+            f"form",
+            lasting=True,
+        )
     if not parser.parse_from_file(str(path)):
-        raise RefusedError(f"TensorRT {machine.release} refuses {path}: {journal.read()}; re-export the bundle, or update TensorRT", lasting=True)
+        raise RefusedError(
+            f"TensorRT {machine.release} refuses {path}: {journal.read()}; re-export the bundle, "
+            f"or update TensorRT",
+            lasting=True,
+        )
     _check_network(machine, network, form, path)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # an engine tells what its layers compute in
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # an engine tells what its layers compute in
     _add_profiles(builder, network, config, form)
     cache = _with_timings(config, timings)
     with step_bar(1) as bar:
-        bar.step(f"building the engine of {path.name} for {machine.name} (once; this can take minutes)")
+        bar.step(
+            f"building the engine of {path.name} for {machine.name} (once; this can take minutes)"
+        )
         config.progress_monitor = monitor = _monitor(trt, bar)
         serialized = builder.build_serialized_network(network, config)
     if monitor.interrupted:
@@ -66,8 +89,16 @@ def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Pat
     if serialized is None:
         reason = journal.read()
         scarce = "memory" in reason.lower()
-        advice = "close other programs, or set INFMLLM_WORKSPACE_MB" if scarce else "update TensorRT, or re-export the bundle"
-        raise RefusedError(f"TensorRT {machine.release} cannot build {path} with {workspace >> 20} MiB: {reason}; {advice}", lasting=not scarce)
+        advice = (
+            "close other programs, or set INFMLLM_WORKSPACE_MB"
+            if scarce
+            else "update TensorRT, or re-export the bundle"
+        )
+        raise RefusedError(
+            f"TensorRT {machine.release} cannot build {path} with {workspace >> 20} MiB: "
+            f"{reason}; {advice}",
+            lasting=not scarce,
+        )
     if cache is not None and timings is not None:
         _keep_timings(config.get_timing_cache(), timings)
     return serialized
@@ -78,25 +109,38 @@ def _check_network(machine: Machine, network: Any, form: Form, path: Path) -> No
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     for tensors, expected in ((inputs, form.inputs), (outputs, form.outputs)):
-        found = {tensor.name: (machine.trt.nptype(tensor.dtype), tuple(tensor.shape)) for tensor in tensors}
+        found = {
+            tensor.name: (machine.trt.nptype(tensor.dtype), tuple(tensor.shape))
+            for tensor in tensors
+        }
         check_ports(found, expected, path)
 
 
 def _add_profiles(builder: Any, network: Any, config: Any, form: Form) -> None:
-    """The ranges of every input that varies, for as many cache rows as the graph or the form says."""
-    inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    """The ranges of every input that varies, for as many cache rows as the graph or the
+    form says.
+    """
+    inputs = {
+        tensor.name: tuple(tensor.shape)
+        for tensor in map(network.get_input, range(network.num_inputs))
+    }
     rows = form.rows if form.rows is not None else inputs.get(key_cache(0), (0, 0, 0))[2]
     for ranges in form.profiles(rows):
         profile = builder.create_optimization_profile()
         for name, shape in inputs.items():
             if -1 in shape:
-                kept = [tuple(w if d == -1 else d for d, w in zip(shape, wanted, strict=True)) for wanted in ranges[name]]
+                kept = [
+                    tuple(w if d == -1 else d for d, w in zip(shape, wanted, strict=True))
+                    for wanted in ranges[name]
+                ]
                 profile.set_shape(name, *kept)
         config.add_optimization_profile(profile)
 
 
 def _with_timings(config: Any, timings: Path | None) -> Any:
-    """Gives the compiler what earlier builds measured, if there is a file of it; what it cannot use is left aside."""
+    """Gives the compiler what earlier builds measured, if there is a file of it; what
+    it cannot use is left aside.
+    """
     if timings is None:
         return None
     try:

@@ -1,7 +1,9 @@
-"""The GPU through cuda-python: memory, one stream of copies and launches, captured graphs. Every CUDA name this project uses is in this file.
+"""The GPU through cuda-python: memory, one stream of copies and launches, captured
+graphs. Every CUDA name this project uses is in this file.
 
-A call that fails raises an `EngineError` and marks the device as lost, since a CUDA context does not recover from most errors: later calls raise
-at once. Running out of memory while allocating, and a capture that fails, leave it usable.
+A call that fails raises an `EngineError` and marks the device as lost, since a CUDA
+context does not recover from most errors: later calls raise at once. Running out of
+memory while allocating, and a capture that fails, leave it usable.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ class Memory:
         """A writable view of pinned memory, which keeps it alive."""
         raw = (ctypes.c_uint8 * self.size).from_address(self.address)
         raw.owner = self  # type: ignore[attr-defined]
-        found: NDArray[Any] = np.frombuffer(memoryview(raw), np.dtype(dtype), int(np.prod(shape)), offset).reshape(shape)
+        found: NDArray[Any] = np.frombuffer(
+            memoryview(raw), np.dtype(dtype), int(np.prod(shape)), offset
+        ).reshape(shape)
         return found
 
     def __del__(self) -> None:
@@ -69,39 +73,66 @@ class Graph:
 
 
 class Device:
-    """The first visible GPU, and one stream on it that orders all work. Raises `EngineError` if there is none that works."""
+    """The first visible GPU, and one stream on it that orders all work. Raises
+    `EngineError` if there is none that works.
+    """
 
     def __init__(self) -> None:
         self._cuda, self.lost, self._capturing = _bindings(), "", False
         code, count = self._attempt("cudaGetDeviceCount")
         if code or not count:
             found = self._named(code) if code else "none is visible"
-            raise EngineError(f"no GPU can be used ({found}); check nvidia-smi and the driver, or build with --target cpu")
+            raise EngineError(
+                f"no GPU can be used ({found}); check nvidia-smi and the driver, or build with "
+                f"--target cpu"
+            )
         properties = self.call("cudaGetDeviceProperties", 0)
-        name = properties.name.decode(errors="replace") if isinstance(properties.name, bytes) else str(properties.name)
+        name = (
+            properties.name.decode(errors="replace")
+            if isinstance(properties.name, bytes)
+            else str(properties.name)
+        )
         self.name = name.rstrip("\0")
         self.capability = f"{properties.major}.{properties.minor}"
-        self.versions = (int(self.call("cudaDriverGetVersion")), int(self.call("cudaRuntimeGetVersion")))
-        """Of the driver and of the CUDA runtime, as CUDA counts them (12060 is 12.6)."""
+        self.versions = (
+            int(self.call("cudaDriverGetVersion")),
+            int(self.call("cudaRuntimeGetVersion")),
+        )
+        """Of the driver and of the CUDA runtime, as CUDA counts them (12060 is 12.6).
+        """
         self.stream = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.handle = int(self.stream)
         """The stream as the number TensorRT takes."""
 
     def _attempt(self, name: str, *arguments: Any) -> tuple[Any, Any]:
-        """(the error or 0, the value or None) of a CUDA call. Raises `EngineError` where there is no driver to call."""
+        """(the error or 0, the value or None) of a CUDA call. Raises `EngineError`
+        where there is no driver to call.
+        """
         try:
             code, *values = getattr(self._cuda, name)(*arguments)
-        except RuntimeError as error:  # how cuda-python says that a library or function of the driver is missing
-            raise EngineError(f"no GPU driver answers ({error!s:.160}); install NVIDIA's driver, or build with --target cpu") from None
+        except (
+            RuntimeError
+        ) as error:  # how cuda-python says that a library or function of the driver is missing
+            raise EngineError(
+                f"no GPU driver answers ({error!s:.160}); install NVIDIA's driver, or build with "
+                f"--target cpu"
+            ) from None
         return (code if int(code) else 0), (values[0] if values else None)
 
     def _named(self, code: Any) -> str:
         """An error's name and what it means."""
-        found = [self._attempt(name, code)[1] for name in ("cudaGetErrorName", "cudaGetErrorString")]
-        return ": ".join(text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in found)
+        found = [
+            self._attempt(name, code)[1] for name in ("cudaGetErrorName", "cudaGetErrorString")
+        ]
+        return ": ".join(
+            text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+            for text in found
+        )
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """The value of a CUDA call. Raises `EngineError`, now and ever after, if it fails."""
+        """The value of a CUDA call. Raises `EngineError`, now and ever after, if it
+        fails.
+        """
         self.check()
         code, value = self._attempt(name, *arguments)
         if code:
@@ -114,16 +145,21 @@ class Device:
             raise EngineError(self.lost)
 
     def fail(self, fault: str) -> None:
-        """Raises a fault of the device or of what runs on it; unless it only spoils a capture, nothing runs here any more."""
+        """Raises a fault of the device or of what runs on it; unless it only spoils a
+        capture, nothing runs here any more.
+        """
         if self._capturing:
             raise EngineError(fault)
         self.lost = (
-            f"the GPU failed ({fault}); this session answers no more: start the program again, and look at dmesg and nvidia-smi if it comes back"
+            f"the GPU failed ({fault}); this session answers no more: start the program "
+            f"again, and look at dmesg and nvidia-smi if it comes back"
         )
         raise EngineError(self.lost)
 
     def release(self, name: str, handle: Any) -> None:
-        """Gives something back; errors do not matter any more, and a lost device has taken it back already."""
+        """Gives something back; errors do not matter any more, and a lost device has
+        taken it back already.
+        """
         if not self.lost:
             self._attempt(name, handle)
 
@@ -135,11 +171,15 @@ class Device:
         return int(found[0]), int(found[1])
 
     def allocate(self, size: int, what: str) -> Memory:
-        """Device memory, at least one byte. Raises `ContextError` naming what it was for if there is none."""
+        """Device memory, at least one byte. Raises `ContextError` naming what it was
+        for if there is none.
+        """
         return self._memory("cudaMalloc", "cudaFree", size, what)
 
     def pinned(self, size: int, what: str) -> Memory:
-        """Host memory the GPU can copy from and to by itself. Raises `ContextError` if there is none."""
+        """Host memory the GPU can copy from and to by itself. Raises `ContextError` if
+        there is none.
+        """
         return self._memory("cudaMallocHost", "cudaFreeHost", size, what)
 
     def _memory(self, take: str, give: str, size: int, what: str) -> Memory:
@@ -149,7 +189,8 @@ class Device:
             self._attempt("cudaGetLastError")  # or a later call would report it again
             free, total = self.free_memory()
             raise ContextError(
-                f"no memory for {what}: {_mib(size)} wanted, {_mib(free)} of the GPU's {_mib(total)} are free; "
+                f"no memory for {what}: {_mib(size)} wanted, {_mib(free)} of the GPU's "
+                f"{_mib(total)} are free; "
                 "choose a smaller --context, or close other programs"
             )
         if code:
@@ -158,14 +199,30 @@ class Device:
 
     def up(self, to: int, host: int, size: int) -> None:
         """Queues a copy from pinned memory to the device."""
-        self.call("cudaMemcpyAsync", to, host, size, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice, self.stream)
+        self.call(
+            "cudaMemcpyAsync",
+            to,
+            host,
+            size,
+            self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice,
+            self.stream,
+        )
 
     def down(self, host: int, source: int, size: int) -> None:
         """Queues a copy from the device to pinned memory."""
-        self.call("cudaMemcpyAsync", host, source, size, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost, self.stream)
+        self.call(
+            "cudaMemcpyAsync",
+            host,
+            source,
+            size,
+            self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost,
+            self.stream,
+        )
 
     def rows(self, to: tuple[int, int], source: tuple[int, int], width: int, count: int) -> None:
-        """Queues a copy of `count` rows of `width` bytes between (address, pitch) and (address, pitch) on the device."""
+        """Queues a copy of `count` rows of `width` bytes between (address, pitch) and
+        (address, pitch) on the device.
+        """
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpy2DAsync", *to, *source, width, count, kind, self.stream)
 
@@ -182,9 +239,11 @@ class Device:
         self.call("cudaStreamSynchronize", self.stream)
 
     def capture(self, work: Callable[[], None]) -> tuple[Graph | None, str]:
-        """What `work` queues, as a graph to launch, without running it; (None, why) if it cannot be captured.
+        """What `work` queues, as a graph to launch, without running it; (None, why) if
+        it cannot be captured.
 
-        Captured per thread: a call that must not be part of a graph then fails instead of being left out of it.
+        Captured per thread: a call that must not be part of a graph then fails instead
+        of being left out of it.
         """
         mode, reason = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal, ""
         self.wait()

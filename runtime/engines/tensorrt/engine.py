@@ -1,6 +1,8 @@
-"""A `tensorrt` bundle on an NVIDIA GPU: two engines, caches that never leave the device, and a decoding step of which only a token id comes back.
+"""A `tensorrt` bundle on an NVIDIA GPU: two engines, caches that never leave the
+device, and a decoding step of which only a token id comes back.
 
-Plain greedy decoding needs no logits on the host; sampling, beams and constraints copy one row of them a step.
+Plain greedy decoding needs no logits on the host; sampling, beams and constraints copy
+one row of them a step.
 """
 
 from __future__ import annotations
@@ -24,15 +26,23 @@ __all__ = ["TensorRtEngine"]
 
 
 class _Loaded:
-    """Both engines with everything they compute in. Raises `ContextError` naming what there is no memory for."""
+    """Both engines with everything they compute in. Raises `ContextError` naming what
+    there is no memory for.
+    """
 
     def __init__(self, machine: Machine, bundle: Bundle, vision: Part, decoder: Part) -> None:
         spec, device = bundle.spec, machine.device
         baked = int(decoder.engine.get_tensor_shape(key_cache(0))[2])
         rows = decoder.form.rows if decoder.form.rows is not None else baked
         self.caches = Caches(device, spec.decoder, rows)
-        fresh = None if decoder.form.updates_caches else Rows(device, spec.decoder, min(rows, MOST_TOKENS), "new keys and values")
-        activations = Activations(machine, {part.form.file: part.engine for part in (vision, decoder)})
+        fresh = (
+            None
+            if decoder.form.updates_caches
+            else Rows(device, spec.decoder, min(rows, MOST_TOKENS), "new keys and values")
+        )
+        activations = Activations(
+            machine, {part.form.file: part.engine for part in (vision, decoder)}
+        )
         self.vision = Vision(machine, vision.engine, activations, spec)
         self.prefill = Prefill(machine, decoder.engine, activations, spec, self.caches, fresh)
         self.step = Step(machine, decoder.engine, activations, spec, self.caches, fresh)
@@ -40,7 +50,9 @@ class _Loaded:
 
 
 class TensorRtEngine:
-    """The graphs of a `tensorrt` bundle. After an error of the GPU every call raises `EngineError` at once."""
+    """The graphs of a `tensorrt` bundle. After an error of the GPU every call raises
+    `EngineError` at once.
+    """
 
     verifies = True
 
@@ -49,21 +61,30 @@ class TensorRtEngine:
         self._wrong_choice = ""
         self._maker = Maker(bundle, self._machine, options)
         self._vision = Part(("vision",), vision_forms(bundle, self._machine))
-        self._decoder = Part(("prefill", "decode"), decoder_forms(bundle, self._machine, options.context))
+        self._decoder = Part(
+            ("prefill", "decode"), decoder_forms(bundle, self._machine, options.context)
+        )
         for part in (self._vision, self._decoder):
             self._maker.fill(part)
         self._load()
 
     def _load(self) -> None:
-        self._loaded: _Loaded | None = _Loaded(self._machine, self._bundle, self._vision, self._decoder)
+        self._loaded: _Loaded | None = _Loaded(
+            self._machine, self._bundle, self._vision, self._decoder
+        )
         self.capacity = self._loaded.caches.most
         files = f"{self._vision.form.file}, {self._decoder.form.file}"
-        self.version = f"TensorRT {self._machine.release} ({files}; {self._machine.device.name}, driver {self._machine.device.versions[0]})"
+        self.version = (
+            f"TensorRT {self._machine.release} ({files}; {self._machine.device.name}, "
+            f"driver {self._machine.device.versions[0]})"
+        )
 
     @property
     def _ready(self) -> _Loaded:
         self._machine.device.check()
-        assert self._loaded is not None, "nothing runs while another form of a graph is being loaded"
+        assert self._loaded is not None, (
+            "nothing runs while another form of a graph is being loaded"
+        )
         return self._loaded
 
     @property
@@ -72,7 +93,9 @@ class TensorRtEngine:
         return None if self._vision.proved and self._decoder.proved else self
 
     def judge(self, failed: Mapping[str, str]) -> None:
-        """See `Trial.judge`; what goldens do not show, the tokens chosen on the GPU, was looked at beside them."""
+        """See `Trial.judge`; what goldens do not show, the tokens chosen on the GPU,
+        was looked at beside them.
+        """
         if self._wrong_choice:
             failed = {**failed, "decode": self._wrong_choice}
         self._wrong_choice = ""
@@ -85,11 +108,17 @@ class TensorRtEngine:
     def _compare(self, logits: NDArray[np.float32], token: int) -> None:
         """Notes a token that is not the likeliest."""
         if np.isfinite(logits).all() and logits[token] != logits.max():
-            self._wrong_choice = f"decode chose token {token} on the GPU, its logits say {logits.argmax()}"
+            self._wrong_choice = (
+                f"decode chose token {token} on the GPU, its logits say {logits.argmax()}"
+            )
 
-    def embed_image(self, pixels: NDArray[np.float32], pool: NDArray[np.float32]) -> NDArray[np.float32]:
+    def embed_image(
+        self, pixels: NDArray[np.float32], pool: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         """See `Engine.embed_image`."""
-        return np.concatenate([self._ready.vision(pixels[index : index + 1], pool) for index in range(len(pixels))])
+        return np.concatenate(
+            [self._ready.vision(pixels[index : index + 1], pool) for index in range(len(pixels))]
+        )
 
     def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
         """See `Engine.forward`."""
@@ -97,7 +126,9 @@ class TensorRtEngine:
         ready = self._ready
         if inputs_embeds.shape[1] > 1:
             for at in range(0, inputs_embeds.shape[1], MOST_TOKENS):
-                found: NDArray[np.float32] = ready.prefill.run(inputs_embeds[:, at : at + MOST_TOKENS], start + at, 1)[0]
+                found: NDArray[np.float32] = ready.prefill.run(
+                    inputs_embeds[:, at : at + MOST_TOKENS], start + at, 1
+                )[0]
             return found
         ready.step.run(inputs_embeds, start, ready.caches)
         logits: NDArray[np.float32] = ready.step.logits(1, ready.caches, start)[0]
@@ -115,7 +146,9 @@ class TensorRtEngine:
         return token
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        """See `Engine.verify`; several calls where more positions are wanted than one call gives logits of."""
+        """See `Engine.verify`; several calls where more positions are wanted than one
+        call gives logits of.
+        """
         self._check_room(inputs_embeds, start)
         length, found = inputs_embeds.shape[1], []
         for at in range(0, length, MOST_ROWS):
@@ -125,18 +158,28 @@ class TensorRtEngine:
 
     def _check_room(self, inputs_embeds: NDArray[np.float32], start: int) -> None:
         end = start + inputs_embeds.shape[1]
-        assert end <= self.capacity, f"rows {start} to {end} do not fit the cache of {self.capacity}; the session checks this before prefill"
+        assert end <= self.capacity, (
+            f"rows {start} to {end} do not fit the cache of {self.capacity}; the session checks "
+            f"this before prefill"
+        )
 
     def batch(self, slots: int, rows: int) -> TensorRtBatch:
-        """See `Engine.batch`. Each slot has room for all rows of the engine, since that is what the decoder was built for."""
+        """See `Engine.batch`. Each slot has room for all rows of the engine, since that
+        is what the decoder was built for.
+        """
         ready = self._ready
         what = f"the key/value caches of {slots} beams or questions, each"
-        spare = [Caches(self._machine.device, self._bundle.spec.decoder, ready.caches.most, what) for _ in range(slots + (slots > 1))]
+        spare = [
+            Caches(self._machine.device, self._bundle.spec.decoder, ready.caches.most, what)
+            for _ in range(slots + (slots > 1))
+        ]
         return TensorRtBatch(self._machine, ready.step, ready.caches, spare)
 
 
 class TensorRtBatch:
-    """See `runtime.engines.Batch`: sequences with caches of their own, decoded one after the other. The last of `caches` is for exchanging rows."""
+    """See `runtime.engines.Batch`: sequences with caches of their own, decoded one
+    after the other. The last of `caches` is for exchanging rows.
+    """
 
     def __init__(self, machine: Machine, step: Step, own: Caches, caches: Sequence[Caches]) -> None:
         self._machine, self._step, self._own, self._caches = machine, step, own, caches
@@ -145,9 +188,13 @@ class TensorRtBatch:
         """See `Batch.fill`."""
         self._caches[slot].take(self._own, 0, 0, rows)
 
-    def step(self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]) -> NDArray[np.float32]:
+    def step(
+        self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]
+    ) -> NDArray[np.float32]:
         """See `Batch.step`."""
-        assert starts.max() < self._own.most, f"row {starts.max()} does not fit {self._own.most}; the caller asks for enough rows"
+        assert starts.max() < self._own.most, (
+            f"row {starts.max()} does not fit {self._own.most}; the caller asks for enough rows"
+        )
         found = []
         for slot, start in enumerate(starts.tolist()):
             self._step.run(inputs_embeds[slot : slot + 1], start, self._caches[slot])
@@ -162,7 +209,9 @@ class TensorRtBatch:
 
 
 def _moves(sources: list[int], spare: int) -> list[tuple[int, int]]:
-    """(target, source) copies in an order in which slot i ends with what slot sources[i] held before; rings of slots go through the spare one."""
+    """(target, source) copies in an order in which slot i ends with what slot
+    sources[i] held before; rings of slots go through the spare one.
+    """
     pending = {target: source for target, source in enumerate(sources) if target != source}
     moves = []
     while pending:

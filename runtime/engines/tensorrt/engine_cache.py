@@ -1,7 +1,9 @@
-"""Engines on disk, under a fingerprint of everything they depend on; and what is known of each: that it passed its trial here, or why it is not used.
+"""Engines on disk, under a fingerprint of everything they depend on; and what is known
+of each: that it passed its trial here, or why it is not used.
 
-Only the very file this machine wrote is opened again: its inode, size, time and SHA-256 are in the mark beside it. Deserialising an engine executes
-what is in it, so nothing else ever gets that far.
+Only the very file this machine wrote is opened again: its inode, size, time and SHA-256
+are in the mark beside it. Deserialising an engine executes what is in it, so nothing
+else ever gets that far.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ from runtime.contract.bundle import Bundle, cache_folder
 from runtime.contract.errors import BusyError
 from runtime.contract.files import locked, sync_file
 from runtime.contract.onnx_guard import external_locations
-from runtime.engines.disk_cache import MARK, ROOTS, engine_cache_bytes, identity, make_room, read_mark, staging_of
+from runtime.engines.disk_cache import (
+    MARK,
+    ROOTS,
+    engine_cache_bytes,
+    identity,
+    make_room,
+    read_mark,
+    staging_of,
+)
 from runtime.engines.tensorrt.graph_variants import Form
 from runtime.engines.tensorrt.trt import Machine
 from runtime.output.console import note
@@ -38,12 +48,20 @@ def fingerprint(bundle: Bundle, machine: Machine, form: Form) -> str:
     """The name of the engine of one form of a graph, made for and on this machine."""
     files = [form.file, *sorted(external_locations(bundle.file(form.file)))]
     sizes = form.profiles(form.rows or bundle.spec.decoder.context)
-    parts = [_RECIPE, *(bundle.files[name][1] for name in files), form.rows, sizes, *machine.fingerprint]
+    parts = [
+        _RECIPE,
+        *(bundle.files[name][1] for name in files),
+        form.rows,
+        sizes,
+        *machine.fingerprint,
+    ]
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 
 class Store:
-    """The folder of engines. Where `keep` is off or the cache's bound is zero it remembers its verdicts as long as it lives, and nothing else."""
+    """The folder of engines. Where `keep` is off or the cache's bound is zero it
+    remembers its verdicts as long as it lives, and nothing else.
+    """
 
     def __init__(self, keep: bool) -> None:
         self._limit = engine_cache_bytes() if keep else 0
@@ -60,14 +78,20 @@ class Store:
         return self._root / name
 
     def timings(self, machine: Machine) -> Path | None:
-        """Where builds on this machine note what they measured; None if nothing is kept. All but the latest such files are removed."""
+        """Where builds on this machine note what they measured; None if nothing is
+        kept. All but the latest such files are removed.
+        """
         if not self.keeps:
             return None
         with contextlib.suppress(OSError):
             self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for old in sorted(self._root.glob("timing-*"), key=lambda path: path.stat().st_mtime)[:-_MAX_TIMINGS]:
+            for old in sorted(self._root.glob("timing-*"), key=lambda path: path.stat().st_mtime)[
+                :-_MAX_TIMINGS
+            ]:
                 old.unlink()
-        return self._root / f"timing-{hashlib.sha256(repr(machine.fingerprint).encode()).hexdigest()}"
+        return (
+            self._root / f"timing-{hashlib.sha256(repr(machine.fingerprint).encode()).hexdigest()}"
+        )
 
     def read(self, name: str) -> mmap.mmap | None:
         """The engine, mapped; None if there is none, or not the one that was written."""
@@ -83,7 +107,9 @@ class Store:
         return content if hashlib.sha256(content).hexdigest() == mark.get(_SHA256) else None
 
     def write(self, name: str, content: Any) -> None:
-        """Keeps an engine, all of it or nothing; the caller holds `making`. One that cannot be kept is built again next time, with a note now."""
+        """Keeps an engine, all of it or nothing; the caller holds `making`. One that
+        cannot be kept is built again next time, with a note now.
+        """
         if not self.keeps:
             return
         ready, view = self.folder(name), memoryview(content)
@@ -103,7 +129,10 @@ class Store:
             sync_file(self._root)
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
-            note(f"the engine is not kept ({' '.join(str(error).split()):.160}); it will be built again at the next start")
+            note(
+                f"the engine is not kept ({' '.join(str(error).split()):.160}); it will be built "
+                f"again at the next start"
+            )
 
     def drop(self, name: str) -> None:
         """Removes an engine."""
@@ -146,12 +175,17 @@ class Store:
 
     @contextlib.contextmanager
     def making(self, name: str) -> Iterator[None]:
-        """Holds the right to build an engine, once whoever has it is done. A build that was killed is told of, since its reason may come again."""
+        """Holds the right to build an engine, once whoever has it is done. A build that
+        was killed is told of, since its reason may come again.
+        """
         if self.keeps:
             with contextlib.suppress(OSError):
                 self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not os.access(self._root, os.W_OK):
-                note(f"no engine is kept: {self._root} cannot be written; set INFMLLM_CACHE to a folder that can")
+                note(
+                    f"no engine is kept: {self._root} cannot be written; set INFMLLM_CACHE to a "
+                    f"folder that can"
+                )
                 self._limit = 0
         if not self.keeps:
             yield
@@ -159,7 +193,10 @@ class Store:
         with self._turn(name):
             staging = staging_of(self.folder(name))
             if staging.exists():
-                note("the last build of this engine was ended from outside; if memory ran out, close other programs or set INFMLLM_WORKSPACE_MB")
+                note(
+                    "the last build of this engine was ended from outside; if memory ran out, "
+                    "close other programs or set INFMLLM_WORKSPACE_MB"
+                )
                 shutil.rmtree(staging, ignore_errors=True)
             with contextlib.suppress(OSError):
                 staging.mkdir(mode=0o700)

@@ -1,7 +1,9 @@
-"""What a `tensorrt` bundle's graphs take and give: names, types, shapes, and the ranges of sizes engines are built for.
+"""What a `tensorrt` bundle's graphs take and give: names, types, shapes, and the ranges
+of sizes engines are built for.
 
-Each graph comes in one or two forms. The plain one gives the caches' new rows, for every TensorRT from 10.3; the fused one updates the caches itself
-and has attention as one operator, for TensorRT from 10.15.
+Each graph comes in one or two forms. The plain one gives the caches' new rows, for
+every TensorRT from 10.3; the fused one updates the caches itself and has attention as
+one operator, for TensorRT from 10.15.
 """
 
 from __future__ import annotations
@@ -29,18 +31,33 @@ from runtime.contract.spec import (
     present,
 )
 
-__all__ = ["DECODE", "MOST_ROWS", "MOST_TOKENS", "PREFILL", "Form", "Port", "Ranges", "check_ports", "decoder_form", "vision_form"]
+__all__ = [
+    "DECODE",
+    "MOST_ROWS",
+    "MOST_TOKENS",
+    "PREFILL",
+    "Form",
+    "Port",
+    "Ranges",
+    "check_ports",
+    "decoder_form",
+    "vision_form",
+]
 
 MOST_ROWS = 8
 """Positions of one call that can have logits."""
 
 MOST_TOKENS = 512
-"""Positions of one call. Scores of a call take memory by its length times the cache's: 2048 at once would need 5 GB for a 7 B model."""
+"""Positions of one call. Scores of a call take memory by its length times the cache's:
+2048 at once would need 5 GB for a 7 B model.
+"""
 
 DECODE, PREFILL = 0, 1
 """The decoder's optimization profiles: one token, and several."""
 
-_PROMPT = 64  # text tokens of a usual prompt: the prefill profile is tuned for these and the default visual tokens
+# text tokens of a usual prompt: the prefill profile is tuned for these and the default visual
+# tokens
+_PROMPT = 64
 _ATTENTION, _CACHE = ("Attention", "add_attention"), ("TensorScatter", "add_kv_cache_update")
 
 Shape = tuple[int, ...]
@@ -58,9 +75,11 @@ class Port:
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a graph. `rows` are the cache rows to build for, None where the graph itself says.
+    """One form of a graph. `rows` are the cache rows to build for, None where the graph
+    itself says.
 
-    `profiles` gives the ranges for a number of rows; `operators` maps those a TensorRT may lack to how its networks call them.
+    `profiles` gives the ranges for a number of rows; `operators` maps those a TensorRT
+    may lack to how its networks call them.
     """
 
     file: str
@@ -86,7 +105,10 @@ def vision_form(spec: ModelSpec, fused: bool) -> Form:
     size, grid, hidden = spec.vision.image_size, spec.vision.grid, spec.decoder.hidden
     most, usual = max(spec.pool_sizes) ** 2, spec.pool_sizes[0] ** 2
     pixels = (1, 3, size, size)
-    ranges: Ranges = {PIXELS: (pixels, pixels, pixels), POOL: ((1, grid**2), (usual, grid**2), (most, grid**2))}
+    ranges: Ranges = {
+        PIXELS: (pixels, pixels, pixels),
+        POOL: ((1, grid**2), (usual, grid**2), (most, grid**2)),
+    }
     return Form(
         VISION_FUSED if fused else VISION,
         {PIXELS: Port(np.float32, (None, 3, size, size)), POOL: Port(np.float32, (None, grid**2))},
@@ -107,7 +129,11 @@ def decoder_form(spec: ModelSpec, fused: bool, rows: int) -> Form:
         POSITION_IDS: Port(np.int64, (None, None)),
         LOGITS_ROWS: Port(np.int64, (None,)),
     }
-    outputs = {LOGITS: Port(np.float32, (None, decoder.vocab_size)), NEXT_TOKEN: Port(np.int64, (None,)), LOGITS_MASS: Port(np.float32, (None,))}
+    outputs = {
+        LOGITS: Port(np.float32, (None, decoder.vocab_size)),
+        NEXT_TOKEN: Port(np.int64, (None,)),
+        LOGITS_MASS: Port(np.float32, (None,)),
+    }
     return Form(
         DECODER_FUSED if fused else DECODER,
         inputs | held,
@@ -127,18 +153,32 @@ def _decoder_profiles(spec: ModelSpec, rows: int) -> tuple[Ranges, Ranges]:
         embeds = tuple((1, length, decoder.hidden) for length in lengths)
         positions = tuple((1, length) for length in lengths)
         kept = tuple((count,) for count in wanted)
-        return {INPUTS_EMBEDS: embeds, POSITION_IDS: positions, LOGITS_ROWS: kept} | dict.fromkeys(decoder.cache_names, (cache,) * 3)  # type: ignore[return-value]
+        return {INPUTS_EMBEDS: embeds, POSITION_IDS: positions, LOGITS_ROWS: kept} | dict.fromkeys(
+            decoder.cache_names, (cache,) * 3
+        )  # type: ignore[return-value]
 
     return ranges((1, 1, 1), (1, 1, 1)), ranges((1, usual, most), (1, 1, MOST_ROWS))
 
 
-def check_ports(found: Mapping[str, tuple[Any, Shape]], expected: Mapping[str, Port], where: Path) -> None:
-    """Raises `BundleError` unless a network has these inputs or outputs; `found` are their types and shapes, -1 for what varies."""
+def check_ports(
+    found: Mapping[str, tuple[Any, Shape]], expected: Mapping[str, Port], where: Path
+) -> None:
+    """Raises `BundleError` unless a network has these inputs or outputs; `found` are
+    their types and shapes, -1 for what varies.
+    """
     for name in sorted(set(found) ^ set(expected)):
-        raise BundleError(f"{where}: {name} is {'unexpected' if name in found else 'missing'}; graph and manifest do not belong together")
+        raise BundleError(
+            f"{where}: {name} is {'unexpected' if name in found else 'missing'}; graph and "
+            f"manifest do not belong together"
+        )
     for name, port in expected.items():
         dtype, shape = found[name]
-        fits = len(shape) == len(port.shape) and all(w is None or d in (-1, w) for d, w in zip(shape, port.shape, strict=True))
+        fits = len(shape) == len(port.shape) and all(
+            w is None or d in (-1, w) for d, w in zip(shape, port.shape, strict=True)
+        )
         if not fits or np.dtype(dtype) != port.dtype:
             wanted = f"{np.dtype(port.dtype)} {['any' if d is None else d for d in port.shape]}"
-            raise BundleError(f"{where}: {name} is {np.dtype(dtype)} {list(shape)}, the manifest's spec makes it {wanted}; re-export the bundle")
+            raise BundleError(
+                f"{where}: {name} is {np.dtype(dtype)} {list(shape)}, the manifest's spec makes "
+                f"it {wanted}; re-export the bundle"
+            )

@@ -1,4 +1,6 @@
-"""Keys and values of one sequence on the GPU, all layers in one block, so that rows of every layer move in a single two-dimensional copy."""
+"""Keys and values of one sequence on the GPU, all layers in one block, so that rows of
+every layer move in a single two-dimensional copy.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,18 @@ _HALF = 2  # bytes of a float16
 
 
 class Rows:
-    """Room for the keys and values [2*layers, KV, rows, D] float16 of up to `most` rows, in as much of it as `rows` of them need.
+    """Room for the keys and values [2*layers, KV, rows, D] float16 of up to `most`
+    rows, in as much of it as `rows` of them need.
 
-    Tensors begin at aligned addresses; without padding between them all heads of all layers are evenly spaced.
+    Tensors begin at aligned addresses; without padding between them all heads of all
+    layers are evenly spaced.
     """
 
     def __init__(self, device: Device, spec: DecoderSpec, most: int, what: str) -> None:
         self._spec, self.names, self.most = spec, spec.cache_names, most
-        self.memory: Memory = device.allocate(len(self.names) * self._stride(most), f"{what} of {most} rows")
+        self.memory: Memory = device.allocate(
+            len(self.names) * self._stride(most), f"{what} of {most} rows"
+        )
         self.rows = most
 
     def _stride(self, rows: int) -> int:
@@ -52,9 +58,13 @@ class Rows:
 
 
 class Caches(Rows):
-    """The caches themselves. Zeroed when made: rows that are not attended are masked, and masking does not remove a NaN among them."""
+    """The caches themselves. Zeroed when made: rows that are not attended are masked,
+    and masking does not remove a NaN among them.
+    """
 
-    def __init__(self, device: Device, spec: DecoderSpec, rows: int, what: str = "the key/value caches") -> None:
+    def __init__(
+        self, device: Device, spec: DecoderSpec, rows: int, what: str = "the key/value caches"
+    ) -> None:
         super().__init__(device, spec, rows, what)
         self._device, self._spoilt = device, rows
         device.zero(self.memory)
@@ -65,26 +75,41 @@ class Caches(Rows):
         return (1, self._spec.kv_heads, self.rows, self._spec.head_dim)
 
     def spoil(self, start: int) -> None:
-        """Notes that rows from `start` on may hold numbers that are none, of a call whose logits were not finite."""
+        """Notes that rows from `start` on may hold numbers that are none, of a call
+        whose logits were not finite.
+        """
         self._spoilt = min(self._spoilt, start)
 
     def heal(self, start: int) -> None:
-        """Queues zeroing rows from `start` on, which a call is about to write, if spoilt ones are among them.
+        """Queues zeroing rows from `start` on, which a call is about to write, if
+        spoilt ones are among them.
 
         Spoilt rows before `start` stay: who attends them is to notice.
         """
         if start <= self._spoilt < self.rows:
             width = (self.rows - start) * self.row
             for _, address in self.addresses():
-                self._device.zero_rows((address + start * self.row, self.pitch(self.rows)), width, self._spec.kv_heads)
+                self._device.zero_rows(
+                    (address + start * self.row, self.pitch(self.rows)), width, self._spec.kv_heads
+                )
             self._spoilt = self.rows
 
     def take(self, source: Rows, at: int, start: int, count: int) -> None:
-        """Queues copying `count` rows of another block, from its row `at`, to rows `start` and on."""
-        heads, pairs = self._spec.kv_heads * len(self.names), [(self.memory.address, source.memory.address)]
+        """Queues copying `count` rows of another block, from its row `at`, to rows
+        `start` and on.
+        """
+        heads, pairs = (
+            self._spec.kv_heads * len(self.names),
+            [(self.memory.address, source.memory.address)],
+        )
         if not (self.packed and source.packed):
             heads = self._spec.kv_heads
-            pairs = [(to, origin) for (_, to), (_, origin) in zip(self.addresses(), source.addresses(), strict=True)]
+            pairs = [
+                (to, origin)
+                for (_, to), (_, origin) in zip(self.addresses(), source.addresses(), strict=True)
+            ]
         for to, origin in pairs:
             target = (to + start * self.row, self.pitch(self.rows))
-            self._device.rows(target, (origin + at * self.row, source.pitch(source.rows)), count * self.row, heads)
+            self._device.rows(
+                target, (origin + at * self.row, source.pitch(source.rows)), count * self.row, heads
+            )

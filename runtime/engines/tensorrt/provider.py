@@ -1,6 +1,8 @@
-"""Getting a graph's engine: opened from the store, or built now; and which form of the graph that is.
+"""Getting a graph's engine: opened from the store, or built now; and which form of the
+graph that is.
 
-A form that TensorRT refuses, or that failed its trial on this machine, gives way to the next, with a note.
+A form that TensorRT refuses, or that failed its trial on this machine, gives way to the
+next, with a note.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ _COPIES = 3
 
 
 class Part:
-    """One of the two graphs: the forms it still may take, the first being the one in use, and that one's engine.
+    """One of the two graphs: the forms it still may take, the first being the one in
+    use, and that one's engine.
 
-    `stages` are the stages of the trial that it answers for; `proved` is true once it passed them on this machine.
+    `stages` are the stages of the trial that it answers for; `proved` is true once it
+    passed them on this machine.
     """
 
     def __init__(self, stages: Sequence[str], forms: Sequence[Form]) -> None:
@@ -46,24 +50,35 @@ class Part:
 
 
 def vision_forms(bundle: Bundle, machine: Machine) -> list[Form]:
-    """The vision graph's forms that this bundle and this TensorRT have, the fastest first."""
+    """The vision graph's forms that this bundle and this TensorRT have, the fastest
+    first.
+    """
     forms = [vision_form(bundle.spec, fused) for fused in (True, False)]
     return _available(forms, bundle, machine)
 
 
 def decoder_forms(bundle: Bundle, machine: Machine, context: int | None) -> list[Form]:
-    """The decoder's forms likewise. Caches of the fused one have the size the bundle was built with: a smaller `context` rules it out."""
+    """The decoder's forms likewise. Caches of the fused one have the size the bundle
+    was built with: a smaller `context` rules it out.
+    """
     most = bundle.capacity
     rows = min(context or most, most)
-    forms = _available([decoder_form(bundle.spec, fused, rows) for fused in (True, False)], bundle, machine)
+    forms = _available(
+        [decoder_form(bundle.spec, fused, rows) for fused in (True, False)], bundle, machine
+    )
     if rows < most and forms[0].fused:
-        note(f"a context of {rows} rows takes the plain decoder; the faster one always has all {most}, leave --context out for it")
+        note(
+            f"a context of {rows} rows takes the plain decoder; the faster one always has all "
+            f"{most}, leave --context out for it"
+        )
         forms = forms[1:]
     return forms
 
 
 def _available(forms: Sequence[Form], bundle: Bundle, machine: Machine) -> list[Form]:
-    return [form for form in forms if form.file in bundle.files and machine.has(form.operators.values())]
+    return [
+        form for form in forms if form.file in bundle.files and machine.has(form.operators.values())
+    ]
 
 
 class Maker:
@@ -73,22 +88,30 @@ class Maker:
         self._bundle, self._machine, self._options = bundle, machine, options
         self._store = Store(options.engine_cache)
         judged = json.dumps([bundle.files[GOLDENS][1], dict(bundle.tolerance)], sort_keys=True)
-        self._trial = hashlib.sha256(judged.encode()).hexdigest()  # a verdict holds for these goldens and bounds
+        self._trial = hashlib.sha256(
+            judged.encode()
+        ).hexdigest()  # a verdict holds for these goldens and bounds
 
     def fill(self, part: Part) -> None:
-        """Gives a part an engine, of the first form that has one. Raises `EngineError`, `BundleError`."""
+        """Gives a part an engine, of the first form that has one. Raises `EngineError`,
+        `BundleError`.
+        """
         while part.engine is None:
             name = self._name(part.form)
             try:
                 if reason := self._store.refused(name):
-                    raise RefusedError(f"{reason} (remembered; remove {self._store.folder(name)} to try again)", lasting=False)
+                    raise RefusedError(
+                        f"{reason} (remembered; remove {self._store.folder(name)} to try again)",
+                        lasting=False,
+                    )
                 part.engine = self._opened(name, part.form) or self._built(name, part.form)
             except RefusedError as error:
                 self._next(part, error)
         part.proved = self._store.passed(self._name(part.form), self._trial)
 
     def judge(self, parts: Sequence[Part], failed: Mapping[str, str]) -> None:
-        """Accepts the parts whose stages passed; those that failed get an engine of their next form, on trial.
+        """Accepts the parts whose stages passed; those that failed get an engine of
+        their next form, on trial.
 
         Raises `EngineError` if there is none.
         """
@@ -98,18 +121,25 @@ class Maker:
                 self._store.accept(self._name(part.form), self._trial)
                 part.proved = True
                 continue
-            found = f"{part.form.file} computes something else than the bundle's goldens on {self._machine.name}: {', '.join(reasons)}"
+            found = (
+                f"{part.form.file} computes something else than the bundle's goldens on "
+                f"{self._machine.name}: {', '.join(reasons)}"
+            )
             part.engine = None
             self._next(part, RefusedError(found, lasting=True))
         for part in parts:
             self.fill(part)
 
     def _next(self, part: Part, error: RefusedError) -> None:
-        """Takes a form out of use. Raises the error, with what to do, if it was the last."""
+        """Takes a form out of use. Raises the error, with what to do, if it was the
+        last.
+        """
         if error.lasting:
             self._store.refuse(self._name(part.form), str(error))
         if len(part.forms) == 1:
-            raise EngineError(f"{error}; update TensorRT and the driver, or build the bundle with --target cpu") from None
+            raise EngineError(
+                f"{error}; update TensorRT and the driver, or build the bundle with --target cpu"
+            ) from None
         note(f"{error}; {part.forms[1].file} takes its place")
         del part.forms[0]
 
@@ -117,13 +147,18 @@ class Maker:
         return fingerprint(self._bundle, self._machine, form)
 
     def _opened(self, name: str, form: Form) -> Any:
-        """The stored engine, or None; one that TensorRT cannot read any more is removed."""
+        """The stored engine, or None; one that TensorRT cannot read any more is
+        removed.
+        """
         content = self._store.read(name)
         if content is None:
             return None
         engine = self._machine.opened(content)
         if engine is None:
-            note(f"the stored engine of {form.file} cannot be loaded ({self._machine.journal.read()}); building it again")
+            note(
+                f"the stored engine of {form.file} cannot be loaded "
+                f"({self._machine.journal.read()}); building it again"
+            )
             self._store.drop(name)
             return None
         return self._checked(engine, form)
@@ -132,10 +167,18 @@ class Maker:
         with self._store.making(name):
             if engine := self._opened(name, form):  # another process may just have made it
                 return engine
-            self._store.drop(name)  # a verdict on an engine that is gone is none on the one made now
+            self._store.drop(
+                name
+            )  # a verdict on an engine that is gone is none on the one made now
             workspace = workspace_bytes(self._machine, self._options.workspace_mb)
             self._tell_of_memory(form)
-            content = build(self._machine, self._bundle.file(form.file), form, workspace, self._store.timings(self._machine))
+            content = build(
+                self._machine,
+                self._bundle.file(form.file),
+                form,
+                workspace,
+                self._store.timings(self._machine),
+            )
             self._store.write(name, content)
         engine = self._machine.opened(content)
         if engine is None:
@@ -143,22 +186,57 @@ class Maker:
         return self._checked(engine, form)
 
     def _tell_of_memory(self, form: Form) -> None:
-        """Warns of a build that may be ended by the system: weights are held as read, as compiled and as written."""
-        needed = _COPIES * sum(self._bundle.files[name][0] for name in external_locations(self._bundle.file(form.file))) / 1e6
+        """Warns of a build that may be ended by the system: weights are held as read,
+        as compiled and as written.
+        """
+        needed = (
+            _COPIES
+            * sum(
+                self._bundle.files[name][0]
+                for name in external_locations(self._bundle.file(form.file))
+            )
+            / 1e6
+        )
         there = read_memory(Path("/")).available_mb
         if there < needed:
-            note(f"building needs about {needed:.0f} MB of memory, {there:.0f} are available; if it is killed, close other programs or add swap")
+            note(
+                f"building needs about {needed:.0f} MB of memory, {there:.0f} are available; if "
+                f"it is killed, close other programs or add swap"
+            )
 
     def _checked(self, engine: Any, form: Form) -> Any:
-        """The engine, if its inputs and outputs are those of the form. Raises `BundleError`, `RefusedError`."""
+        """The engine, if its inputs and outputs are those of the form. Raises
+        `BundleError`, `RefusedError`.
+        """
         trt = self._machine.trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        for mode, expected in ((trt.TensorIOMode.INPUT, form.inputs), (trt.TensorIOMode.OUTPUT, form.outputs)):
+        for mode, expected in (
+            (trt.TensorIOMode.INPUT, form.inputs),
+            (trt.TensorIOMode.OUTPUT, form.outputs),
+        ):
             mine = [name for name in names if engine.get_tensor_mode(name) == mode]
-            found = {name: (trt.nptype(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name))) for name in mine}
+            found = {
+                name: (
+                    trt.nptype(engine.get_tensor_dtype(name)),
+                    tuple(engine.get_tensor_shape(name)),
+                )
+                for name in mine
+            }
             check_ports(found, expected, self._bundle.path / form.file)
-        shared = {name: engine.get_aliased_input_tensor(name) for name in form.outputs} if form.updates_caches else {}
-        apart = [name for name, source in shared.items() if source != name.removeprefix(present("")) and name.startswith(present(""))]
+        shared = (
+            {name: engine.get_aliased_input_tensor(name) for name in form.outputs}
+            if form.updates_caches
+            else {}
+        )
+        apart = [
+            name
+            for name, source in shared.items()
+            if source != name.removeprefix(present("")) and name.startswith(present(""))
+        ]
         if apart:
-            raise RefusedError(f"TensorRT {self._machine.release} does not update {apart[0]} of {form.file} in place", lasting=True)
+            raise RefusedError(
+                f"TensorRT {self._machine.release} does not update {apart[0]} of {form.file} in "
+                f"place",
+                lasting=True,
+            )
         return engine

@@ -1,4 +1,6 @@
-"""TensorRT's Python module on this machine: its messages collected for ours, its abilities asked for rather than guessed."""
+"""TensorRT's Python module on this machine: its messages collected for ours, its
+abilities asked for rather than guessed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ _KEPT = 20
 
 
 class Journal:
-    """What TensorRT complained of, oldest first, since it was last read; `logger` is the `ILogger` that writes it."""
+    """What TensorRT complained of, oldest first, since it was last read; `logger` is
+    the `ILogger` that writes it.
+    """
 
     def __init__(self, trt: Any) -> None:
         lines: list[str] = []
@@ -69,16 +73,22 @@ class Machine:
         return (self.device.name, self.device.capability, str(driver), str(runtime), self.release)
 
     def has(self, layers: Iterable[str]) -> bool:
-        """Whether networks of this TensorRT can have layers, by the names of the methods that add them."""
+        """Whether networks of this TensorRT can have layers, by the names of the
+        methods that add them.
+        """
         return all(hasattr(self.trt.INetworkDefinition, name) for name in layers)
 
     def must(self, ok: bool, doing: str) -> None:
-        """Raises `EngineError`, and gives the device up, unless TensorRT did what it was told."""
+        """Raises `EngineError`, and gives the device up, unless TensorRT did what it
+        was told.
+        """
         if not ok:
             self.device.fail(f"{doing}: {self.journal.read()}")
 
     def opened(self, serialized: Any) -> Any:
-        """The engine in a buffer, or None if TensorRT cannot read it. Weights go to the GPU now."""
+        """The engine in a buffer, or None if TensorRT cannot read it. Weights go to the
+        GPU now.
+        """
         self.device.check()
         self.journal.clear()
         return self.runtime.deserialize_cuda_engine(serialized)
@@ -87,6 +97,7 @@ class Machine:
         """Why something cannot be loaded; most often there is no memory for it."""
         free, total = self.device.free_memory()
         return EngineError(
-            f"{what} cannot be loaded ({self.journal.read()}; {free >> 20} of the GPU's {total >> 20} MiB are free); "
+            f"{what} cannot be loaded ({self.journal.read()}; {free >> 20} of the GPU's "
+            f"{total >> 20} MiB are free); "
             "close other programs, or choose a smaller --context"
         )
