@@ -24,17 +24,15 @@ from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.pack_projections import pack_projections
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     INPUTS_EMBEDS,
     LOGITS,
     POSITION_IDS,
     SEQLENS_K,
     TOTAL_LENGTH,
-    DecoderSpec,
-    ModelSpec,
-    VisionSpec,
     present,
 )
+from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 from runtime.engines.onnxruntime.sessions import session_options
 from trainer.config import find_preset
 from trainer.model import InfMLLM

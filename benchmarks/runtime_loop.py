@@ -88,12 +88,12 @@ def main() -> None:
         rows.setdefault(name, []).append(measure())
 
     for _ in range(given.repetitions):
-        session.forget()
+        session.clear_caches()
         note(
             "first question, ms to first token", lambda: first_token(session, image, "what is it?")
         )
         note("second question on the same picture", lambda: first_token(session, image, _SECOND))
-        session.prefix.forget()
+        session.runner.prefix_cache.clear()
         note(
             "second question in another process (embeddings from disk)",
             lambda: first_token(session, image, _SECOND),

@@ -162,9 +162,9 @@ def _watch_cache(block: Block, model: InfMLLM, found: dict[str, NDArray[Any]]) -
         peak(f"{block.name}|values", output.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2))
 
     return [
-        attention.k_proj.register_forward_hook(after_keys),
-        attention.v_proj.register_forward_hook(after_values),
-    ]  # type: ignore[union-attr]
+        attention.k_proj.register_forward_hook(after_keys),  # type: ignore[union-attr]
+        attention.v_proj.register_forward_hook(after_values),  # type: ignore[union-attr]
+    ]
 
 
 def _results(
@@ -305,7 +305,7 @@ class Calibrated:
     def strengths(self) -> Mapping[str, float]:
         """The smoothing strength chosen in front of each group of layers."""
         return {
-            key.removesuffix("|strength"): float(self.get(key))
+            key.removesuffix("|strength"): float(self.get(key))  # type: ignore[arg-type]
             for key in self._places
             if key.endswith("|strength")
-        }  # type: ignore[arg-type]
+        }

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from export.passes.contract import lazy_tensor
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
     PIXELS,
     POOL,
     POSITION_IDS,
-    ModelSpec,
     present,
 )
+from runtime.contract.spec import ModelSpec
 from trainer.decoder import rotary_tables
 from trainer.model import InfMLLM
 

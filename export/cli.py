@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from runtime.cli.run import default_bundle
+from runtime.contract.bundle import default_bundle
 from runtime.contract.errors import UsageError
 from runtime.output.console import command_app, note, run_command
 
@@ -118,7 +118,7 @@ def build(
     """
     from export.commands import run_auto, run_build
     from export.mixed_precision import Budget
-    from export.schemes import choose_scheme
+    from export.schemes import TARGET_SCHEMES, choose_scheme
     from export.state import BuildOptions
     from trainer.checkpoint import DEMO
 
@@ -126,7 +126,7 @@ def build(
         raise UsageError(
             "--precision auto chooses blocks and rounding itself; leave out --block and --rounding"
         )
-    if precision == "auto" and target != "cpu":
+    if precision == "auto" and target in TARGET_SCHEMES and not TARGET_SCHEMES[target].auto:
         raise UsageError(
             f"--precision auto measures with the cpu's kernels and serves no other target; choose "
             f"a precision for {target}"

@@ -100,7 +100,7 @@ def _engines(options: BuildOptions) -> str:
     """What became of engines that are built where they run: nothing is left to do, or
     what is, in words.
     """
-    if not find_lowering(options.target).referenced:
+    if not find_lowering(options.target).compare_on_cpu:
         return ""
     try:
         load(options.out)
@@ -143,7 +143,7 @@ def run_plan(
     find_lowering(target)
     spec = find_preset(preset).spec if preset else read_spec(checkpoint or DEMO)
     chosen = find_device(device)
-    names = [precision] if precision else list(TARGET_SCHEMES[target])
+    names = [precision] if precision else list(TARGET_SCHEMES[target].schemes)
     if not precision and block:
         raise UsageError("--block needs a --precision with 4-bit weights, for example int4")
     plans = {

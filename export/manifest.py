@@ -15,10 +15,9 @@ from export.state import Build, tools
 from export.targets import find_lowering
 from runtime.contract.bundle import (
     CAPACITY,
-    FIT_16_BITS,
     MANIFEST,
-    PRODUCTS,
-    ROWS,
+    ROW_INDEPENDENT,
+    SATURATION_SAFE,
     VERIFIED,
     read_bundle,
     write_manifest,
@@ -88,11 +87,11 @@ def write(build: Build) -> None:
         "decoder": scheme.name,
         "embeddings": scheme.embeddings,
         "cache": scheme.cache,
-        ROWS: scheme.rows,
+        ROW_INDEPENDENT: str(scheme.row_independent).lower(),
     }
     lowering = find_lowering(build.options.target)
-    if not lowering.referenced:  # x86's integer kernels are the cpu target's
-        schemes[PRODUCTS] = FIT_16_BITS
+    if lowering.saturation_safe:
+        schemes[SATURATION_SAFE] = "true"
     if any(plan.fixed for plan in lowering.graphs.values()):
         schemes[CAPACITY] = str(build.options.context or build.checkpoint.spec.decoder.context)
     provenance |= {"tools": tools(), "passes": passes, "steps": build.costs, **build.options.notes}

@@ -133,9 +133,9 @@ def upgrade_path(
     that saves the most divergence per added cost.
     """
     choice = {
-        block: min(row, key=lambda name, block=block: (cost[block][name], nats[block][name]))
+        block: min(row, key=lambda name: (cost[block][name], nats[block][name]))
         for block, row in nats.items()
-    }  # type: ignore[misc]
+    }
     path = [dict(choice)]
     while True:
         steps = []

@@ -49,8 +49,9 @@ from runtime.contract.bundle import (
 )
 from runtime.contract.errors import BuildError, ParityError
 from runtime.contract.files import staged_folder
+from runtime.contract.goldens import read_goldens, write_goldens
 from runtime.output.console import peak_memory_mib
-from runtime.parity import StageError, read_goldens, replay, replay_goldens, write_goldens
+from runtime.parity import StageError
 from runtime.session import load
 
 __all__ = ["STEPS", "Build", "BuildOptions", "build"]
@@ -197,7 +198,7 @@ def _compare(build: Build) -> tuple[list[StageError], MetricCheck]:
     are replayed part by part, and asked nothing.
     """
     options, tolerance = build.options, dict(build.options.scheme.tolerance)
-    if find_lowering(options.target).referenced:
+    if find_lowering(options.target).compare_on_cpu:
         bundle = read_bundle(build.folder)
         asked = measure_answers(
             reference_session(bundle),
@@ -222,7 +223,7 @@ def _compare(build: Build) -> tuple[list[StageError], MetricCheck]:
             f"infmllm-eval where they fit"
         )
     session = load(build.folder, engine_cache=False)
-    return replay(session, tolerance), measure_answers(
+    return session.replay(tolerance=tolerance), measure_answers(
         session, build.checkpoint, build.source, options.questions, options.scheme.drop
     )
 
@@ -255,7 +256,7 @@ def _location(build: Build, stage: str) -> str:
     tolerance = dict(build.options.scheme.tolerance)
     if sum(file.stat().st_size for file in build.folder.glob("*.weights")) > LARGE_BYTES:
         return "The graphs are too large to search for the place"
-    if find_lowering(build.options.target).referenced:
+    if find_lowering(build.options.target).compare_on_cpu:
         return "Build with --target cpu to learn the place if it drifts there too"
     try:
         session, goldens = (
@@ -263,11 +264,7 @@ def _location(build: Build, stage: str) -> str:
             read_goldens(build.folder / GOLDENS),
         )
         errors = [
-            next(
-                row.error
-                for row in replay_goldens(session, [golden], tolerance)
-                if row.stage == stage
-            )
+            next(row.error for row in session.replay([golden], tolerance) if row.stage == stage)
             for golden in goldens
         ]
         drift = find_drift(

@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from calibration.linear import KERNEL_BLOCKS, SIGNED, LinearScheme
-from runtime.contract.bundle import ALONE, TOGETHER
 from runtime.contract.errors import UsageError
 
 __all__ = [
-    "CACHES",
     "ROUNDINGS",
     "SCHEMES",
     "TARGET_SCHEMES",
     "Scheme",
+    "TargetSchemes",
     "choose_scheme",
     "find_scheme",
     "mixed",
@@ -31,7 +30,6 @@ __all__ = [
 ROUNDINGS = ("nearest", "mse", "gptq")
 """How 4-bit weights are rounded, the cheapest first."""
 
-CACHES = ("fp32", "int8")
 FLOAT = LinearScheme()
 HALF = LinearScheme("fp16")
 # The tower sees many tokens in every call and takes a scale per token. The decoder's hot call
@@ -112,16 +110,16 @@ class Scheme:
         return tuple(dict.fromkeys(both))
 
     @property
-    def rows(self) -> str:
-        """Whether what the decoder makes of a position depends on which others are
-        computed with it: `ALONE` or `TOGETHER`.
+    def row_independent(self) -> bool:
+        """True if the decoder computes a position the same, whichever other positions
+        are computed in the same call.
         """
         together = self.compute == "fp16" or any(  # a GPU's kernels differ with the number of rows
             linear.activation == "int8-tensor"
             for prefix, linear in self.parts.items()
             if not prefix.startswith((VISION, "pool_adapter."))
         )
-        return TOGETHER if together else ALONE
+        return not together
 
     @property
     def byte_weights(self) -> bool:
@@ -204,7 +202,21 @@ def _halves(
     return Scheme(name, parts, "fp16", tolerance, help, cache="fp16", compute="fp16")
 
 
-TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
+@dataclass(frozen=True)
+class TargetSchemes:
+    """The precisions a target offers.
+
+    `caches` are the types of key/value caches that may be chosen with `--kv`; without
+    any, each scheme has its own. `auto` tells whether `--precision auto` may search
+    here: it measures with the kernels of this machine.
+    """
+
+    schemes: Mapping[str, Scheme]
+    caches: tuple[str, ...] = ()
+    auto: bool = False
+
+
+_SCHEMES: dict[str, dict[str, Scheme]] = {
     "cpu": SCHEMES,
     # Its kernels multiply floats by weights in blocks; the tower has enough rows in a call for
     # weights to cost it little.
@@ -245,9 +257,15 @@ TARGET_SCHEMES: dict[str, dict[str, Scheme]] = {
         )
     },
 }
-TARGET_SCHEMES["rtx"] = TARGET_SCHEMES["tensorrt"]
-"""Per target, its schemes by name: the same name asks for the nearest thing its engine
-has kernels for.
+
+TARGET_SCHEMES: dict[str, TargetSchemes] = {
+    "cpu": TargetSchemes(_SCHEMES["cpu"], caches=("fp32", "int8"), auto=True),
+    "cuda": TargetSchemes(_SCHEMES["cuda"]),
+    "tensorrt": TargetSchemes(_SCHEMES["tensorrt"]),
+    "rtx": TargetSchemes(_SCHEMES["tensorrt"]),
+}
+"""The precisions of each target. The same name asks for the nearest precision that the
+target's engine has kernels for.
 """
 
 
@@ -255,9 +273,9 @@ def find_scheme(name: str, target: str = "cpu") -> Scheme:
     """The scheme of that name; raises `UsageError` listing the choices."""
     if target not in TARGET_SCHEMES:
         raise UsageError(f"unknown target {target!r}; choose one of: {', '.join(TARGET_SCHEMES)}")
-    known = TARGET_SCHEMES[target]
+    known = TARGET_SCHEMES[target].schemes
     if name not in known:
-        where = " (or auto, for build)" if target == "cpu" else f" for target {target}"
+        where = " (or auto, for build)" if TARGET_SCHEMES[target].auto else f" for target {target}"
         raise UsageError(f"unknown precision {name!r}; choose one of: {', '.join(known)}{where}")
     return known[name]
 
@@ -278,7 +296,7 @@ def choose_scheme(
     """
     scheme = find_scheme(name, target)
     cache = cache or scheme.cache
-    choices = CACHES if target == "cpu" else (scheme.cache,)
+    choices = TARGET_SCHEMES[target].caches or (scheme.cache,)
     if cache not in choices:
         raise UsageError(f"unknown --kv {cache!r}; choose one of: {', '.join(choices)}")
     for text in keep:

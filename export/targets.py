@@ -25,7 +25,7 @@ from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE, fixed_cap
 from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
 from export.schemes import Scheme
 from runtime.contract.errors import UsageError
-from runtime.contract.spec import IMAGE_EMBEDS, LOGITS, LOGITS_MASS, PIXELS, POOL
+from runtime.contract.graphs import IMAGE_EMBEDS, LOGITS, LOGITS_MASS, PIXELS, POOL
 
 __all__ = ["LOWERING", "GraphPlan", "Lowering", "find_lowering"]
 
@@ -52,9 +52,10 @@ class Lowering:
     layers, and graph values that stay fp32 in a half graph.
 
     `byte_weights` are passes that decoders with 8-bit weights and float activations get
-    first; `packs` is whether projections of one input are one product. `referenced`
-    tells that a build is compared with PyTorch through `export.parity.cpu_reference`:
-    the target's engine runs on other machines.
+    first; `packs` is whether projections of one input are one product. `compare_on_cpu`
+    is true where the target's engine runs on other machines: the build is then compared
+    with PyTorch through `export.parity.cpu_reference`. `saturation_safe` is true where
+    8-bit weights are rounded so that the kernels of x86 CPUs without VNNI stay exact.
     """
 
     graphs: Mapping[str, GraphPlan]
@@ -62,7 +63,8 @@ class Lowering:
     full_values: frozenset[str] = frozenset()
     byte_weights: tuple[GraphPass, ...] = ()
     packs: bool = True
-    referenced: bool = False
+    compare_on_cpu: bool = False
+    saturation_safe: bool = False
 
     def form(self, graph: str, scheme: Scheme, capacity: int) -> list[GraphPass]:
         """What turns the canonical graph into this one, but for its precision;
@@ -94,6 +96,7 @@ LOWERING: dict[str, Lowering] = {
             "decoder": GraphPlan("decoder", (GROUP_QUERY_ATTENTION, KEEP_LOGITS)),
         },
         INTEGER_KERNELS,
+        saturation_safe=True,
     ),
     # Operators and opset for which ONNX Runtime's CUDA provider has kernels
     # (export/passes/cuda_kernels.py): what has none would run on the CPU, unseen.
@@ -106,7 +109,7 @@ LOWERING: dict[str, Lowering] = {
         },
         BLOCK_KERNELS,
         _FULL_VALUES,
-        referenced=True,
+        compare_on_cpu=True,
     ),
     # What TensorRT 10.3 parses, at the first opset with blocks of 4-bit weights; and with what
     # 10.15 brought, at the first opset that has it.
@@ -129,7 +132,7 @@ LOWERING: dict[str, Lowering] = {
         # the compiler merges projections itself; packed 8-bit ones it takes apart again, at
         # every step
         packs=False,
-        referenced=True,
+        compare_on_cpu=True,
     ),
 }
 

@@ -1,5 +1,5 @@
-"""A conversation about one picture: each turn computes only what was added, the rows of
-everything before are in the key/value cache.
+"""A conversation about one image. Each turn computes only what was added, because the
+cache still holds the rows of everything before.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from runtime.contract.errors import UsageError
 from runtime.contract.prompt import Message, checked_text, next_turn, render_chat
 from runtime.generation.decoding import Decoding
-from runtime.generation.kv_cache import CacheBudget, Segment
-from runtime.generation.request import Job, PictureSource
-from runtime.questions import Answer, Stream
-from runtime.session import Session
+from runtime.generation.kv_cache import Segment
+from runtime.generation.request import RequestBuilder
+from runtime.generation.runner import Runner
+from runtime.questions import Answer, ImageSource, Stream
 
 __all__ = ["Chat"]
 
@@ -20,82 +20,84 @@ _TASK = "chat"
 
 
 class Chat:
-    """A conversation. `messages` are its turns so far."""
+    """A conversation; `messages` are its turns so far. Start one with `Session.chat`."""
 
     def __init__(
         self,
-        session: Session,
-        image: PictureSource,
+        builder: RequestBuilder,
+        runner: Runner,
+        image: ImageSource,
         visual_tokens: int | None = None,
         decoding: Decoding | None = None,
     ) -> None:
-        self._session, self._decoding = session, decoding or Decoding()
-        self._picture = session.picture(image, visual_tokens)
+        self._builder, self._runner = builder, runner
+        self._decoding = decoding or Decoding()
+        self._image = builder.open_image(image, visual_tokens)
         self._segments: tuple[Segment, ...] = ()
-        self._unfed: tuple[int, ...] = ()
+        self._uncached: tuple[int, ...] = ()
+        """Tokens of the last answer whose rows are not in the cache."""
         self._context: tuple[int, ...] = ()
         self.messages: list[Message] = []
 
     def ask(self, text: str, max_new_tokens: int | None = None) -> Answer:
-        """Answers the next turn. Raises `ContextError` when the conversation no longer
-        fits, `PromptError` for a turn without text.
+        """Answers the next turn.
+
+        Args:
+            text: What the user says.
+            max_new_tokens: The longest answer in tokens; the task's default if None.
+
+        Returns:
+            The answer, which is now part of the conversation.
+
+        Raises:
+            ContextError: The conversation no longer fits into the cache.
+            PromptError: The turn has no text.
         """
         return self.stream(text, max_new_tokens).finish()
 
     def stream(self, text: str, max_new_tokens: int | None = None) -> Stream:
-        """Starts answering the next turn; it becomes part of the conversation once the
-        stream has been read to its end.
+        """Starts to answer the next turn; arguments and errors are those of `ask`.
+
+        The turn becomes part of the conversation once the stream was read to its end.
         """
-        session, user = self._session, Message("user", checked_text(text))
+        tokenizer, user = self._builder.tokenizer, Message("user", checked_text(text))
         if self.messages:
-            new = (*self._unfed, *session.tokenizer.encode(next_turn(user)))
-            segments = (*self._segments, session.text_segment(new))
+            new = (*self._uncached, *tokenizer.encode(next_turn(user)))
+            segments = (*self._segments, self._builder.text_segment(new))
         else:
-            opening, new = map(tuple, session.tokenizer.encode_prompt(render_chat([user])))
-            segments = (session.image_segment(opening, self._picture), session.text_segment(new))
-        visual = self._picture.p**2
-        budget = CacheBudget(
-            session.engine.capacity, sum(segment.rows for segment in segments) - visual, visual
-        )
-        limit, constraint = (
-            session.limit(_TASK, budget, max_new_tokens),
-            session.constraint(_TASK, self._decoding),
-        )
+            opening, new = map(tuple, tokenizer.encode_prompt(render_chat([user])))
+            image = self._builder.image_segment(opening, self._image)
+            segments = (image, self._builder.text_segment(new))
         context = (*self._context, *new)
-        stream = session.start(
-            Job(
-                self._picture,
-                _TASK,
-                user.content,
-                segments,
-                budget,
-                limit,
-                self._decoding,
-                constraint,
-                context,
-            )
+        request = self._builder.build_from_segments(
+            self._image, segments, _TASK, user.content, self._decoding, max_new_tokens, context
         )
-        stream.pieces = self._kept(stream, stream.pieces, self._segments, user, segments, context)
+        stream = self._runner.start(request)
+        stream.pieces = self._read(
+            stream, stream.pieces, user, segments, context, len(self.messages)
+        )
         return stream
 
-    def _kept(
+    def _read(
         self,
         stream: Stream,
         pieces: Iterator[str],
-        before: tuple[Segment, ...],
         user: Message,
         segments: tuple[Segment, ...],
         context: tuple[int, ...],
+        turns: int,
     ) -> Iterator[str]:
-        if self._segments is not before:
+        """Passes the pieces on, then adds both messages to the conversation, which must
+        still have the `turns` messages it had when the turn was begun.
+        """
+        if len(self.messages) != turns:
             raise UsageError("another turn was answered since this one was begun; begin it again")
         yield from pieces
         answer = stream.answer
-        assert answer is not None, "a finished stream has its answer"
-        fed = answer.tokens[: answer.kept_tokens]
-        self._segments = (
-            *segments,
-            *([self._session.text_segment(fed, generated=True)] if fed else []),
-        )
-        self._unfed, self._context = answer.tokens[answer.kept_tokens :], (*context, *answer.tokens)
+        assert answer is not None, "a stream that was read to its end has an answer"
+        kept = answer.tokens[: answer.kept_tokens]
+        self._uncached = answer.tokens[answer.kept_tokens :]
+        decoded = [self._builder.text_segment(kept, decoded=True)] if kept else []
+        self._segments = (*segments, *decoded)
+        self._context = (*context, *answer.tokens)
         self.messages += [user, Message("assistant", answer.text)]

@@ -1,60 +1,38 @@
-"""Golden inputs and outputs: PyTorch's results stored in the bundle, replayed through
-the engine, compared stage by stage. Torch-free.
+"""Replays golden cases, PyTorch's results stored in the bundle, through an engine and
+compares them stage by stage, without torch.
 
-The build uses this as its parity gate; `infmllm-run --self-test` repeats it on the
-device, where kernels differ.
+The build uses this as its parity gate. `infmllm-run --self-test` repeats it on the
+device, where kernels differ, and an engine compiled on the device must pass it before
+it answers.
 """
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract.bundle import GOLDENS, VERIFIED
-from runtime.contract.errors import BundleError, ContextError
+from runtime.contract.bundle import GOLDENS, VERIFIED, Bundle
+from runtime.contract.errors import ContextError
+from runtime.contract.goldens import Golden, check_golden, read_goldens
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import ModelSpec
+from runtime.engines import Engine
 from runtime.generation.kv_cache import CacheBudget
+from runtime.generation.token_embeddings import embed_prompt, embed_tokens
 from runtime.output.console import note
-from runtime.session import Session
 
 __all__ = [
-    "Golden",
     "StageError",
-    "read_goldens",
-    "replay",
+    "read_checked_goldens",
     "replay_goldens",
     "stage_errors",
-    "try_engine",
-    "write_goldens",
+    "validate_engine",
 ]
 
 Array = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Golden:
-    """One case: pixels [1,3,S,S], pool size, ids around the image, and PyTorch's
-    results.
-
-    `image_embeds` [T,H]; `prefill` logits [V]; `tokens` [n] fed one by one; `steps`
-    logits [n,V] after each.
-    """
-
-    pixels: Array
-    pool_size: int
-    before: NDArray[np.int64]
-    after: NDArray[np.int64]
-    image_embeds: Array
-    prefill: Array
-    tokens: NDArray[np.int64]
-    steps: Array
 
 
 @dataclass(frozen=True)
@@ -76,77 +54,6 @@ class StageError:
         return self.error <= self.tolerance
 
 
-def write_goldens(path: Path, goldens: Sequence[Golden]) -> None:
-    """Stores cases as a plain .npz."""
-    arrays = {
-        f"{index}.{name}": np.asarray(value)
-        for index, golden in enumerate(goldens)
-        for name, value in vars(golden).items()
-    }
-    np.savez(path, **arrays)  # type: ignore[arg-type]
-
-
-def read_goldens(path: Path) -> list[Golden]:
-    """Reads cases; raises `BundleError` if the file is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            count = len({name.split(".")[0] for name in data.files})
-            cases = [
-                {name: data[f"{i}.{name}"] for name in Golden.__dataclass_fields__}
-                for i in range(count)
-            ]
-            goldens = [Golden(**case | {"pool_size": int(case["pool_size"])}) for case in cases]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        MemoryError,
-        zipfile.BadZipFile,
-        zlib.error,
-        NotImplementedError,
-    ) as error:
-        raise BundleError(f"{path} is damaged ({error}); re-export the bundle") from None
-    if not goldens:
-        raise BundleError(f"{path} holds no golden cases; re-export the bundle")
-    return goldens
-
-
-def _check(golden: Golden, spec: ModelSpec, where: Path) -> None:
-    """Raises `BundleError` unless a case fits the model and holds at least one decoding
-    step.
-    """
-    size, hidden, vocabulary = spec.vision.image_size, spec.decoder.hidden, spec.decoder.vocab_size
-    steps, p = len(np.atleast_1d(golden.tokens)), golden.pool_size
-    shapes = {
-        "pixels": (1, 3, size, size),
-        "image_embeds": (p * p, hidden),
-        "prefill": (vocabulary,),
-        "steps": (steps, vocabulary),
-        "tokens": (steps,),
-    }
-    wrong = [name for name, shape in shapes.items() if getattr(golden, name).shape != shape]
-    wrong += [
-        name
-        for name in ("pixels", "image_embeds", "prefill", "steps")
-        if getattr(golden, name).dtype != np.float32
-    ]
-    for name in ("before", "after", "tokens"):
-        ids = getattr(golden, name)
-        if (
-            ids.ndim != 1
-            or ids.dtype != np.int64
-            or (ids.size and not 0 <= ids.min() <= ids.max() < vocabulary)
-        ):
-            wrong.append(name)
-    if wrong or p not in spec.pool_sizes or steps == 0:
-        raise BundleError(
-            f"{where}: golden case does not fit the model "
-            f"({', '.join(wrong) or 'pool size or steps'}); re-export the bundle"
-        )
-
-
 def relative_error(found: Array, expected: Array) -> float:
     """Norm of the difference over the norm of the reference; infinity when anything is
     not finite or shapes differ.
@@ -160,33 +67,36 @@ def relative_error(found: Array, expected: Array) -> float:
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
 
 
-def replay(session: Session, tolerance: Mapping[str, float]) -> list[StageError]:
-    """Replays the bundle's own golden cases; see `replay_goldens`."""
-    path = session.bundle.file(GOLDENS)
+def read_checked_goldens(bundle: Bundle) -> list[Golden]:
+    """Reads a bundle's golden cases. Raises `BundleError` if one does not fit the
+    model.
+    """
+    path = bundle.file(GOLDENS)
     goldens = read_goldens(path)
     for golden in goldens:
-        _check(golden, session.spec, path)
-    return replay_goldens(session, goldens, tolerance)
+        check_golden(golden, bundle.spec, path)
+    return goldens
 
 
-def try_engine(session: Session) -> None:
-    """Replays the goldens through an engine that is on trial, until it has passed.
-    Raises `EngineError` if no form of it does.
+def validate_engine(bundle: Bundle, engine: Engine, table: NDArray[np.floating]) -> None:
+    """Replays the golden cases through an engine that was compiled on this machine,
+    until one of its graph variants passes.
 
-    A bundle that drifted from PyTorch when it was built, and a cache too short for the
-    goldens, leave nothing to try: a notice says so.
+    Raises `EngineError` if none does. Two cases leave nothing to compare with, and
+    print a notice instead: a bundle that was not equal to PyTorch when it was built,
+    and a cache too short for the cases.
     """
-    bundle, engine = session.bundle, session.engine
-    while (trial := engine.trial) is not None:
+    while (validation := engine.validation) is not None:
         if bundle.verdict != VERIFIED:
-            note(f"{bundle.path} is {bundle.verdict}: its engines answer untried")
+            note(f"{bundle.path} is {bundle.verdict}: its engines answer without validation")
             return
+        goldens = read_checked_goldens(bundle)
         try:
-            stages = replay(session, bundle.tolerance)
+            stages = replay_goldens(engine, table, bundle.spec, goldens, bundle.tolerance)
         except ContextError as error:
-            note(f"the engines of {bundle.path} answer untried: {error}")
+            note(f"the engines of {bundle.path} answer without validation: {error}")
             return
-        trial.judge(
+        validation.conclude(
             {
                 s.stage: f"{s.stage} error {s.error:.3g}, allowed {s.tolerance:.3g}"
                 for s in stages
@@ -196,32 +106,30 @@ def try_engine(session: Session) -> None:
 
 
 def replay_goldens(
-    session: Session, goldens: Sequence[Golden], tolerance: Mapping[str, float]
+    engine: Engine,
+    table: NDArray[np.floating],
+    spec: ModelSpec,
+    goldens: Sequence[Golden],
+    tolerance: Mapping[str, float],
 ) -> list[StageError]:
-    """Runs golden cases through the engine, each stage fed PyTorch's inputs, and
-    returns the errors of vision, prefill and decode.
+    """Runs golden cases through an engine, each stage fed with PyTorch's inputs, and
+    returns the errors of vision, prefill and decode. The engine's cache is overwritten.
     """
-    found = []
-    session.forget()  # its cache rows are about to be others'
+    results = []
     for golden in goldens:
-        embeds = session.engine.embed_image(
-            golden.pixels, pool_matrix(session.spec.vision.grid, golden.pool_size)
-        )[0]
+        pool = pool_matrix(spec.vision.grid, golden.pool_size)
+        embeds = engine.embed_image(golden.pixels, pool)[0]
         text = len(golden.before) + len(golden.after)
-        CacheBudget(session.engine.capacity, text + len(golden.tokens), golden.pool_size**2).allow(
-            1
-        )
-        inputs = session.embed_prompt(
-            golden.before.tolist(), golden.image_embeds, golden.after.tolist()
-        )
-        prefill = session.engine.forward(inputs, 0).copy()
+        CacheBudget(engine.capacity, text + len(golden.tokens), golden.pool_size**2).allow(1)
+        before, after = golden.before.tolist(), golden.after.tolist()
+        inputs = embed_prompt(table, before, golden.image_embeds, after)
+        prefill = engine.forward(inputs, 0).copy()
         steps = np.empty_like(golden.steps)
         for index, token in enumerate(golden.tokens.tolist()):
-            steps[index] = session.engine.forward(
-                session.embed_prompt([token], golden.image_embeds[:0], []), inputs.shape[1] + index
-            )
-        found.append((embeds, prefill, steps))
-    return stage_errors(goldens, found, tolerance)
+            embedded = embed_tokens(table, [token])
+            steps[index] = engine.forward(embedded, inputs.shape[1] + index)
+        results.append((embeds, prefill, steps))
+    return stage_errors(goldens, results, tolerance)
 
 
 def stage_errors(

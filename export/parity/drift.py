@@ -23,8 +23,7 @@ from calibration.blocks import Block, StreamedModel
 from calibration.samples import Case
 from export.parity.subgraphs import cut_points, opened_part, run_part
 from runtime.contract.bundle import DECODER, PREFILL, VISION
-from runtime.contract.pooling import pool_matrix
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -33,6 +32,7 @@ from runtime.contract.spec import (
     SEQLENS_K,
     TOTAL_LENGTH,
 )
+from runtime.contract.pooling import pool_matrix
 from runtime.parity import relative_error
 from trainer.checkpoint import StoredCheckpoint
 from trainer.model import InfMLLM

@@ -18,11 +18,12 @@ from calibration.blocks import StreamedModel, Trace
 from calibration.samples import Case, draw_cases, draw_examples
 from runtime.contract.bundle import UNVERIFIED, VERIFIED
 from runtime.contract.errors import BundleError
+from runtime.contract.goldens import Golden
 from runtime.contract.spec import ModelSpec
 from runtime.data.bad_rows import Faults
 from runtime.evaluation.cli import BundleAnswerer
 from runtime.evaluation.evaluate import evaluate
-from runtime.parity import Golden, StageError, replay_goldens
+from runtime.parity import StageError
 from runtime.session import Session
 from trainer.checkpoint import StoredCheckpoint, load_checkpoint
 from trainer.evaluate import CheckpointAnswerer
@@ -120,7 +121,7 @@ def compare_with_checkpoint(
         _FRESH_SEED,
     )
     goldens = goldens_of(StreamedModel(checkpoint.spec, checkpoint.read).walk(fresh))
-    return replay_goldens(session, goldens, session.bundle.tolerance)
+    return session.replay(goldens, session.bundle.tolerance)
 
 
 def measure_answers(

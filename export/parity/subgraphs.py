@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from export.planning.plan import PIECE_BYTES
 from runtime.contract.bundle import DECODER, PREFILL, VISION
-from runtime.contract.pooling import pool_matrix
-from runtime.contract.spec import (
+from runtime.contract.goldens import Golden
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -29,10 +29,11 @@ from runtime.contract.spec import (
     POOL,
     SEQLENS_K,
     TOTAL_LENGTH,
-    ModelSpec,
 )
+from runtime.contract.pooling import pool_matrix
+from runtime.contract.spec import ModelSpec
 from runtime.engines.onnxruntime.sessions import session_options
-from runtime.parity import Golden, StageError, stage_errors
+from runtime.parity import StageError, stage_errors
 
 __all__ = ["cut_points", "opened_part", "replay_in_pieces", "run_part"]
 

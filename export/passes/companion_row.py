@@ -16,7 +16,7 @@ import onnx_ir as ir
 from export.passes.cached_attention import find_attention
 from export.passes.contract import GraphPass, PassResult, constant, graph_input, insert
 from export.passes.logits_to_keep import last_position
-from runtime.contract.spec import INPUTS_EMBEDS
+from runtime.contract.graphs import INPUTS_EMBEDS
 
 __all__ = ["COMPANION_ROW"]
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from export.passes.cached_attention import CachedAttention, find_attention, remove_unused, take_over
 from export.passes.contract import GraphPass, PassResult
-from runtime.contract.spec import POSITION_IDS, SEQLENS_K, TOTAL_LENGTH
+from runtime.contract.graphs import POSITION_IDS, SEQLENS_K, TOTAL_LENGTH
 
 __all__ = ["GROUP_QUERY_ATTENTION"]
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.passes.contract import GraphPass, PassResult, initializer
-from runtime.contract.spec import LOGITS_TO_KEEP, TOTAL_LENGTH
+from runtime.contract.graphs import LOGITS_TO_KEEP, TOTAL_LENGTH
 
 __all__ = ["KEEP_LOGITS", "last_position"]
 

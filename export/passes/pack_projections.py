@@ -42,8 +42,8 @@ def pack_projections(scheme_of: Callable[[str], LinearScheme]) -> GraphPass:
             if (
                 node.op_type == "MatMul"
                 and is_weight(node.inputs[1])
-                and PACKED not in str(node.inputs[1].name)
-            ):  # type: ignore[union-attr]
+                and PACKED not in str(node.inputs[1].name)  # type: ignore[union-attr]
+            ):
                 assert (
                     node.inputs[0] is not None
                     and node.inputs[1] is not None
@@ -58,9 +58,9 @@ def pack_projections(scheme_of: Callable[[str], LinearScheme]) -> GraphPass:
                 wanted = [value for value in attention.inputs[:3] if value is not None]
                 if wanted != [node.outputs[0] for node in nodes] or len(users) != 3:
                     refused.append(
-                        f"pack_projections: {nodes[0].inputs[1].name}: queries, keys and values "
-                        f"go different ways"
-                    )  # type: ignore[union-attr]
+                        f"pack_projections: {nodes[0].inputs[1].name}: "  # type: ignore[union-attr]
+                        "queries, keys and values go different ways"
+                    )
                     continue
             elif len(nodes) < 2:
                 continue

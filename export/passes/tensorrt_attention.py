@@ -21,7 +21,7 @@ import onnx_ir as ir
 from export.passes.cached_attention import CachedAttention, find_attention, remove_unused, take_over
 from export.passes.contract import GraphPass, PassResult, constant, graph_input, insert
 from export.passes.plain_operators import attended
-from runtime.contract.spec import INPUTS_EMBEDS, POSITION_IDS
+from runtime.contract.graphs import INPUTS_EMBEDS, POSITION_IDS
 
 __all__ = ["FUSED_CACHE", "PLAIN_CACHE", "fixed_capacity"]
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from export.passes.contract import GraphPass, PassResult, constant, insert, mark_full
 from export.passes.logits_to_keep import last_position
-from runtime.contract.spec import LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN
+from runtime.contract.graphs import LOGITS, LOGITS_MASS, LOGITS_ROWS, NEXT_TOKEN
 
 __all__ = ["FIRST_TOKEN_OUTPUTS", "TOKEN_OUTPUTS"]
 

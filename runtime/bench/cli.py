@@ -24,7 +24,7 @@ from runtime.bench.tables import (
     markdown_tables,
     print_report,
 )
-from runtime.cli.run import default_bundle
+from runtime.contract.bundle import default_bundle
 from runtime.contract.errors import RegressionError, UsageError
 from runtime.output.console import check_output, command_app, note, run_command
 

@@ -21,15 +21,16 @@ from PIL import Image
 
 from runtime import __version__
 from runtime.bench.limits import measure_limits
-from runtime.bench.report import STAGES, AnswerTimes, BundleFacts, Conditions, Energy, Report, Work
+from runtime.bench.report import STAGES, AnswerTimes, BundleFacts, Conditions, Report, Work
 from runtime.contract.bundle import DECODER, MANIFEST, Bundle
 from runtime.contract.files import sha256_file
 from runtime.contract.image import open_image, read_image_bytes
-from runtime.engines import available_cores
+from runtime.engines import TARGETS, available_cores
 from runtime.generation.decoding import Decoding
 from runtime.hardware.machine import ROOT, read_machine, reset_peak_memory
 from runtime.hardware.nvidia import Nvidia
 from runtime.hardware.power import Rapl, Source, measure_energy, open_ina
+from runtime.hardware.readings import Energy
 from runtime.hardware.tegrastats import Tegrastats
 from runtime.hardware.thermal import ThermalWatch
 from runtime.output.console import note, peak_memory_mib, track
@@ -80,7 +81,7 @@ def answer_once(
     """One answer with nothing cached and nothing drafted, and its times: the only place
     that knows how a session is asked.
     """
-    session.forget()
+    session.clear_caches()
     started = time.perf_counter()
     stream = session.stream(picture, _PROMPT, _TASK, visual_tokens, new_tokens, Decoding(lookup=0))
     first: float | None = None
@@ -108,7 +109,7 @@ def measure(options: BenchOptions) -> Report:
     started = time.perf_counter()
     session = load(options.bundle, threads=options.threads)
     load_ms = (time.perf_counter() - started) * 1e3
-    gpu = Nvidia.open() if session.bundle.target != "cpu" else "the bundle runs on the CPU"
+    gpu = Nvidia.open() if TARGETS[session.bundle.target].gpu else "the bundle runs on the CPU"
     watch = ThermalWatch(ROOT, gpu if isinstance(gpu, Nvidia) else None)
     answers: list[AnswerTimes] = []
     total = options.warmup + options.repetitions

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli.decoding_options import add_decoding, decoding_of
+from runtime.contract.bundle import default_bundle
 from runtime.contract.errors import ParityError, PromptError, UsageError
 from runtime.output.console import OneLineParser, check_output, note, positive, run_command, track
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DEFAULT_BUNDLE = "infmllm-bundle"
 _EXAMPLES = """examples:
   infmllm-run photo.jpg "describe"
   infmllm-run photo.jpg "where is the red circle?" --draw found.png
@@ -41,11 +40,6 @@ _EXAMPLES = """examples:
   infmllm-run --batch questions.jsonl > answers.jsonl
   infmllm-run --self-test --bundle my-bundle
 """
-
-
-def default_bundle() -> Path:
-    """`$INFMLLM_BUNDLE`, else ./infmllm-bundle."""
-    return Path(os.environ.get("INFMLLM_BUNDLE") or DEFAULT_BUNDLE)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,12 +219,15 @@ def _next_line() -> str | None:
 
 
 def _batch(session: Session, given: argparse.Namespace, decoding: Decoding) -> None:
-    from runtime.generation.batch import WAVE, read_questions
+    from runtime.cli.question_file import read_questions
+    from runtime.generation.batch import BATCH_SIZE
 
     questions = read_questions(given.batch, given.task, given.visual_tokens, given.max_new_tokens)
     for question in questions:
         session.check(question, decoding)
-    waves = [questions[start : start + WAVE] for start in range(0, len(questions), WAVE)]
+    waves = [
+        questions[start : start + BATCH_SIZE] for start in range(0, len(questions), BATCH_SIZE)
+    ]
     for wave in track(waves, len(waves), "answering"):
         for answer in session.ask_many(wave, decoding):
             print(_as_json(session, answer), flush=True)
@@ -282,9 +279,8 @@ def _draw(picture: Image.Image, answer: Answer, path: Path) -> None:
 
 
 def _self_test(session: Session, given: argparse.Namespace, decoding: Decoding) -> None:
-    from runtime.parity import replay
 
-    stages = replay(session, session.bundle.tolerance)
+    stages = session.replay()
     if given.json:
         print(
             json.dumps(

@@ -25,18 +25,15 @@ from runtime.contract.onnx_guard import external_locations
 from runtime.contract.spec import ModelSpec
 
 __all__ = [
-    "ALONE",
     "CAPACITY",
     "DECODER",
     "DECODER_FUSED",
     "EMBEDDINGS",
-    "FIT_16_BITS",
     "GOLDENS",
     "MANIFEST",
     "PREFILL",
-    "PRODUCTS",
-    "ROWS",
-    "TOGETHER",
+    "ROW_INDEPENDENT",
+    "SATURATION_SAFE",
     "TOKENIZER",
     "VERSION",
     "VISION",
@@ -64,9 +61,11 @@ VISION_FUSED, DECODER_FUSED = "vision-fused.onnx", "decoder-fused.onnx"
 GRAPHS = (VISION, DECODER, PREFILL, VISION_FUSED, DECODER_FUSED)
 REQUIRED = (VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS)
 VERIFIED, UNVERIFIED = "VERIFIED", "UNVERIFIED"
-# Keys and values in `schemes` that say how the engine may run a bundle; those before 0.2 lack them.
-ROWS, ALONE, TOGETHER = "rows", "alone", "together"
-PRODUCTS, FIT_16_BITS = "products", "fit 16 bits"
+# Keys of `schemes` that tell the engine how it may run a bundle, with the value "true" or
+# "false". Bundles of early builds lack them, or have the older keys and values beside them.
+ROW_INDEPENDENT = "row_independent"  # a decoder row does not depend on the call's other rows
+SATURATION_SAFE = "saturation_safe"  # two 8-bit products always add up within 16 bits
+_OLDER = {ROW_INDEPENDENT: ("rows", "alone"), SATURATION_SAFE: ("products", "fit 16 bits")}
 CAPACITY = "capacity"  # cache rows, as decimal text, of graphs whose caches have a fixed length
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
@@ -123,6 +122,24 @@ class Bundle:
                 f"re-export the bundle"
             )
         return int(text)
+
+    @property
+    def row_independent(self) -> bool:
+        """True if a row of the decoder does not depend on the other rows of the same
+        call, so that speculative decoding cannot change an answer.
+        """
+        return self._flag(ROW_INDEPENDENT)
+
+    @property
+    def saturation_safe(self) -> bool:
+        """True if the 8-bit weights cannot saturate the 16-bit sums of x86 CPUs without
+        VNNI, so that the fast kernels are exact.
+        """
+        return self._flag(SATURATION_SAFE)
+
+    def _flag(self, name: str) -> bool:
+        key, value = _OLDER[name]
+        return self.schemes.get(name) == "true" or self.schemes.get(key) == value
 
     @property
     def verdict(self) -> str:
@@ -345,3 +362,11 @@ def write_manifest(
         file.write(json.dumps(data, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+DEFAULT_BUNDLE = "infmllm-bundle"
+
+
+def default_bundle() -> Path:
+    """`$INFMLLM_BUNDLE`, else ./infmllm-bundle."""
+    return Path(os.environ.get("INFMLLM_BUNDLE") or DEFAULT_BUNDLE)

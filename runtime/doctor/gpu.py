@@ -12,13 +12,10 @@ from runtime.doctor.compatibility import (
 )
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CUDA, RTX, TENSORRT, Check, Finding, note, ok, problem, warning
+from runtime.engines import PIP_ONNXRUNTIME_GPU
 
-__all__ = ["CHECKS", "PIP_ONNXRUNTIME_GPU", "driver_runs"]
+__all__ = ["CHECKS", "driver_runs"]
 
-PIP_ONNXRUNTIME_GPU = (
-    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
-)
-"""How to have onnxruntime-gpu alone, with the libraries of its CUDA."""
 
 _GPU = (CUDA, TENSORRT, RTX)
 _MISMATCH, _NO_COMPAT = (

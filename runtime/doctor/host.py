@@ -18,7 +18,7 @@ from runtime.doctor.finding import (
     problem,
     warning,
 )
-from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU
+from runtime.engines import PIP_ONNXRUNTIME_GPU
 
 __all__ = ["CHECKS"]
 

@@ -15,7 +15,8 @@ from runtime.doctor.compatibility import (
 )
 from runtime.doctor.facts import Facts
 from runtime.doctor.finding import CUDA, RTX, TENSORRT, Check, Finding, ok, problem, warning
-from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU, driver_runs
+from runtime.doctor.gpu import driver_runs
+from runtime.engines import PIP_ONNXRUNTIME_GPU
 
 __all__ = ["CHECKS"]
 

@@ -21,12 +21,13 @@ from runtime.contract.errors import EngineError
 from runtime.output.console import note
 
 __all__ = [
+    "PIP_ONNXRUNTIME_GPU",
     "TARGETS",
     "Batch",
     "Engine",
     "EngineOptions",
     "Target",
-    "Trial",
+    "Validation",
     "available_cores",
     "load_engine",
 ]
@@ -75,12 +76,12 @@ class Batch(Protocol):
         ...
 
 
-class Trial(Protocol):
+class Validation(Protocol):
     """What an engine made on this machine must pass before it answers: the bundle's
     goldens, replayed through it.
     """
 
-    def judge(self, failed: Mapping[str, str]) -> None:
+    def conclude(self, failed: Mapping[str, str]) -> None:
         """Takes the outcome: the stages (vision, prefill, decode) out of tolerance, and
         by how much.
 
@@ -100,9 +101,9 @@ class Engine(Protocol):
     """True where `verify` works: the graph gives logits of more than one position."""
 
     @property
-    def trial(self) -> Trial | None:
-        """Set while the engine must not answer yet (see `Trial`); engines that run the
-        bundle's own graphs need none.
+    def validation(self) -> Validation | None:
+        """Set while the engine must not answer yet (see `Validation`); engines that run
+        the bundle's own graphs need none.
         """
         ...
 
@@ -139,45 +140,53 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """A place bundles run: the engine class as "module:class" and the extra that
-    installs it.
+    """One kind of device that runs bundles.
 
-    Where `module` is installed it also runs bundles of the targets `spares`, if their
-    own engine is not.
+    `engine` is the engine's class as "module:class". `extra` is the optional dependency
+    of this package that installs what it needs, "" for none. `gpu` tells that it runs
+    on an NVIDIA GPU. If `plugin`, a package, is installed, this engine also runs
+    bundles of the targets in `substitutes` whose own engine is missing.
     """
 
     name: str
     engine: str
     extra: str
     help: str
-    spares: tuple[str, ...] = ()
-    module: str = ""
+    gpu: bool = True
+    plugin: str = ""
+    substitutes: tuple[str, ...] = ()
 
 
+_ORT = "runtime.engines.onnxruntime"
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", "runtime.engines.onnxruntime.cpu:OrtEngine", "", "ONNX Runtime on the CPU"),
         Target(
-            "cuda",
-            "runtime.engines.onnxruntime.cuda:OrtCudaEngine",
-            "gpu",
-            "ONNX Runtime on an NVIDIA GPU",
+            name="cpu",
+            engine=f"{_ORT}.cpu:OrtEngine",
+            extra="",
+            help="ONNX Runtime on the CPU",
+            gpu=False,
         ),
         Target(
-            "tensorrt",
-            "runtime.engines.tensorrt.engine:TensorRtEngine",
-            "tensorrt",
-            "TensorRT on an NVIDIA GPU or Jetson",
+            name="cuda",
+            engine=f"{_ORT}.cuda:OrtCudaEngine",
+            extra="gpu",
+            help="ONNX Runtime on an NVIDIA GPU",
         ),
         Target(
-            *(
-                "rtx",
-                "runtime.engines.onnxruntime.tensorrt_rtx:OrtRtxEngine",
-                "rtx",
-                "ONNX Runtime's TensorRT-RTX plugin on a desktop RTX GPU",
-            ),
-            *(("tensorrt",), "onnxruntime_ep_nv_tensorrt_rtx"),
+            name="tensorrt",
+            engine="runtime.engines.tensorrt.engine:TensorRtEngine",
+            extra="tensorrt",
+            help="TensorRT on an NVIDIA GPU or Jetson",
+        ),
+        Target(
+            name="rtx",
+            engine=f"{_ORT}.tensorrt_rtx:OrtRtxEngine",
+            extra="rtx",
+            help="ONNX Runtime's TensorRT-RTX plugin on a desktop RTX GPU",
+            plugin="onnxruntime_ep_nv_tensorrt_rtx",
+            substitutes=("tensorrt",),
         ),
     )
 }
@@ -194,15 +203,15 @@ def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
             f"rebuild with --target"
         )
     try:
-        return _made(target, bundle, options)
+        return _create(target, bundle, options)
     except ImportError as error:
-        for spare in TARGETS.values():
-            if bundle.target in spare.spares and importlib.util.find_spec(spare.module):
+        for other in TARGETS.values():
+            if bundle.target in other.substitutes and importlib.util.find_spec(other.plugin):
                 note(
-                    f"the engine of target {target.name} is not installed; {spare.help} runs this "
+                    f"the engine of target {target.name} is not installed; {other.help} runs this "
                     f"bundle"
                 )
-                return _made(spare, bundle, options)
+                return _create(other, bundle, options)
         extra = f"[{target.extra}]" if target.extra else ""
         fault = (
             "is not installed"
@@ -215,7 +224,13 @@ def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
         ) from None
 
 
-def _made(target: Target, bundle: Bundle, options: EngineOptions) -> Engine:
+def _create(target: Target, bundle: Bundle, options: EngineOptions) -> Engine:
     module, _, name = target.engine.partition(":")
     engine: Engine = getattr(importlib.import_module(module), name)(bundle, options)
     return engine
+
+
+PIP_ONNXRUNTIME_GPU = (
+    "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+)
+"""How to have onnxruntime-gpu alone, with the libraries of its CUDA."""

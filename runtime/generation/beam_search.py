@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.engines import Engine
+from runtime.engines.logits import check_finite
 from runtime.generation.constraints import Constraint
 from runtime.generation.decoding import Decoding
-from runtime.generation.generate import Generation, Limits
-from runtime.generation.sampling import check_finite, log_softmax, scores
+from runtime.generation.generate import Limits, Progress
+from runtime.generation.sampling import log_softmax, scores
 
 __all__ = ["beam_search"]
 
@@ -73,7 +74,7 @@ class _Search:
             )
             if not ends:
                 if len(opened) < self._decoding.beams:
-                    opened.append(self._opened(beam, tokens))
+                    opened.append(self._extend(beam, tokens))
             elif place < self._decoding.beams and self._hopeful:
                 itself = token == self._limits.eos_id
                 score = beam.score / len(tokens) ** self._decoding.length_penalty
@@ -117,7 +118,7 @@ class _Search:
             found.append((_Beam(beam.tokens, float(flat[place]), beam.state, parent), token))
         return found
 
-    def _opened(self, beam: _Beam, tokens: tuple[int, ...]) -> _Beam:
+    def _extend(self, beam: _Beam, tokens: tuple[int, ...]) -> _Beam:
         state = (
             self._constraint.after(beam.state, tokens[-1]) if self._constraint is not None else None
         )
@@ -139,7 +140,7 @@ def beam_search(
     logits: Row,
     decoding: Decoding,
     limits: Limits,
-    progress: Generation,
+    progress: Progress,
     constraint: Constraint | None = None,
     stopped: Callable[[Sequence[int]], bool] = lambda tokens: False,
     cancelled: Callable[[], bool] = lambda: False,

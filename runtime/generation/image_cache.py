@@ -1,7 +1,7 @@
-"""Image embeddings kept for the next question on the same picture: in memory, and on
+"""Image embeddings kept for the next question on the same image: in memory, and on
 disk for the next process.
 
-An entry is known by the picture's hash, the bundle's and the pool size. Files are
+An entry is known by the image's hash, the bundle's and the pool size. Files are
 written whole or not at all, carry their own hash, and are numbers only; a damaged one
 is thrown away. Both stores drop what was used longest ago when they outgrow their
 bound.
@@ -23,17 +23,17 @@ from numpy.typing import NDArray
 from runtime.contract.bundle import cache_folder
 from runtime.contract.image import MAX_PIXELS
 
-__all__ = ["DISK_BYTES", "FeatureCache", "Features"]
+__all__ = ["DISK_BYTES", "EmbeddedImage", "ImageEmbeddingCache"]
 
 MEMORY_BYTES, DISK_BYTES = 64 << 20, 256 << 20
-_RECIPE = 1  # part of every name: raise it when a picture's pixels, or what is stored, change
+_RECIPE = 1  # part of every name: raise it when a image's pixels, or what is stored, change
 _DIGEST = 32
-_HEADER = 16  # width and height of the picture, 8 bytes each
+_HEADER = 16  # width and height of the image, 8 bytes each
 
 
 @dataclass(frozen=True)
-class Features:
-    """Image embeddings [T, H] float32, and the (width, height) in pixels of the picture
+class EmbeddedImage:
+    """Image embeddings [T, H] float32, and the (width, height) in pixels of the image
     they are of.
     """
 
@@ -41,7 +41,7 @@ class Features:
     size: tuple[int, int]
 
 
-class FeatureCache:
+class ImageEmbeddingCache:
     """See the module. `identity` names the bundle; `disk` is the folder's bound in
     bytes, 0 for none.
     """
@@ -50,36 +50,36 @@ class FeatureCache:
         self, identity: str, hidden: int, memory: int = MEMORY_BYTES, disk: int = 0
     ) -> None:
         self._identity, self._hidden, self._memory, self._disk = identity, hidden, memory, disk
-        self._entries: OrderedDict[str, Features] = OrderedDict()
+        self._entries: OrderedDict[str, EmbeddedImage] = OrderedDict()
         self._folder = cache_folder() / "images"
 
-    def _name(self, picture: str, p: int) -> str:
-        return hashlib.sha256(f"{_RECIPE}:{self._identity}:{picture}:{p}".encode()).hexdigest()
+    def _name(self, image: str, p: int) -> str:
+        return hashlib.sha256(f"{_RECIPE}:{self._identity}:{image}:{p}".encode()).hexdigest()
 
-    def get(self, picture: str, p: int) -> Features | None:
-        """The embeddings of a picture (by its hash) at pool size p, if they are there."""
-        name = self._name(picture, p)
+    def get(self, image: str, p: int) -> EmbeddedImage | None:
+        """The embeddings of a image (by its hash) at pool size p, if they are there."""
+        name = self._name(image, p)
         found = self._entries.get(name) or self._read(name, p)
         if found:
             self._remember(name, found)
         return found
 
-    def put(self, picture: str, p: int, features: Features) -> None:
+    def put(self, image: str, p: int, embedded: EmbeddedImage) -> None:
         """Keeps embeddings. A disk that cannot be written to costs time next time,
         nothing else.
         """
-        name = self._name(picture, p)
-        self._remember(name, features)
+        name = self._name(image, p)
+        self._remember(name, embedded)
         if self._disk:
             with contextlib.suppress(OSError):
-                self._write(name, features)
+                self._write(name, embedded)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Empties the store in memory; what is on disk stays."""
         self._entries.clear()
 
-    def _remember(self, name: str, features: Features) -> None:
-        self._entries[name] = features
+    def _remember(self, name: str, embedded: EmbeddedImage) -> None:
+        self._entries[name] = embedded
         self._entries.move_to_end(name)
         while (
             len(self._entries) > 1
@@ -87,7 +87,7 @@ class FeatureCache:
         ):
             self._entries.popitem(last=False)
 
-    def _read(self, name: str, p: int) -> Features | None:
+    def _read(self, name: str, p: int) -> EmbeddedImage | None:
         path, expected = self._folder / name, _DIGEST + _HEADER + 4 * p * p * self._hidden
         if not self._disk:
             return None
@@ -104,12 +104,12 @@ class FeatureCache:
         embeds = np.frombuffer(data, "<f4", -1, _DIGEST + _HEADER).reshape(p * p, self._hidden)
         if not 0 < width * height <= MAX_PIXELS or not np.isfinite(embeds).all():
             return None
-        return Features(embeds, (width, height))
+        return EmbeddedImage(embeds, (width, height))
 
-    def _write(self, name: str, features: Features) -> None:
+    def _write(self, name: str, embedded: EmbeddedImage) -> None:
         body = (
-            np.array(features.size, "<u8").tobytes()
-            + np.ascontiguousarray(features.embeds, "<f4").tobytes()
+            np.array(embedded.size, "<u8").tobytes()
+            + np.ascontiguousarray(embedded.embeds, "<f4").tobytes()
         )
         if _DIGEST + len(body) > self._disk:
             return

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from runtime.contract.errors import ContextError
 from runtime.engines import Engine
-from runtime.generation.sampling import check_finite
+from runtime.engines.logits import check_finite
 
-__all__ = ["CacheBudget", "Prefix", "Segment"]
+__all__ = ["CacheBudget", "PrefixCache", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -58,26 +58,26 @@ class Segment:
     """A stretch of a prompt: what it is (`key`), how many rows it fills, and its input
     embeddings [1, rows, H], made when asked for.
 
-    Segments with equal keys behind equal segments fill equal rows. `stepwise` ones,
+    Segments with equal keys behind equal segments fill equal rows. `decoded` ones,
     answers that were generated, are computed token by token.
     """
 
     key: Hashable
     rows: int
     embeds: Callable[[], NDArray[np.float32]]
-    stepwise: bool = False
+    decoded: bool = False
 
 
 @dataclass
-class Prefix:
-    """What an engine's cache holds: the segments whose rows it starts with."""
+class PrefixCache:
+    """Knows which segments the engine's cache begins with, and computes only the rest."""
 
     engine: Engine
     _held: list[tuple[Hashable, int]] = field(default_factory=list)
 
     def _reusable(self, segments: Sequence[Segment]) -> int:
-        """How many leading segments are there already. The last one is always computed:
-        its logits are wanted.
+        """Counts the leading segments that are in the cache already. The last segment
+        is always computed, because its logits are needed.
         """
         count = 0
         for segment, held in zip(segments[:-1], self._held, strict=False):
@@ -87,8 +87,10 @@ class Prefix:
         return count
 
     def prefill(self, segments: Sequence[Segment]) -> tuple[NDArray[np.float32], int]:
-        """Computes what is missing: the last position's logits [V], valid until the
-        engine's next call, and how many rows were there already.
+        """Computes the segments that are missing.
+
+        Returns the logits [V] of the last position, valid until the engine's next call,
+        and how many rows were in the cache already. Raises `NonFiniteError`.
         """
         reused = self._reusable(segments)
         del self._held[reused:]
@@ -96,22 +98,21 @@ class Prefix:
         logits: NDArray[np.float32] | None = None
         for segment in segments[reused:]:
             embeds = segment.embeds()
-            width = 1 if segment.stepwise else segment.rows
+            width = 1 if segment.decoded else segment.rows
             for at in range(0, segment.rows, width):
                 logits = self.engine.forward(embeds[:, at : at + width], start + at)
-                check_finite(
-                    logits
-                )  # of every segment: what follows one that is not finite may look as if it were
+                # Later segments can hide a non-finite value, so every segment is checked.
+                check_finite(logits)
             start += segment.rows
             self._held.append((segment.key, segment.rows))
         assert logits is not None, "the last segment is always computed"
         return logits, cached
 
     def extend(self, key: Hashable, rows: int) -> None:
-        """Notes that the cache goes on with `rows` rows that were decoded."""
+        """Records that `rows` decoded rows follow in the cache."""
         if rows:
             self._held.append((key, rows))
 
-    def forget(self) -> None:
-        """Before and after anything that leaves the rows in doubt."""
+    def clear(self) -> None:
+        """Forgets all rows, before and after anything that may have changed them."""
         self._held.clear()

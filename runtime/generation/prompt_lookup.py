@@ -1,40 +1,41 @@
-"""Drafting tokens by looking them up: what followed the last few tokens where they
-occurred before, in the question or in the answer.
+"""Prompt-lookup speculative decoding: drafts the tokens that followed the latest n-gram
+where it occurred before, in the question or in the answer.
 
-Drafts are only guesses for `generate` to check in one step (prompt lookup decoding; the
-n-gram case of speculative decoding, arXiv 2211.17192).
+A draft is only a guess. `runtime.generation.generate` verifies it in one call of the
+decoder (speculative decoding, arXiv 2211.17192).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["Lookup"]
+__all__ = ["PromptLookup"]
 
-_LONGEST = 3
+_LONGEST_NGRAM = 3
+_SHORTEST_NGRAM = 2  # after one token alone, too many drafts are wrong
 
 
-class Lookup:
-    """Remembers where each short run of tokens was last followed by something."""
+class PromptLookup:
+    """An index of n-grams: where each was last followed by another token."""
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
         self._tokens: list[int] = []
-        self._places: dict[tuple[int, ...], int] = {}
+        self._positions: dict[tuple[int, ...], int] = {}
         for token in tokens:
             self.add(token)
 
     def add(self, token: int) -> None:
-        """The text goes on with `token`."""
-        for length in range(1, min(_LONGEST, len(self._tokens)) + 1):
-            self._places[tuple(self._tokens[-length:])] = len(self._tokens)
+        """Appends a token to the text that is searched."""
+        for length in range(1, min(_LONGEST_NGRAM, len(self._tokens)) + 1):
+            self._positions[tuple(self._tokens[-length:])] = len(self._tokens)
         self._tokens.append(token)
 
-    def draft(self, most: int) -> list[int]:
-        """Up to `most` tokens that followed the longest run of last tokens seen before;
-        none if not even two of them were.
+    def draft(self, limit: int) -> list[int]:
+        """Returns up to `limit` tokens that followed the longest known n-gram; an empty
+        list if no n-gram of at least two tokens is known.
         """
-        for length in range(min(_LONGEST, len(self._tokens)), 1, -1):
-            place = self._places.get(tuple(self._tokens[-length:]))
-            if place is not None:
-                return self._tokens[place : place + most]
+        for length in range(min(_LONGEST_NGRAM, len(self._tokens)), _SHORTEST_NGRAM - 1, -1):
+            position = self._positions.get(tuple(self._tokens[-length:]))
+            if position is not None:
+                return self._tokens[position : position + limit]
         return []

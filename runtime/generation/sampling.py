@@ -4,45 +4,18 @@ an allowed one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract.errors import NonFiniteError
+from runtime.engines.logits import check_finite, greedy
 from runtime.generation.constraints import Constraint
 from runtime.generation.decoding import Decoding
 
-__all__ = ["Chooser", "check_finite", "distribution", "greedy", "log_softmax", "scores"]
+__all__ = ["Sampler", "distribution", "log_softmax", "scores"]
 
 Row = NDArray[np.float32]
-
-
-def greedy(logits_V: Row) -> int:
-    """The most likely token; ties go to the lowest id. Raises `NonFiniteError` if any
-    logit is NaN or infinite.
-    """
-    token = int(logits_V.argmax())
-    # NaN and +inf are their row's argmax; what is left is -inf.
-    if not (math.isfinite(logits_V[token]) and math.isfinite(logits_V.min())):
-        _refuse()
-    return token
-
-
-def check_finite(values: Row, maker: str = "the decoder", what: str = "logits") -> None:
-    """Raises `NonFiniteError` if any logit (or whatever `maker` made) is NaN or
-    infinite.
-    """
-    if not np.isfinite(values).all():
-        _refuse(maker, what)
-
-
-def _refuse(maker: str = "the decoder", what: str = "logits") -> None:
-    raise NonFiniteError(
-        f"{maker} produced NaN or infinite {what}; no token was taken. Run infmllm-run "
-        f"--self-test, or rebuild with --precision fp32"
-    )
 
 
 def log_softmax(logits: Row) -> Row:
@@ -96,7 +69,7 @@ def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
-class Chooser:
+class Sampler:
     """Chooses one sequence's tokens in order: greedily or by a seeded draw, within a
     constraint where there is one.
     """
@@ -108,12 +81,12 @@ class Chooser:
         self._state = constraint.start() if constraint else None
         self._random = np.random.default_rng(decoding.seed) if decoding.temperature > 0 else None
         self._generated: list[int] = []
-        self.simple = decoding.plain and constraint is None
+        self.is_greedy = decoding.plain and constraint is None
         """True if it does what `greedy` does."""
 
     def __call__(self, logits_V: Row) -> int:
         """The next token. Raises `NonFiniteError`."""
-        if self.simple:
+        if self.is_greedy:
             return greedy(logits_V)
         check_finite(logits_V)
         values = logits_V

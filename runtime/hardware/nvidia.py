@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from runtime.bench.report import Gpu
 from runtime.hardware.power import Integrator
+from runtime.hardware.readings import Gpu
 
 __all__ = ["Nvidia"]
 

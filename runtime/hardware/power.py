@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from runtime.bench.report import Energy
 from runtime.hardware.machine import read_number, read_text
+from runtime.hardware.readings import Energy
 
 __all__ = [
     "Integrator",

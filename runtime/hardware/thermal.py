@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runtime.bench.report import Thermal
 from runtime.hardware.machine import read_number, read_text
 from runtime.hardware.nvidia import Nvidia
+from runtime.hardware.readings import Thermal
 
 __all__ = ["ThermalWatch"]
 

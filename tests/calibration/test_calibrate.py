@@ -152,7 +152,7 @@ def rounded_walk(
         names = [name for feed in block.feeds for name in feed.linears if ".layers." in name]  # type: ignore[attr-defined]
         hook = lambda module, arguments: (
             fake_activation(arguments[0][0], scheme.activation)[None],
-        )  # noqa: E731
+        )
         handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name in names]
         yield
         for handle in handles:

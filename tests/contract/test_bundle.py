@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from runtime.contract.bundle import MANIFEST, PRODUCTS, ROWS, read_bundle
+from runtime.contract.bundle import MANIFEST, ROW_INDEPENDENT, SATURATION_SAFE, read_bundle
 from runtime.contract.errors import BundleError
 from runtime.contract.files import sha256_file
 from runtime.contract.onnx_guard import external_locations
@@ -42,8 +42,8 @@ def test_a_good_bundle_reads(copied: Path) -> None:
         "decoder",
         "embeddings",
         "cache",
-        ROWS,
-        PRODUCTS,
+        ROW_INDEPENDENT,
+        SATURATION_SAFE,
     }
 
 

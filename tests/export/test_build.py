@@ -23,9 +23,9 @@ from export.pipeline import STEPS, BuildOptions, build
 from export.schemes import SCHEMES, choose_scheme, find_scheme
 from runtime.contract.bundle import DECODER, VISION, read_bundle
 from runtime.contract.errors import BundleError, ParityError, UsageError
+from runtime.contract.goldens import read_goldens
+from runtime.contract.graphs import key_cache, present
 from runtime.contract.image import to_pixels
-from runtime.contract.spec import key_cache, present
-from runtime.parity import read_goldens, replay
 from runtime.session import load
 from trainer.checkpoint import load_checkpoint, open_checkpoint
 
@@ -41,7 +41,7 @@ def test_every_scheme_is_verified_and_far_from_its_bound(
     session = load(built(scheme))
     assert session.bundle.verdict == "VERIFIED"
     for stage in [
-        *replay(session, SCHEMES[scheme].tolerance),
+        *session.replay(tolerance=SCHEMES[scheme].tolerance),
         *compare_with_checkpoint(session, open_checkpoint(tiny_checkpoint), 3, "synthetic"),
     ]:
         assert (

@@ -25,7 +25,7 @@ from export.schemes import TARGET_SCHEMES, find_scheme
 from export.targets import LOWERING
 from runtime.contract.bundle import DECODER, VISION, read_bundle
 from runtime.contract.errors import UsageError
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     INPUTS_EMBEDS,
     LOGITS,
     LOGITS_MASS,
@@ -40,7 +40,7 @@ from tests.conftest import TINY
 from trainer.checkpoint import open_checkpoint
 from trainer.model import InfMLLM
 
-SCHEMES = list(TARGET_SCHEMES["cuda"])
+SCHEMES = list(TARGET_SCHEMES["cuda"].schemes)
 
 
 def since_version(node: ir.Node, opset: int) -> int:

@@ -28,8 +28,7 @@ from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
 from export.pipeline import _quiet
 from export.shared_weights import refer_to
 from runtime.contract.errors import BuildError
-from runtime.contract.pooling import pool_matrix
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -41,6 +40,7 @@ from runtime.contract.spec import (
     POSITION_IDS,
     present,
 )
+from runtime.contract.pooling import pool_matrix
 from tests.conftest import TINY
 from trainer.model import InfMLLM
 

@@ -25,8 +25,7 @@ from export.passes.quantise import quantise_linears, store_half
 from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, REWRITE
 from export.pipeline import _quiet
 from export.schemes import SCHEMES
-from runtime.contract.pooling import pool_matrix
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -36,6 +35,7 @@ from runtime.contract.spec import (
     POSITION_IDS,
     present,
 )
+from runtime.contract.pooling import pool_matrix
 from tests.conftest import TINY
 from trainer.model import InfMLLM
 

@@ -30,7 +30,7 @@ from export.pipeline import STEPS, BuildOptions, build
 from export.schemes import SCHEMES, choose_scheme
 from export.state import open_build
 from runtime.contract.bundle import EMBEDDINGS, GOLDENS, cache_folder, read_bundle
-from runtime.parity import read_goldens, replay_goldens
+from runtime.contract.goldens import read_goldens
 from runtime.session import load
 
 
@@ -191,7 +191,7 @@ def test_parts_compute_what_the_whole_does(
     table = np.load(folder / EMBEDDINGS)
     for most in (1, 1 << 30):  # every layer by itself, and all in one
         found = replay_in_pieces(folder, session.spec, table, goldens, bounds, most)
-        for part, whole in zip(found, replay_goldens(session, goldens, bounds), strict=True):
+        for part, whole in zip(found, session.replay(goldens, bounds), strict=True):
             assert (
                 part.error == pytest.approx(whole.error, rel=1e-3)
                 and part.agreement == whole.agreement

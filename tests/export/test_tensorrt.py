@@ -18,14 +18,15 @@ import onnx_ir as ir
 import pytest
 
 from export.schemes import TARGET_SCHEMES
-from runtime.contract.spec import ModelSpec, key_cache, present
+from runtime.contract.graphs import key_cache, present
+from runtime.contract.spec import ModelSpec
 from runtime.engines.tensorrt.graph_variants import MOST_TOKENS
 from tests.compile_only import HERE, compiler
 from tests.tensorrt_graphs import short, write_graphs
 
 ROOT = Path(__file__).parents[2] / ".tensorrt"
 SHAPES = ("nano", "edge", "7b")
-CASES = [(shape, precision) for shape in SHAPES for precision in TARGET_SCHEMES["tensorrt"]]
+CASES = [(shape, precision) for shape in SHAPES for precision in TARGET_SCHEMES["tensorrt"].schemes]
 
 # Operators that TensorRT 8.4's parser already had (onnx-tensorrt, docs/operators.md at commit
 # 009d654), and LayerNormalization, which came with 8.6: the plain graphs use nothing else, so

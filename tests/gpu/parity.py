@@ -14,11 +14,13 @@ import numpy as np
 
 from runtime.contract.bundle import GOLDENS, Bundle
 from runtime.contract.errors import EngineError, NonFiniteError
+from runtime.contract.goldens import Golden, read_goldens
 from runtime.contract.pooling import pool_matrix
 from runtime.engines import Engine
-from runtime.generation.generate import Generation, Limits, generate
-from runtime.generation.sampling import greedy
-from runtime.parity import Golden, StageError, read_goldens, replay
+from runtime.engines.logits import greedy
+from runtime.generation.generate import Generation, Limits, SingleDecoder, decode
+from runtime.generation.token_embeddings import embed_prompt
+from runtime.parity import StageError
 from runtime.session import Session
 
 __all__ = ["answers", "prove", "stages_of"]
@@ -44,11 +46,11 @@ def prove(bundle: Bundle, engine: Engine) -> dict[str, Any]:
             for row in stages
             if not row["passed"]
         }
-        trial = engine.trial
+        trial = engine.validation
         if trial is None:
             break
         try:
-            trial.judge(failed)
+            trial.conclude(failed)
         except EngineError as error:
             fault = str(error)
             break
@@ -64,7 +66,7 @@ def stages_of(session: Session) -> list[dict[str, Any]]:
     """Errors of vision, prefill and decode on the goldens, and whether the tokens
     chosen on the device are those of its logits.
     """
-    rows = [_row(stage) for stage in replay(session, session.bundle.tolerance)]
+    rows = [_row(stage) for stage in session.replay()]
     return [*rows, _row(_choices(session, read_goldens(session.bundle.file(GOLDENS))))]
 
 
@@ -89,12 +91,12 @@ def _choices(session: Session, goldens: Sequence[Golden]) -> StageError:
     """
     engine, wrong, count = session.engine, 0, 0
     for golden in goldens:
-        inputs = session.embed_prompt(
-            golden.before.tolist(), golden.image_embeds, golden.after.tolist()
+        inputs = embed_prompt(
+            session.table, golden.before.tolist(), golden.image_embeds, golden.after.tolist()
         )
         engine.forward(inputs, 0)
         for place, token in enumerate(golden.tokens.tolist(), inputs.shape[1]):
-            row = session.embed_prompt([token], golden.image_embeds[:0], [])
+            row = embed_prompt(session.table, [token], golden.image_embeds[:0], [])
             logits = engine.forward(row, place).copy()
             try:
                 chosen = engine.greedy(row, place)
@@ -116,18 +118,13 @@ def answers(session: Session, new_tokens: int) -> list[list[int]]:
         embeds = session.engine.embed_image(
             golden.pixels, pool_matrix(session.spec.vision.grid, golden.pool_size)
         )[0]
-        inputs = session.embed_prompt(golden.before.tolist(), embeds, golden.after.tolist())
+        inputs = embed_prompt(session.table, golden.before.tolist(), embeds, golden.after.tolist())
         limits = Limits(
             session.spec.eos_id,
             min(new_tokens, session.engine.capacity - inputs.shape[1]),
             inputs.shape[1],
         )
         logits = session.engine.forward(inputs, 0)
-        found.append(
-            list(
-                generate(
-                    session.engine, session.table, logits, greedy, limits, Generation(), 0, None
-                )
-            )
-        )
+        decoder = SingleDecoder(session.engine, session.table, greedy)
+        found.append([token for _, token in decode(decoder, [Generation(greedy, limits, logits)])])
     return found

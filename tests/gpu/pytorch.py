@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from runtime.engines import Trial
-from runtime.generation.sampling import check_finite
+from runtime.engines import Validation
+from runtime.engines.logits import check_finite
 from tests.gpu.settings import COMPILED, EAGER
 from trainer.checkpoint import open_checkpoint
 from trainer.decoder import Decoder, rotary_tables
@@ -113,7 +113,7 @@ class PyTorchEngine:
     """
 
     verifies = False
-    trial: Trial | None = None
+    validation: Validation | None = None
 
     def __init__(self, model: InfMLLM, rows: int, variant: str = EAGER) -> None:
         weight = model.decoder.embed_tokens.weight

@@ -84,7 +84,7 @@ class Settings:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        known = {name for target in TARGETS for name in TARGET_SCHEMES[target]}
+        known = {name for target in TARGETS for name in TARGET_SCHEMES[target].schemes}
         for what, given, choices in (
             ("preset", self.models, set(PRESETS)),
             ("target", self.targets, set(TARGETS)),
@@ -105,9 +105,11 @@ class Settings:
         """The schemes of a target to run, fp16 first: it is what others are compared
         with.
         """
-        wanted = self.schemes or (_QUICK_SCHEMES if self.quick else tuple(TARGET_SCHEMES[target]))
+        wanted = self.schemes or (
+            _QUICK_SCHEMES if self.quick else tuple(TARGET_SCHEMES[target].schemes)
+        )
         return sorted(
-            (name for name in TARGET_SCHEMES[target] if name in wanted),
+            (name for name in TARGET_SCHEMES[target].schemes if name in wanted),
             key=lambda name: name != "fp16",
         )
 

@@ -163,7 +163,7 @@ class PyTorch:
 
     def _over(self, bundle: str, new_tokens: int) -> Session:
         from runtime.contract.bundle import GOLDENS
-        from runtime.parity import read_goldens
+        from runtime.contract.goldens import read_goldens
 
         read = read_bundle(bundle)
         goldens = read_goldens(read.file(GOLDENS))

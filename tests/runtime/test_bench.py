@@ -20,7 +20,7 @@ import pytest
 
 from runtime.bench.diff import Change, changes, different_conditions, parse_limit
 from runtime.bench.html_report import report_page
-from runtime.bench.limits import measure_limits, one_node_model
+from runtime.bench.limits import measure_limits
 from runtime.bench.measure import BenchOptions, bundle_work, measure
 from runtime.bench.metrics import (
     METRICS,
@@ -33,10 +33,8 @@ from runtime.bench.metrics import (
 from runtime.bench.report import (
     STAGES,
     AnswerTimes,
-    Energy,
     Limits,
     Report,
-    Thermal,
     parse_report,
     read_report,
     to_json,
@@ -44,6 +42,8 @@ from runtime.bench.report import (
 from runtime.bench.tables import condition_lines, csv_table, markdown_tables
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import DataError, UsageError
+from runtime.hardware.probe_model import one_node_model
+from runtime.hardware.readings import Energy, Thermal
 from tests.runtime.test_cli import check_fault, command
 
 ANSWERS = 8

@@ -15,8 +15,7 @@ from PIL import Image
 from runtime import Decoding, Question, Session, load
 from runtime.contract.bundle import cache_folder
 from runtime.contract.errors import EngineError, ImageError, UsageError
-from runtime.generation.image_cache import FeatureCache, Features
-from runtime.parity import replay
+from runtime.generation.image_cache import EmbeddedImage, ImageEmbeddingCache
 
 QUESTIONS = [
     ("caption", "describe"),
@@ -55,7 +54,7 @@ def test_answers_with_and_without_cached_rows_are_the_same(
     reused = 0
     for image in (scene_image, other, scene_image):
         for task, text in QUESTIONS:
-            fresh.prefix.forget()
+            fresh.runner.prefix_cache.clear()
             expected, answer = fresh.ask(image, text, task), session.ask(image, text, task)
             assert (answer.tokens, answer.text) == (
                 expected.tokens,
@@ -122,7 +121,7 @@ def test_beams_and_batches_leave_the_cache_usable(
     session.ask(scene_image, "describe", "caption", decoding=Decoding(beams=3))
     answer = session.ask(scene_image, "what is it?", "vqa")
     assert answer.tokens == expected and answer.cached_tokens > 16
-    replay(session, session.bundle.tolerance)
+    session.replay()
     again = session.ask(scene_image, "what is it?", "vqa")
     assert again.tokens == expected and again.cached_tokens == 0, (
         "the self-test wrote over the rows"
@@ -140,7 +139,7 @@ def test_a_stream_that_was_overtaken_says_so(
     uses = {
         "ask": lambda: session.ask(scene_image, "what is it?", "vqa"),
         "ask_many": lambda: session.ask_many([Question(scene_image, "what is it?", "vqa")]),
-        "self-test": lambda: replay(session, session.bundle.tolerance),
+        "self-test": lambda: session.replay(),
         "forget": session.forget,
     }
     uses[other]()
@@ -226,26 +225,26 @@ def test_the_disk_cache_stays_within_its_bound(
 ) -> None:
     monkeypatch.setenv("INFMLLM_CACHE", str(tmp_path))
     size = 4 * 4 * 8 + 48
-    cache = FeatureCache("bundle", 8, memory=1, disk=3 * size)
+    cache = ImageEmbeddingCache("bundle", 8, memory=1, disk=3 * size)
     for index in range(6):
-        cache.put(f"picture {index}", 2, Features(np.full((4, 8), index, np.float32), (3, 5)))
+        cache.put(f"picture {index}", 2, EmbeddedImage(np.full((4, 8), index, np.float32), (3, 5)))
         for age, file in enumerate(
             sorted((tmp_path / "images").iterdir(), key=lambda f: f.stat().st_mtime_ns)
         ):
             os.utime(file, ns=(10**9 * age, 10**9 * age))
     assert len(list((tmp_path / "images").iterdir())) == 3
-    fresh = FeatureCache("bundle", 8, disk=3 * size)
+    fresh = ImageEmbeddingCache("bundle", 8, disk=3 * size)
     assert fresh.get("picture 0", 2) is None
     found = fresh.get("picture 5", 2)
     assert found and found.size == (3, 5) and (found.embeds == 5).all()
-    FeatureCache("bundle", 8, disk=size - 1).put("too large", 2, found)
-    assert FeatureCache("bundle", 8, disk=size).get("too large", 2) is None
+    ImageEmbeddingCache("bundle", 8, disk=size - 1).put("too large", 2, found)
+    assert ImageEmbeddingCache("bundle", 8, disk=size).get("too large", 2) is None
 
 
 def test_memory_is_bounded() -> None:
-    cache = FeatureCache("bundle", 8, memory=3 * 128)
+    cache = ImageEmbeddingCache("bundle", 8, memory=3 * 128)
     for index in range(5):
-        cache.put(f"{index}", 2, Features(np.zeros((4, 8), np.float32), (1, 1)))
+        cache.put(f"{index}", 2, EmbeddedImage(np.zeros((4, 8), np.float32), (1, 1)))
     assert [cache.get(f"{index}", 2) is not None for index in range(5)] == [
         False,
         False,

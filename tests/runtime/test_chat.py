@@ -39,7 +39,7 @@ def test_a_conversation_computes_only_what_is_new(
         # in the cache.
         again = load(built(precision)).chat(scene_image, 4)
         assert again.ask("Hi.", 5).tokens == first.tokens
-        again._session.prefix.forget()
+        again._session.runner.prefix_cache.clear()
         repeated = again.ask("And then?", 5)
         assert repeated.cached_tokens == 0 and repeated.tokens == second.tokens
 
@@ -90,19 +90,19 @@ def test_rows_checked_among_others_are_not_kept(
     """A drafted token's row equals a stepwise one only up to rounding: the next turn
     computes it again, and so gives the same bits as without.
     """
-    monkeypatch.setattr("runtime.generation.generate._Pays.__bool__", lambda self: True)
+    monkeypatch.setattr("runtime.generation.generate._DraftTimer.pays", lambda self: True)
     session = load(built("fp32"))
     real = session.engine.forward(np.ones((1, 3, 64), np.float32), 0)
     assert real.shape == (960,)
-    session.forget()
+    session.clear_caches()
     said = session.ask(scene_image, "say it", "chat", 4, 30, Decoding(lookup=0)).tokens
     monkeypatch.setattr(
-        "runtime.generation.prompt_lookup.Lookup.draft",
+        "runtime.generation.prompt_lookup.PromptLookup.draft",
         lambda self, most: list(said[len(self._tokens) - start :][:most]),
     )
     chat = session.chat(scene_image, 4, Decoding(lookup=3))
     start = len(session.tokenizer.encode_prompt(render("chat", "say it"))[1])
-    session.forget()
+    session.clear_caches()
     first = chat.ask("say it", 30)
     assert first.tokens == said and first.accepted_tokens > 10 and first.kept_tokens == 0
     assert chat.ask("And then?", 5).cached_tokens == first.prompt_tokens

@@ -16,9 +16,9 @@ from PIL import Image
 from runtime import Decoding, Session, load
 from runtime.contract.boxes import box_continues, box_ends, find_boxes, format_box, parse_box
 from runtime.contract.errors import UsageError
+from runtime.generation.answer_text import AnswerText
 from runtime.generation.constraints import BoxGrammar, JsonSchema
-from runtime.generation.sampling import Chooser
-from runtime.questions import AnswerText
+from runtime.generation.sampling import Sampler
 
 SCHEMA = {
     "type": "object",
@@ -69,7 +69,7 @@ def test_any_logits_give_a_box(session: Session, seed: int) -> None:
         Decoding(temperature=5.0, seed=seed),
         Decoding(repetition_penalty=1.5),
     ):
-        chooser, tokens = Chooser(decoding, eos, grammar), []
+        chooser, tokens = Sampler(decoding, eos, grammar), []
         while (token := chooser(rng.normal(size=960).astype(np.float32) * 5)) != eos:
             tokens.append(token)
             assert len(tokens) < 40

@@ -16,10 +16,10 @@ from runtime.contract.bundle import DECODER, read_bundle
 from runtime.contract.errors import BundleError, EngineError, NonFiniteError
 from runtime.data.sample import Sample
 from runtime.engines import TARGETS, EngineOptions, load_engine
+from runtime.engines.logits import greedy
 from runtime.engines.onnxruntime.cuda import CUDA, OrtCudaEngine
 from runtime.engines.onnxruntime.io_binding import HOST, Bound, Device
 from runtime.generation.decoding import Decoding
-from runtime.generation.sampling import greedy
 from runtime.session import Question, Session
 from tests.conftest import TINY
 from trainer.evaluate import CheckpointAnswerer
@@ -103,7 +103,7 @@ def test_a_prefix_is_reused_without_changing_the_answer(
     first = session.ask(scene_image, "describe", max_new_tokens=8)
     second = session.ask(scene_image, "what shape is it?", task="vqa", max_new_tokens=8)
     assert first.cached_tokens == 0 and second.cached_tokens > 0
-    session.forget()
+    session.clear_caches()
     assert (
         session.ask(scene_image, "what shape is it?", task="vqa", max_new_tokens=8).tokens
         == second.tokens

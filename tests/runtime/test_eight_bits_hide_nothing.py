@@ -37,11 +37,11 @@ def test_rows_that_overflow_give_no_token(session: Session, scene_image: Image.I
     embed = session.embed_prompt
     session.embed_prompt = lambda *parts: embed(*parts) * 1e6  # type: ignore[method-assign]
     for decoding in CHOICES:
-        session.forget()
+        session.clear_caches()
         with pytest.raises(NonFiniteError):
             session.ask(scene_image, "tell me all about every single thing", decoding=decoding)
     session.embed_prompt = embed  # type: ignore[method-assign]
-    session.forget()
+    session.clear_caches()
     assert session.ask(scene_image, "describe", max_new_tokens=4).tokens
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from runtime.contract.bundle import Bundle, cache_folder, read_bundle
 from runtime.contract.errors import UsageError
-from runtime.engines import EngineOptions, load_engine, ort_store
+from runtime.engines import EngineOptions, load_engine
+from runtime.engines.onnxruntime import prepacked_weights as ort_store
 
 INPUTS = np.random.default_rng(0).normal(size=(1, 9, 64)).astype(np.float32)
 

@@ -23,8 +23,9 @@ from transformers.generation.logits_process import (
 from runtime import Decoding, Question, Session, load
 from runtime.contract.errors import UsageError
 from runtime.contract.prompt import render
-from runtime.generation.prompt_lookup import Lookup
-from runtime.generation.sampling import Chooser, distribution, scores
+from runtime.generation.prompt_lookup import PromptLookup
+from runtime.generation.sampling import Sampler, distribution, scores
+from runtime.generation.token_embeddings import embed_prompt
 from tests.conftest import TINY
 from tests.references import llama
 from trainer.checkpoint import load_checkpoint
@@ -59,7 +60,9 @@ def reference(tiny_checkpoint: Path) -> LlamaForCausalLM:
 def embeds_of(session: Session, image: Image.Image, task: str, text: str) -> torch.Tensor:
     before, after = session.tokenizer.encode_prompt(render(task, text))
     return torch.from_numpy(
-        session.embed_prompt(before, session.picture(image).features.embeds, after)
+        embed_prompt(
+            session.table, before, session.builder.open_image(image).embedded.embeds, after
+        )
     )
 
 
@@ -185,7 +188,7 @@ def test_beams_that_end_are_those_of_transformers(
                 lengths.add(len(expected))
     finally:
         session.engine.forward, session.engine.batch = forward, batch  # type: ignore[method-assign]
-        session.prefix.forget()
+        session.runner.prefix_cache.clear()
     assert len(lengths) > 2, "some end early, some late"
 
 
@@ -241,7 +244,7 @@ def test_draws_follow_the_distribution() -> None:
     """A chi-squared test: 4000 seeded draws against the probabilities they should have."""
     logits = RNG.normal(size=12).astype(np.float32)
     decoding = Decoding(temperature=0.8, top_k=8, seed=11)
-    chooser = Chooser(decoding, eos_id=11)
+    chooser = Sampler(decoding, eos_id=11)
     counts = np.bincount([chooser(logits) for _ in range(4000)], minlength=12)
     expected = 4000 * distribution(logits, decoding)
     assert (counts[expected == 0] == 0).all()
@@ -263,7 +266,7 @@ def test_seeds_repeat_and_differ(session: Session, scene_image: Image.Image) -> 
 def test_the_shortest_answer_holds_off_the_end(session: Session, scene_image: Image.Image) -> None:
     eos, logits = session.spec.eos_id, np.zeros(960, np.float32)
     logits[eos], logits[7] = 9, 5
-    chooser = Chooser(Decoding(min_new_tokens=3), eos)
+    chooser = Sampler(Decoding(min_new_tokens=3), eos)
     assert [chooser(logits) for _ in range(4)] == [7, 7, 7, eos]
 
 
@@ -296,7 +299,7 @@ def test_lookup_takes_what_repeats(
 ) -> None:
     """A head that always says the same four tokens in turn is drafted rightly."""
     monkeypatch.setattr(
-        "runtime.generation.generate._Pays.__bool__", lambda self: True
+        "runtime.generation.generate._DraftTimer.pays", lambda self: True
     )  # no timing decides here
     forward, verify = session.engine.forward, session.engine.verify
     cycle = {284: 280, 280: 335, 335: 304, 304: 284}
@@ -318,16 +321,16 @@ def test_lookup_takes_what_repeats(
         )
     finally:
         session.engine.forward, session.engine.verify = forward, verify  # type: ignore[method-assign]
-        session.prefix.forget()
+        session.runner.prefix_cache.clear()
     assert (
         answer.tokens == plain.tokens and answer.accepted_tokens > 20 and len(answer.step_ms) < 20
     )
 
 
 def test_lookup_drafts_what_followed() -> None:
-    seen = Lookup([1, 2, 3, 4, 1, 2])
+    seen = PromptLookup([1, 2, 3, 4, 1, 2])
     assert seen.draft(2) == [3, 4] and seen.draft(9) == [3, 4, 1, 2]
-    assert Lookup([1, 2, 3]).draft(4) == [] and Lookup([5]).draft(4) == []
+    assert PromptLookup([1, 2, 3]).draft(4) == [] and PromptLookup([5]).draft(4) == []
 
 
 def test_lookup_is_refused_where_it_could_change_a_token(

@@ -16,7 +16,7 @@ from runtime.contract.bundle import GOLDENS, MANIFEST
 from runtime.contract.errors import BundleError, ContextError, InfMLLMError
 from runtime.contract.files import sha256_file
 from runtime.contract.onnx_guard import external_locations
-from runtime.parity import relative_error, replay
+from runtime.parity import relative_error
 from runtime.session import load
 from tests.contract.test_bundle import edit
 
@@ -84,14 +84,16 @@ def test_goldens_that_compare_nothing_or_do_not_fit(
     copied: Path, change: Callable[[dict[str, np.ndarray]], object]
 ) -> None:
     with pytest.raises(BundleError, match=r"golden|damaged"):
-        replay(load(with_goldens(copied, change)), TOLERANCE)
+        load(with_goldens(copied, change)).replay(tolerance=TOLERANCE)
 
 
 def test_nan_references_never_pass(copied: Path) -> None:
     session = load(
         with_goldens(copied, lambda a: a.update({"0.prefill": np.full(960, np.nan, np.float32)}))
     )
-    prefill = next(stage for stage in replay(session, TOLERANCE) if stage.stage == "prefill")
+    prefill = next(
+        stage for stage in session.replay(tolerance=TOLERANCE) if stage.stage == "prefill"
+    )
     assert not prefill.passed and relative_error(
         np.zeros(3, np.float32), np.zeros(4, np.float32)
     ) == float("inf")
@@ -102,12 +104,12 @@ def test_goldens_that_are_no_archive(copied: Path, data: bytes) -> None:
     (copied / GOLDENS).write_bytes(data)
     rehash(copied)
     with pytest.raises(BundleError):
-        replay(load(copied), TOLERANCE)
+        load(copied).replay(tolerance=TOLERANCE)
 
 
 def test_a_self_test_needs_room_in_the_cache(copied: Path) -> None:
     with pytest.raises(ContextError):
-        replay(load(copied, context=16), TOLERANCE)
+        load(copied, context=16).replay(tolerance=TOLERANCE)
 
 
 @pytest.mark.parametrize("how", ["sparse id", "plain control token", "not JSON"])

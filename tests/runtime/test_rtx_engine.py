@@ -17,13 +17,12 @@ from PIL import Image
 import runtime.engines
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import EngineError, NonFiniteError
-from runtime.contract.spec import INPUTS_EMBEDS
+from runtime.contract.graphs import INPUTS_EMBEDS
 from runtime.data.sample import Sample
 from runtime.engines import EngineOptions, load_engine
 from runtime.engines.onnxruntime.io_binding import HOST
 from runtime.engines.onnxruntime.tensorrt_rtx import RTX, OrtRtxEngine, _provider_options
 from runtime.generation.decoding import Decoding
-from runtime.parity import replay
 from runtime.session import Question, Session
 from tests.conftest import TINY
 from trainer.evaluate import CheckpointAnswerer
@@ -50,7 +49,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_answers_are_pytorchs(
     session: Session, tiny_checkpoint: Path, scene_image: Image.Image
 ) -> None:
-    assert all(stage.passed for stage in replay(session, session.bundle.tolerance))
+    assert all(stage.passed for stage in session.replay())
     sample = Sample("vqa", "what colour is the circle?", "")
     expected = CheckpointAnswerer(tiny_checkpoint).answer_ids(scene_image, sample, None)[:10]
     assert (

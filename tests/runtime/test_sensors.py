@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from runtime.bench.report import Thermal
 from runtime.hardware.machine import read_machine
 from runtime.hardware.nvidia import Nvidia
 from runtime.hardware.power import (
@@ -26,6 +25,7 @@ from runtime.hardware.power import (
     measure_energy,
     open_ina,
 )
+from runtime.hardware.readings import Thermal
 from runtime.hardware.tegrastats import Tegrastats, parse_line
 from runtime.hardware.thermal import ThermalWatch
 

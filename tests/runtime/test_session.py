@@ -23,8 +23,8 @@ from runtime.contract.errors import (
     UsageError,
 )
 from runtime.data.sample import Sample
+from runtime.engines.logits import greedy
 from runtime.generation.kv_cache import CacheBudget
-from runtime.generation.sampling import greedy
 from runtime.session import Session
 from trainer.checkpoint import load_checkpoint
 from trainer.evaluate import CheckpointAnswerer
@@ -197,7 +197,7 @@ def test_a_token_table_of_another_shape_is_refused(copied: Path) -> None:
     with pytest.raises(BundleError, match="expected"):
         Session(replace(bundle), engine)
     (copied / "embeddings.npy").write_bytes(b"nonsense")
-    with pytest.raises(BundleError, match="no readable array"):
+    with pytest.raises(BundleError, match="not a readable array"):
         Session(bundle, engine)
 
 

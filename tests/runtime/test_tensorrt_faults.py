@@ -239,11 +239,11 @@ def test_logits_that_are_not_finite_give_no_token(
     embed = session.embed_prompt
     session.embed_prompt = lambda *parts: embed(*parts) * 1e6  # type: ignore[method-assign]
     for decoding in (GREEDY, Decoding(temperature=1.0), Decoding(beams=2)):
-        session.forget()
+        session.clear_caches()
         with pytest.raises(NonFiniteError):
             session.ask(scene_image, "tell me all about every single thing", decoding=decoding)
     session.embed_prompt = embed  # type: ignore[method-assign]
-    session.forget()
+    session.clear_caches()
     assert tokens(session, scene_image) == expected(bundle, scene_image, fused), (
         "NaN in rows that are masked now does no harm"
     )

@@ -61,6 +61,8 @@ def test_two_processes_follow_the_curve_of_one_that_accumulates_twice(
         2,
         "--val",
         "synthetic:1",
+        "--precision",
+        "fp32",
         "--threads",
         1,
     ]
@@ -83,7 +85,7 @@ def test_sharded_training_equals_accumulation_and_resumes(
         Tokenizer(RawTokenizer.from_str(tokenizer_json), TINY),
         SceneSource(),
         recipe,
-        TrainOptions(tmp_path / "single", workers=0),
+        TrainOptions(tmp_path / "single", workers=0, precision="fp32"),
     )
     script = [*TORCHRUN, "-m", "tests.trainer.sharded_run"]
     run(*script, tmp_path / "whole", tmp_path / "whole.pt", 0, "new", "fp32")

@@ -83,7 +83,7 @@ def test_a_stage_trains_exactly_what_its_table_says(
         tokenizer,
         SceneSource(),
         (StageRun(name, 2, 4, 1e-2, warmup=1),),
-        TrainOptions(tmp_path, workers=0),
+        TrainOptions(tmp_path, workers=0, precision="fp32"),
     )
     changed = {
         key.split(".")[0] if "self_attn" not in key else key
@@ -114,7 +114,13 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(
         StageRun("joint", 4, 4, 1e-3, warmup=1, chat_share=0.5),
     )
     whole = tiny_model()
-    train(whole, tokenizer, SceneSource(), recipe, TrainOptions(tmp_path / "whole", workers=0))
+    train(
+        whole,
+        tokenizer,
+        SceneSource(),
+        recipe,
+        TrainOptions(tmp_path / "whole", workers=0, precision="fp32"),
+    )
     for stop in (2, 3, 5):
         model = tiny_model()
         folder = tmp_path / f"parts{stop}"
@@ -123,10 +129,16 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(
             tokenizer,
             SceneSource(),
             recipe,
-            TrainOptions(folder, stop_after=stop, workers=0),
+            TrainOptions(folder, stop_after=stop, workers=0, precision="fp32"),
         )
         model = tiny_model(99)
-        train(model, tokenizer, SceneSource(), recipe, TrainOptions(folder, resume=True, workers=0))
+        train(
+            model,
+            tokenizer,
+            SceneSource(),
+            recipe,
+            TrainOptions(folder, resume=True, workers=0, precision="fp32"),
+        )
         assert all(
             torch.equal(a, b)
             for a, b in zip(whole.state_dict().values(), model.state_dict().values(), strict=True)
@@ -139,11 +151,11 @@ def test_resuming_with_another_recipe_is_refused(tokenizer: Tokenizer, tmp_path:
         tokenizer,
         SceneSource(),
         (StageRun("dense", 1, 2, 1e-3),),
-        TrainOptions(tmp_path, workers=0),
+        TrainOptions(tmp_path, workers=0, precision="fp32"),
     )
     for options, steps in (
-        (TrainOptions(tmp_path, resume=True, workers=0), 2),
-        (TrainOptions(tmp_path, seed=1, resume=True, workers=0), 1),
+        (TrainOptions(tmp_path, resume=True, workers=0, precision="fp32"), 2),
+        (TrainOptions(tmp_path, seed=1, resume=True, workers=0, precision="fp32"), 1),
     ):
         with pytest.raises(CheckpointError, match="another run"):
             train(
@@ -160,7 +172,7 @@ def test_resuming_with_another_recipe_is_refused(tokenizer: Tokenizer, tmp_path:
             tokenizer,
             SceneSource(),
             (StageRun("dense", 1, 2, 1e-3),),
-            TrainOptions(tmp_path, resume=True, workers=0),
+            TrainOptions(tmp_path, resume=True, workers=0, precision="fp32"),
         )
 
 
@@ -175,7 +187,7 @@ def test_training_lowers_the_loss(tokenizer: Tokenizer, tmp_path: Path) -> None:
         tokenizer,
         SceneSource(),
         (StageRun("scratch", 60, 8, 3e-3, warmup=10),),
-        TrainOptions(tmp_path, workers=0),
+        TrainOptions(tmp_path, workers=0, precision="fp32"),
     )
     losses = [
         json.loads(line)["answer"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
@@ -211,7 +223,7 @@ def test_accumulating_equals_one_larger_batch_in_the_loss(
         tokenizer,
         SceneSource(),
         (StageRun("scratch", 1, 2, 1e-2, warmup=1, accumulate=2),),
-        TrainOptions(tmp_path / "a", workers=0),
+        TrainOptions(tmp_path / "a", workers=0, precision="fp32"),
     )
     stage, objective = (
         STAGES["scratch"],
@@ -235,7 +247,9 @@ def test_accumulating_equals_one_larger_batch_in_the_loss(
 def test_recomputing_activations_changes_nothing(tokenizer: Tokenizer, tmp_path: Path) -> None:
     models = [tiny_model(), tiny_model()]
     for model, recompute in zip(models, (False, True), strict=True):
-        options = TrainOptions(tmp_path / str(recompute), workers=0, recompute=recompute)
+        options = TrainOptions(
+            tmp_path / str(recompute), workers=0, recompute=recompute, precision="fp32"
+        )
         train(model, tokenizer, SceneSource(), (StageRun("joint", 3, 2, 1e-2, warmup=1),), options)
         assert not model.decoder.recompute
     assert all(
@@ -269,7 +283,9 @@ def test_bf16_trains_close_to_fp32_and_auto_asks_the_hardware(
 def test_curves_and_sample_sheets_are_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = TrainOptions(tmp_path, workers=0, sample_every=6, samples=list(held_out_scenes(2)))
+    options = TrainOptions(
+        tmp_path, workers=0, sample_every=6, samples=list(held_out_scenes(2)), precision="fp32"
+    )
     recipe = (StageRun("dense", 10, 2, 1e-3, warmup=1), StageRun("joint", 12, 2, 1e-3, warmup=1))
     train(tiny_model(), tokenizer, SceneSource(), recipe, options)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -299,7 +315,7 @@ def test_a_fault_in_a_worker_keeps_its_one_line(
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "d.jsonl").write_text('{"image": "a.png", "task": "caption", "answer": "x"}')
     with pytest.raises(DataError) as caught:
-        options = TrainOptions(tmp_path / "s", workers=workers)
+        options = TrainOptions(tmp_path / "s", workers=workers, precision="fp32")
         train(
             tiny_model(),
             tokenizer,
@@ -326,7 +342,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(
             tokenizer,
             SceneSource(),
             (StageRun("scratch", 2, 2, 1e-2, warmup=1),),
-            TrainOptions(tmp_path, workers=0),
+            TrainOptions(tmp_path, workers=0, precision="fp32"),
         )
     assert not (tmp_path / "state.pt").exists()
 
@@ -338,7 +354,7 @@ def test_a_resumed_log_has_every_step_once(tokenizer: Tokenizer, tmp_path: Path)
         tokenizer,
         SceneSource(),
         recipe,
-        TrainOptions(tmp_path, workers=0, stop_after=20),
+        TrainOptions(tmp_path, workers=0, stop_after=20, precision="fp32"),
     )
     log = tmp_path / "log.jsonl"
     log.write_text(
@@ -349,7 +365,7 @@ def test_a_resumed_log_has_every_step_once(tokenizer: Tokenizer, tmp_path: Path)
         tokenizer,
         SceneSource(),
         recipe,
-        TrainOptions(tmp_path, workers=0, resume=True),
+        TrainOptions(tmp_path, workers=0, resume=True, precision="fp32"),
     )
     assert [json.loads(line)["total_step"] for line in log.read_text().splitlines()] == [10, 20, 30]
 
@@ -404,7 +420,7 @@ def test_jsonl_lines_about_one_picture_are_packed(tmp_path: Path, tokenizer: Tok
         tokenizer,
         open_source([str(tmp_path / "d.jsonl")]),
         (StageRun("alignment", 2, 2, 1e-3),),
-        TrainOptions(tmp_path / "s", workers=0),
+        TrainOptions(tmp_path / "s", workers=0, precision="fp32"),
     )
 
 
@@ -419,7 +435,7 @@ def test_files_without_patch_labels_cannot_train_the_dense_stage(
             tokenizer,
             open_source([str(tmp_path / "d.jsonl")]),
             (StageRun("dense", 1, 2, 1e-3),),
-            TrainOptions(tmp_path / "s"),
+            TrainOptions(tmp_path / "s", precision="fp32"),
         )
 
 

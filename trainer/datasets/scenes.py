@@ -170,9 +170,9 @@ def _place(rng: np.random.Generator, width: int, height: int, wanted: int) -> li
                     shape,
                     size,
                     tuple((float(x), float(y)) for x, y in points),
-                    tuple(map(float, box)),
+                    tuple(map(float, box)),  # type: ignore[arg-type]
                 )
-            )  # type: ignore[arg-type]
+            )
     return placed
 
 

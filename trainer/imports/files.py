@@ -128,9 +128,9 @@ def _pickled(file: Path) -> dict[str, Stored]:
             f"{file} holds no table of tensors; give the file with the model's weights"
         )
     return {
-        str(name): Stored(file, tuple(value.shape), lambda value=value: value)
+        str(name): Stored(file, tuple(value.shape), lambda value=value: value)  # type: ignore[misc]
         for name, value in tensors.items()
-    }  # type: ignore[misc]
+    }
 
 
 def _unwrapped(data: object) -> object:

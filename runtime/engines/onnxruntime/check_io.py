@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from runtime.contract.bundle import Bundle
 from runtime.contract.errors import BundleError
-from runtime.contract.spec import IMAGE_EMBEDS, PIXELS, POOL
+from runtime.contract.graphs import IMAGE_EMBEDS, PIXELS, POOL
 
 __all__ = ["Shape", "check_values", "check_vision"]
 

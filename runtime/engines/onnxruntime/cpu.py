@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from runtime.contract.bundle import DECODER, PREFILL, VISION, Bundle
 from runtime.contract.errors import ContextError
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -27,10 +27,10 @@ from runtime.contract.spec import (
     TOTAL_LENGTH,
     present,
 )
-from runtime.engines import EngineOptions, Trial
+from runtime.engines import EngineOptions, Validation
+from runtime.engines.logits import greedy
 from runtime.engines.onnxruntime.check_io import Shape, check_values, check_vision
 from runtime.engines.onnxruntime.sessions import engine_errors, open_graph
-from runtime.generation.sampling import greedy
 
 __all__ = ["OrtEngine"]
 
@@ -153,7 +153,7 @@ class OrtEngine:
     the prefill graph where the bundle has one.
     """
 
-    trial: Trial | None = None
+    validation: Validation | None = None
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         spec = bundle.spec.decoder

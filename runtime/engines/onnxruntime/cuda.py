@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from runtime.contract.bundle import DECODER, VISION, Bundle
 from runtime.contract.errors import EngineError
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     INPUTS_EMBEDS,
     LOGITS,
     LOGITS_MASS,
@@ -106,7 +106,7 @@ class OrtCudaEngine(DeviceEngine):
 
 
 def _remedy() -> str:
-    from runtime.doctor.gpu import PIP_ONNXRUNTIME_GPU
+    from runtime.engines import PIP_ONNXRUNTIME_GPU
 
     return (
         f"run: {PIP_ONNXRUNTIME_GPU} (infmllm-export doctor --target {_TARGET} tells what is "

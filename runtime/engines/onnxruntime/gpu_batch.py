@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract.errors import ContextError
-from runtime.contract.spec import INPUTS_EMBEDS, SEQLENS_K, TOTAL_LENGTH
+from runtime.contract.graphs import INPUTS_EMBEDS, SEQLENS_K, TOTAL_LENGTH
 from runtime.engines.onnxruntime.io_binding import Bound, Device, read, write
 
 __all__ = ["DeviceBatch"]

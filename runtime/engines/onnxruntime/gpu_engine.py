@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle
 from runtime.contract.errors import EngineError
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -26,10 +26,10 @@ from runtime.contract.spec import (
     POOL,
     present,
 )
-from runtime.engines import Trial
+from runtime.engines import Validation
+from runtime.engines.logits import check_finite
 from runtime.engines.onnxruntime.io_binding import Bound, Device, write
 from runtime.engines.onnxruntime.sessions import engine_errors
-from runtime.generation.sampling import check_finite
 
 __all__ = ["CallShape", "DeviceEngine"]
 
@@ -82,14 +82,14 @@ class DeviceEngine(ABC):
         }
 
     @property
-    def trial(self) -> Trial | None:
-        """See `Engine.trial`: the build proved the graphs on the CPU, not this GPU's
-        kernels; the goldens do that at every load.
+    def validation(self) -> Validation | None:
+        """See `Engine.validation`: the build proved the graphs on the CPU, not this
+        GPU's kernels; the goldens do that at every load.
         """
         return None if self._proved else self
 
-    def judge(self, failed: Mapping[str, str]) -> None:
-        """See `Trial.judge`."""
+    def conclude(self, failed: Mapping[str, str]) -> None:
+        """See `Validation.conclude`."""
         if failed:
             found = "; ".join(failed.values())
             raise EngineError(
@@ -122,7 +122,7 @@ class DeviceEngine(ABC):
             and np.isfinite(logits).all()
             and logits[self._token(call)] != logits.max()
         ):
-            self.judge({"decode": "the token chosen is not the likeliest"})
+            self.conclude({"decode": "the token chosen is not the likeliest"})
         return logits
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.contract.errors import ContextError
-from runtime.contract.spec import LOGITS, LOGITS_MASS
+from runtime.contract.graphs import LOGITS, LOGITS_MASS
 from runtime.engines.onnxruntime.sessions import engine_errors
 
 __all__ = ["HOST", "Bound", "Device", "read", "write"]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from runtime.contract.bundle import Bundle, cache_folder
 from runtime.contract.errors import BusyError, EngineError
 from runtime.contract.files import locked
-from runtime.contract.spec import LOGITS_TO_KEEP, SEQLENS_K, TOTAL_LENGTH
+from runtime.contract.graphs import LOGITS_TO_KEEP, SEQLENS_K, TOTAL_LENGTH
 from runtime.engines.disk_cache import (
     MARK,
     engine_cache_bytes,

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import onnxruntime as ort
 
-from runtime.contract.bundle import FIT_16_BITS, PREFILL, PRODUCTS, VISION, Bundle
+from runtime.contract.bundle import PREFILL, VISION, Bundle
 from runtime.contract.errors import EngineError
 from runtime.engines import EngineOptions, available_cores
 from runtime.engines.onnxruntime.prepacked_weights import open_stored, stored
@@ -46,7 +46,7 @@ def open_graph(bundle: Bundle, file: str, options: EngineOptions) -> ort.Inferen
     """A session of one of a bundle's graphs, from the engine cache where its weights
     are worth it. Raises `EngineError`.
     """
-    exact = bundle.schemes.get(PRODUCTS) != FIT_16_BITS
+    exact = not bundle.saturation_safe
 
     def settings() -> ort.SessionOptions:
         # The tower runs once an answer, a prefill graph before the first token: neither may go

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from runtime.contract.bundle import DECODER_FUSED, VISION_FUSED, Bundle, cache_folder
 from runtime.contract.errors import EngineError
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     INPUTS_EMBEDS,
     LOGITS,
     LOGITS_MASS,

@@ -13,7 +13,7 @@ from typing import Any
 
 from runtime.contract.errors import EngineError, UsageError
 from runtime.contract.files import sync_file
-from runtime.contract.spec import key_cache
+from runtime.contract.graphs import key_cache
 from runtime.engines.tensorrt.graph_variants import Form, check_ports
 from runtime.engines.tensorrt.trt import Machine
 from runtime.output.console import StepBar, step_bar

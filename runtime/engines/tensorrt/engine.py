@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract.bundle import Bundle
-from runtime.contract.spec import key_cache
-from runtime.engines import EngineOptions, Trial
+from runtime.contract.graphs import key_cache
+from runtime.engines import EngineOptions, Validation
+from runtime.engines.logits import check_finite
 from runtime.engines.tensorrt.execution import Activations, Prefill, Step, Vision
 from runtime.engines.tensorrt.graph_variants import MOST_ROWS, MOST_TOKENS
 from runtime.engines.tensorrt.kv_cache import Caches, Rows
 from runtime.engines.tensorrt.provider import Maker, Part, decoder_forms, vision_forms
 from runtime.engines.tensorrt.trt import Machine
-from runtime.generation.sampling import check_finite
 
 __all__ = ["TensorRtEngine"]
 
@@ -88,20 +88,20 @@ class TensorRtEngine:
         return self._loaded
 
     @property
-    def trial(self) -> Trial | None:
-        """See `Engine.trial`."""
+    def validation(self) -> Validation | None:
+        """See `Engine.validation`."""
         return None if self._vision.proved and self._decoder.proved else self
 
-    def judge(self, failed: Mapping[str, str]) -> None:
-        """See `Trial.judge`; what goldens do not show, the tokens chosen on the GPU,
-        was looked at beside them.
+    def conclude(self, failed: Mapping[str, str]) -> None:
+        """See `Validation.conclude`; what goldens do not show, the tokens chosen on the
+        GPU, was looked at beside them.
         """
         if self._wrong_choice:
             failed = {**failed, "decode": self._wrong_choice}
         self._wrong_choice = ""
         if failed:
             self._loaded = None  # its memory is needed for what comes instead
-        self._maker.judge((self._vision, self._decoder), failed)
+        self._maker.conclude((self._vision, self._decoder), failed)
         if failed:
             self._load()
 
@@ -132,7 +132,7 @@ class TensorRtEngine:
             return found
         ready.step.run(inputs_embeds, start, ready.caches)
         logits: NDArray[np.float32] = ready.step.logits(1, ready.caches, start)[0]
-        if self.trial is not None:
+        if self.validation is not None:
             self._compare(logits, ready.step.token(ready.caches, start)[0])
         return logits
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract.errors import EngineError
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -26,9 +26,9 @@ from runtime.contract.spec import (
     PIXELS,
     POOL,
     POSITION_IDS,
-    ModelSpec,
     present,
 )
+from runtime.contract.spec import ModelSpec
 from runtime.engines.tensorrt.cuda import Device, Graph, Memory, aligned
 from runtime.engines.tensorrt.graph_variants import DECODE, MOST_ROWS, MOST_TOKENS, PREFILL
 from runtime.engines.tensorrt.kv_cache import Caches, Rows

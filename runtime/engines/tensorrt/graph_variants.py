@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.contract.bundle import DECODER, DECODER_FUSED, VISION, VISION_FUSED
 from runtime.contract.errors import BundleError
-from runtime.contract.spec import (
+from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,
     LOGITS,
@@ -27,9 +27,9 @@ from runtime.contract.spec import (
     PIXELS,
     POOL,
     POSITION_IDS,
-    ModelSpec,
     present,
 )
+from runtime.contract.spec import ModelSpec
 
 __all__ = [
     "DECODE",

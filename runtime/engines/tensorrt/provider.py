@@ -15,8 +15,8 @@ from typing import Any
 
 from runtime.contract.bundle import GOLDENS, Bundle
 from runtime.contract.errors import EngineError
+from runtime.contract.graphs import present
 from runtime.contract.onnx_guard import external_locations
-from runtime.contract.spec import present
 from runtime.engines import EngineOptions
 from runtime.engines.tensorrt.build_engine import RefusedError, build, workspace_bytes
 from runtime.engines.tensorrt.engine_cache import Store, fingerprint
@@ -88,7 +88,7 @@ class Maker:
         self._bundle, self._machine, self._options = bundle, machine, options
         self._store = Store(options.engine_cache)
         judged = json.dumps([bundle.files[GOLDENS][1], dict(bundle.tolerance)], sort_keys=True)
-        self._trial = hashlib.sha256(
+        self._validation_key = hashlib.sha256(
             judged.encode()
         ).hexdigest()  # a verdict holds for these goldens and bounds
 
@@ -107,9 +107,9 @@ class Maker:
                 part.engine = self._opened(name, part.form) or self._built(name, part.form)
             except RefusedError as error:
                 self._next(part, error)
-        part.proved = self._store.passed(self._name(part.form), self._trial)
+        part.proved = self._store.passed(self._name(part.form), self._validation_key)
 
-    def judge(self, parts: Sequence[Part], failed: Mapping[str, str]) -> None:
+    def conclude(self, parts: Sequence[Part], failed: Mapping[str, str]) -> None:
         """Accepts the parts whose stages passed; those that failed get an engine of
         their next form, on trial.
 
@@ -118,7 +118,7 @@ class Maker:
         for part in parts:
             reasons = [failed[stage] for stage in part.stages if stage in failed]
             if not reasons:
-                self._store.accept(self._name(part.form), self._trial)
+                self._store.accept(self._name(part.form), self._validation_key)
                 part.proved = True
                 continue
             found = (
