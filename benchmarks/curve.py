@@ -1,4 +1,4 @@
-"""A training run's curve as an SVG picture, from its `log.jsonl`.
+"""Draws the curve of a training run as an SVG image, from its `log.jsonl`.
 
 python benchmarks/curve.py .mine.training/log.jsonl curve.svg [--figure answer]
 """
@@ -16,7 +16,7 @@ _GRID = 4
 
 
 def svg(points: Sequence[tuple[int, float]], title: str) -> str:
-    """Figures over steps, axes from zero."""
+    """Returns the SVG text of a curve over steps, with axes from zero."""
     last, top = max(step for step, _ in points), max(value for _, value in points)
 
     def place(step: float, value: float) -> tuple[float, float]:
@@ -54,7 +54,7 @@ def svg(points: Sequence[tuple[int, float]], title: str) -> str:
 
 
 def main() -> None:
-    """Writes the picture."""
+    """Writes the SVG image."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,9 @@
-"""What graph rewrites are worth on this machine: the same decoder in several forms,
-prompt and single steps, interleaved in one run.
+"""Measures the gain of graph rewrites on this machine. It times the same decoder in
+several forms, prompt and single steps, interleaved in one run.
 
-Forms: canonical (standard operators, caches copied), GroupQueryAttention, and that with
-a layer's projections packed into one product (what builds use).
+Forms: canonical (standard operators, caches copied), GroupQueryAttention, and
+GroupQueryAttention with a layer's projections packed into one matrix product (the form
+that builds use).
 
 python benchmarks/fusions.py [--shape nano|wide] [--repetitions 30]
 """
@@ -49,7 +50,7 @@ WIDE = ModelSpec(
 
 
 class Form:
-    """A session with its caches."""
+    """An ONNX Runtime session for one form of the decoder, with its caches."""
 
     def __init__(self, model: ir.Model, spec: DecoderSpec) -> None:
         data = ir.to_proto(model).SerializeToString()
@@ -66,8 +67,8 @@ class Form:
         }
 
     def run(self, embeds: np.ndarray, start: int) -> np.ndarray:
-        """Logits of one call; caches are updated in place where the graph can, else
-        swapped.
+        """Returns the logits of one call. Caches are updated in place if the graph
+        supports it; otherwise the outputs replace them.
         """
         end = start + embeds.shape[1]
         feed = {
@@ -97,7 +98,9 @@ class Form:
 
 
 def main() -> None:
-    """Prints medians per form, and their ratios to the first."""
+    """Prints the median times of each form, and its largest difference from the
+    canonical form.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

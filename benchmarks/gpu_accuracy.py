@@ -1,5 +1,6 @@
-"""Accuracy of bundles for GPUs where there is none: their graphs run literally on the
-CPU (`export.parity.cpu_reference`), asked what `infmllm-eval` asks.
+"""Measures the accuracy of GPU bundles on a machine without a GPU. Their graphs run
+literally on the CPU (`export.parity.cpu_reference`), on the same questions as
+`infmllm-eval`.
 
 python benchmarks/gpu_accuracy.py TENSORRT.bundle ... [--data synthetic:500]
 [--visual-tokens 16]
@@ -18,7 +19,7 @@ from runtime.evaluation.evaluate import evaluate, open_examples
 
 
 def main() -> None:
-    """Prints accuracy per task of each bundle."""
+    """Prints the accuracy per task of each bundle."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

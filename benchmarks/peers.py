@@ -1,18 +1,18 @@
-"""One model, many engines, one run: this repository's runtime beside onnxruntime-genai,
-OpenVINO, llama.cpp and PyTorch on the same random weights.
+"""Compares this repository's runtime with onnxruntime-genai, OpenVINO, llama.cpp and
+PyTorch, on the same random weights in one run.
 
-Every contender has its own process; rounds go through all of them in turn, so that
-ratios mean something on a noisy machine. What is measured: a prefill of 288 tokens, 64
-tokens behind it, an image, loading, memory, disk, the machine's limits in the same
-minutes, and agreement with PyTorch.
+Every contender has its own process. Each round measures all of them in turn, so that
+ratios are meaningful on a noisy machine. It measures a prefill of 288 tokens, 64 decode
+steps after it, an image, loading, memory, disk and agreement with PyTorch. Each round
+also measures the machine's own limits.
 
     pip install torch==2.13.0 && pip install -e ".[peers]"
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python
     python benchmarks/peers.py --folder DIR [--rounds 5] [--only NAME ...] [--json FILE] [--markdown FILE] [--python ENGINE=INTERPRETER ...]
 
-The folder keeps weights and conversions for the next run (25 GB with everything). A
-missing package costs its rows only. Engines whose packages do not get along with the
-others' can have an environment of their own: --python intel=/envs/openvino/bin/python.
+The folder keeps weights and conversions for the next run (25 GB with everything). If a
+package is missing, only its rows are absent. Engines whose packages conflict with
+others can use their own environment: --python intel=/envs/openvino/bin/python.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from contenders.report import markdown, ratios, summary  # noqa: E402
 _REFERENCES = {"decoder": "PyTorch fp32", "vision": "PyTorch vision fp32"}
 _SLOW = (
     "PyTorch bf16",
-)  # measured only when named: without bf16 instructions a round takes minutes
+)  # measured only if named with --only: a round takes minutes on CPUs without bf16 instructions
 
 
 def say(text: str) -> None:
-    """Progress, on standard error."""
+    """Prints progress to standard error."""
     print(f"{datetime.datetime.now():%H:%M:%S} {text}", file=sys.stderr, flush=True)
 
 
 class Run:
-    """What is known of each contender as the run goes on; one that fails is dropped
+    """The results of each contender during the run. A contender that fails is dropped
     from all later rounds.
     """
 
@@ -64,11 +64,13 @@ class Run:
         self.checks: dict[str, dict[str, float]] = {}
 
     def prepare(self) -> None:
-        """Makes everyone's files, one after another."""
+        """Makes the files of all contenders, one after another."""
         self._each("preparing", lambda contender: self.pool.once(contender, "prepare"))
 
     def check(self) -> None:
-        """Compares everyone's outputs with PyTorch's, which are kept in the folder."""
+        """Compares the outputs of all contenders with those of PyTorch, which are kept
+        in the folder.
+        """
         references = {
             part: self._folder / f"{CHECKPOINT}-reference-{part}.npy" for part in _REFERENCES
         }
@@ -86,8 +88,8 @@ class Run:
         self._each("checking", compare)
 
     def round(self, number: int) -> None:
-        """One round over all that are left; every second one in reverse, so that nobody
-        always follows the same neighbour.
+        """Runs one round over all remaining contenders. Even rounds run in reverse
+        order, so that no contender always follows the same neighbour.
         """
         self.limits.append({"read_gbs": bandwidth_gbs(_THREADS), "gflops": multiply_gflops()})
 
@@ -97,7 +99,9 @@ class Run:
         self._each(f"round {number}:", measure, number % 2 == 0)
 
     def trim(self) -> None:
-        """Drops a round that not everyone has finished."""
+        """Drops rounds that not all contenders have finished. Exits if nothing was
+        measured.
+        """
         whole = min((len(self.rounds[name]) for name in self.names), default=0)
         self.limits = self.limits[:whole]
         self.rounds = {name: rounds[:whole] for name, rounds in self.rounds.items()}
@@ -119,8 +123,8 @@ class Run:
 
 
 def agreement(wanted: Any, found: Any, logits: bool) -> dict[str, float]:
-    """How near outputs [N, V] are to PyTorch's: the smallest cosine of a row, the
-    relative error, for logits how often the best token is the same.
+    """Returns how close outputs [N, V] are to PyTorch's: the smallest cosine of a row
+    and the relative error. For logits, also the share of rows with the same best token.
     """
     wanted, found = wanted.astype(np.float64), found.astype(np.float64)
     cosine = (
@@ -136,7 +140,7 @@ def agreement(wanted: Any, found: Any, logits: bool) -> dict[str, float]:
 
 
 def commit() -> str:
-    """The commit that is measured; empty outside a repository."""
+    """Returns the measured commit, or an empty string outside a repository."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
@@ -149,7 +153,7 @@ def commit() -> str:
 
 
 def collect(run: Run) -> dict[str, Any]:
-    """Everything that was found, as one JSON object."""
+    """Returns all results as one JSON object."""
     measured = {name: run.rounds[name] for name in run.names}
     rows = {
         name: summary(name, rounds, run.pool.loads[name], run.checks[name], run.limits)
@@ -168,8 +172,8 @@ def collect(run: Run) -> dict[str, Any]:
 
 
 def choose(only: Sequence[str] | None) -> list[str]:
-    """Contenders of the given names, or whose names hold a given word; all the quick
-    ones without. Exits if a word names none.
+    """Returns the contenders with a given name or with a given word in their names.
+    Without names, returns all but the slow ones. Exits if a word matches no contender.
     """
     if not only:
         return [name for name in CONTENDERS if name not in _SLOW]
@@ -187,7 +191,7 @@ def choose(only: Sequence[str] | None) -> list[str]:
 
 
 def main() -> None:
-    """Prepares, checks, measures, reports."""
+    """Prepares, checks and measures all contenders, then prints the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

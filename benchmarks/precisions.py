@@ -1,5 +1,5 @@
-"""Stage latencies of several bundles of one model, and of PyTorch, interleaved in one
-run, so that their ratios mean something on a noisy machine.
+"""Compares stage latencies of several bundles of one model, and optionally of PyTorch.
+They are interleaved in one run, so that ratios are meaningful on a noisy machine.
 
 python benchmarks/precisions.py fp32.bundle int8.bundle int4.bundle [--checkpoint
 trainer/demo] [--repetitions 40] [--threads 2]
@@ -24,20 +24,22 @@ from runtime.contract.spec import ModelSpec
 from trainer.checkpoint import load_checkpoint
 from trainer.model import InfMLLM
 
-_TEXT_TOKENS = 11  # of a usual question
+_TEXT_TOKENS = 11  # tokens of a typical question
 _STEPS = 20
 Array = NDArray[np.float32]
 
 
 class Stages(Protocol):
-    """What is timed; see `runtime.engines.Engine`."""
+    """The stages that are timed; see `runtime.engines.Engine`."""
 
     def embed_image(self, pixels: Array, pool: Array) -> Array: ...
     def forward(self, inputs_embeds: Array, start: int) -> Array: ...
 
 
 class TorchStages:
-    """The checkpoint in PyTorch, eager, float32, with a cache of the model's context."""
+    """The checkpoint in eager PyTorch, in float32, with a cache as long as the model's
+    context.
+    """
 
     def __init__(self, model: InfMLLM) -> None:
         self._model, spec = model, model.spec.decoder
@@ -62,8 +64,8 @@ class TorchStages:
 
 
 def once(stages: Stages, spec: ModelSpec) -> dict[str, float]:
-    """Milliseconds of one image, one prefill behind it, and one decoding step (mean of
-    20).
+    """Returns the milliseconds of one image, of one prefill with image and question,
+    and of one decode step (mean of 20).
     """
     rng = np.random.default_rng(0)
     size, p = spec.vision.image_size, spec.pool_sizes[0]
@@ -83,7 +85,7 @@ def once(stages: Stages, spec: ModelSpec) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints median and best per contender and stage."""
+    """Prints the median and the best time of each contender and stage."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

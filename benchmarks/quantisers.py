@@ -1,10 +1,10 @@
-"""Our schemes against onnxruntime's own quantisers on the same float graphs: they go
-through its tools, into bundles to evaluate.
+"""Compares the quantisation schemes of this project with those of onnxruntime. It
+quantises the same float graphs with onnxruntime's tools and writes bundles to evaluate.
 
 python benchmarks/quantisers.py fp32.bundle OUT_FOLDER
 infmllm-eval OUT_FOLDER/ort-int8 synthetic:500
 
-The bundles are marked UNVERIFIED, since nothing compared them with PyTorch;
+The bundles are marked UNVERIFIED, because they were not compared with PyTorch;
 `infmllm-run --self-test --bundle …` prints their parity errors.
 """
 
@@ -26,8 +26,8 @@ from runtime.contract.bundle import DECODER, VISION, read_bundle, write_manifest
 
 
 def int8_dynamic(source: Path, target: Path) -> None:
-    """onnxruntime's dynamic quantisation: 8-bit weights per channel, activations per
-    tensor as they occur.
+    """Quantises dynamically with onnxruntime: 8-bit weights per channel, activations
+    per tensor from their values at run time.
     """
     quantize_dynamic(
         source,
@@ -39,8 +39,8 @@ def int8_dynamic(source: Path, target: Path) -> None:
 
 
 def int4_nearest(source: Path, target: Path) -> None:
-    """onnxruntime's 4-bit weights in blocks of 32, rounded to the nearest, with zero
-    points.
+    """Quantises to 4-bit weights with onnxruntime: blocks of 32, rounded to nearest,
+    with zero points.
     """
     config = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=False, accuracy_level=4)
     quantizer = MatMulNBitsQuantizer(onnx.load(source), algo_config=config)
@@ -49,8 +49,8 @@ def int4_nearest(source: Path, target: Path) -> None:
 
 
 def int4_hqq(source: Path, target: Path) -> None:
-    """onnxruntime's HQQ: 4-bit weights in blocks of 32, zero points optimised without
-    data.
+    """Quantises to 4-bit weights with onnxruntime's HQQ: blocks of 32, with zero points
+    optimised without data.
     """
     quantizer = MatMulNBitsQuantizer(
         onnx.load(source), algo_config=HQQWeightOnlyQuantConfig(block_size=32)
@@ -63,7 +63,7 @@ TOOLS = {"ort-int8": int8_dynamic, "ort-int4": int4_nearest, "ort-int4-hqq": int
 
 
 def main() -> None:
-    """Writes a bundle per tool."""
+    """Writes one bundle per tool."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -80,7 +80,7 @@ def main() -> None:
         try:
             for graph in (VISION, DECODER):
                 tool(bundle.path / graph, folder / graph)
-        except Exception as error:  # these tools raise whatever they meet
+        except Exception as error:  # these tools raise exceptions of any type
             print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]:.200}")
             shutil.rmtree(folder)
             continue

@@ -1,5 +1,5 @@
-"""What the runtime's own code costs per token, what its caches save a second question,
-and what looked-up tokens gain, for one bundle.
+"""Measures, for one bundle, the cost of the runtime's Python code per token and the
+time that caches save for a second question.
 
 python benchmarks/runtime_loop.py infmllm-bundle [--image trainer/demo/sample.png]
 [--repetitions 9] [--tokens 30]
@@ -23,7 +23,7 @@ _FIRST, _SECOND = "describe", "what is there to see?"
 
 
 class Engine:
-    """Counts the seconds spent inside ONNX Runtime."""
+    """Measures the seconds spent inside ONNX Runtime."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -41,15 +41,15 @@ class Engine:
 
 
 def per_token(session: Session, image: bytes, engine: Engine, tokens: int) -> tuple[float, float]:
-    """(microseconds of Python per token, milliseconds per token), streaming text; the
-    prompt is in the cache.
+    """Returns the microseconds of Python and the milliseconds in total per token, while
+    text is streamed. The prompt must already be in the cache.
     """
     stream = session.stream(
         image, _FIRST, "caption", max_new_tokens=tokens, decoding=Decoding(lookup=0)
     )
     calls: list[
         tuple[float, float]
-    ] = []  # when each call of the engine had returned, and the seconds in it so far
+    ] = []  # for each engine call: the time of its return, and the seconds in the engine so far
     engine.returned = lambda: calls.append((time.perf_counter(), engine.seconds))
     stream.finish()
     engine.returned = lambda: None
@@ -57,19 +57,19 @@ def per_token(session: Session, image: bytes, engine: Engine, tokens: int) -> tu
         calls[1],
         calls[-1],
         max(1, len(calls) - 2),
-    )  # without the prompt, and the end of the answer
+    )  # excludes the prompt and the end of the answer
     return 1e6 * (last - first - (inside_last - inside_first)) / count, 1e3 * (last - first) / count
 
 
 def first_token(session: Session, image: bytes, question: str) -> float:
-    """Milliseconds to the first token of a question."""
+    """Returns the milliseconds to the first token of a question."""
     started = time.perf_counter()
     session.ask(image, question, "vqa", max_new_tokens=1)
     return 1e3 * (time.perf_counter() - started)
 
 
 def main() -> None:
-    """Prints medians and bests."""
+    """Prints the median and the best of each measurement."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

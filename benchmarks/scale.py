@@ -1,5 +1,5 @@
-"""Builds a preset with random weights on this machine and asks it one question:
-minutes, memory, disk and speed of sizes without a checkpoint.
+"""Builds a preset with random weights on this machine and asks it one question. Reports
+minutes, memory, disk and speed for model sizes that have no trained checkpoint.
 
 python benchmarks/scale.py --preset 7b --folder /data/scale [--precision int8 int4]
 [--rounding mse] [--samples 4] [--tokens 16] [--keep-files]
@@ -34,8 +34,8 @@ main()
 
 
 def timed(module: str, *arguments: str) -> tuple[dict[str, Any], float, float]:
-    """Runs a command that prints one JSON object: (the object, seconds, peak memory in
-    MiB of that process).
+    """Runs a command that prints one JSON object. Returns the object, the seconds, and
+    the peak memory of that process in MiB.
     """
     started = time.monotonic()
     result = subprocess.run(

@@ -1,5 +1,5 @@
-"""Start-up of `infmllm-run`: seconds from process start to the last token of a caption,
-and import times. Run on a quiet machine.
+"""Measures the start-up of `infmllm-run`: seconds from process start to the last token
+of a caption, and import times. Run it on a quiet machine.
 
 python benchmarks/startup.py [--bundle infmllm-bundle] [--image trainer/demo/sample.png]
 [--repetitions 9]
@@ -23,14 +23,14 @@ IMPORTS = {
 
 
 def seconds(command: list[str]) -> float:
-    """Wall time of a process that must succeed."""
+    """Returns the wall time of a command. Raises `CalledProcessError` if it fails."""
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - started
 
 
 def main() -> None:
-    """Measures every row interleaved and prints medians and bests."""
+    """Measures all rows interleaved and prints medians and best times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,5 +1,5 @@
-"""Where a training step's time goes: images per second of making batches alone, and of
-computing on batches made before, stage by stage.
+"""Measures the parts of a training step: images per second when only batches are made,
+and when each stage trains on batches that were made before.
 
 python benchmarks/training.py [--data synthetic] [--batch 16] [--steps 8] [--threads 1]
 [--precision auto]

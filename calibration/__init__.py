@@ -1,3 +1,3 @@
-"""Calibration: a checkpoint run block by block on real samples, and what its blocks say
-about ranges, scales, rounding and sensitivity.
+"""Calibration: runs a checkpoint block by block on real samples, and derives ranges,
+scales, rounding and sensitivity from the results.
 """

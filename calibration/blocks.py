@@ -1,8 +1,8 @@
-"""A checkpoint run block by block from disk: only one block's weights are in memory, so
-a 7-billion-parameter model needs one layer's room.
+"""Runs a checkpoint block by block from disk. Only one block's weights are in memory,
+so a 7-billion-parameter model needs memory for a single layer.
 
-All cases pass a block before the next is read. Every figure the compiler compares with,
-every range and every second moment comes from this walk in float32, uncached: the
+All cases pass through a block before the next block is read. Every reference value,
+range and second moment comes from this run, in float32 and without a cache: the
 simplest form of the model.
 """
 
@@ -32,11 +32,12 @@ Reader = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Fed:
-    """Linear layers that share one input, by module name, and what could carry a scale
-    of that input away.
+    """Linear layers that share one input, by module name, and the layer that can absorb
+    a scale of that input.
 
-    `norm` is the norm that makes the input, or `rows` the linear layer whose output
-    channels it is proportional to; both empty: nothing can.
+    `norm` is the norm that produces the input. `rows` is the linear layer to whose
+    output channels the input is proportional. If both are empty, no layer can absorb a
+    scale.
     """
 
     linears: tuple[str, ...]
@@ -46,8 +47,10 @@ class Fed:
 
 @dataclass
 class Trace:
-    """One case on its way: `x` is what the next block takes; `image_embeds` [T,H] and
-    `logits` [n+1,V] appear when they are known.
+    """The state of one case between two blocks.
+
+    `x` is the input of the next block. `image_embeds` [T,H] and `logits` [n+1,V] are
+    set once they are known.
     """
 
     case: Case
@@ -58,8 +61,8 @@ class Trace:
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of the model: the parameters it needs (name prefixes), its linear
-    layers, and how a case passes it.
+    """A section of the model: the parameters it needs (name prefixes), its linear
+    layers, and the function that runs a case through it.
     """
 
     name: str
@@ -73,7 +76,7 @@ Observer = Callable[[Block, InfMLLM], AbstractContextManager[None]]
 
 
 class StreamedModel:
-    """The blocks of a model whose weights `read` supplies when they are needed."""
+    """The blocks of a model. `read` supplies the weights when they are needed."""
 
     def __init__(self, spec: ModelSpec, read: Reader) -> None:
         self.spec, self._read = spec, read
@@ -84,8 +87,8 @@ class StreamedModel:
         self._rotate = lambda x: rotate_half(x, cos, sin, torch.arange(x.shape[2])[None])
 
     def blocks(self) -> list[Block]:
-        """All blocks in order: embedding of patches, tower, adapter, token embeddings,
-        decoder layers, head.
+        """Returns all blocks in order: patch embedding, tower, adapter, token
+        embeddings, decoder layers, head.
         """
         tower, decoder = self.spec.vision, self.spec.decoder
         return [
@@ -115,8 +118,10 @@ class StreamedModel:
         progress: Callable[[Block], None] = lambda block: None,
         unseen: int = 0,
     ) -> list[Trace]:
-        """Runs all cases through all blocks; `observe` wraps each block's run of all
-        but the first `unseen` cases, while its weights are loaded.
+        """Runs all cases through all blocks and returns their traces.
+
+        `observe` wraps each block's run while its weights are loaded. The first
+        `unseen` cases run outside it.
         """
         traces = [Trace(case, torch.from_numpy(case.pixels)) for case in cases]
         for block in self.blocks():
@@ -131,7 +136,7 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def loaded(self, block: Block) -> Iterator[None]:
-        """A block's parameters in memory."""
+        """Keeps a block's parameters in memory while the context is open."""
         names = [
             name
             for name in self._names
@@ -168,8 +173,8 @@ class StreamedModel:
             trace.x = self.model.pool_adapter(self.model.vision_tower.finish(trace.x), pool)
             trace.image_embeds = trace.x[0].numpy()
 
-        # Pooling mixes tokens and leaves channels alone, so the last norm of the tower can
-        # carry a scale of the adapter's input.
+        # Pooling mixes tokens but not channels, so the last norm of the tower can absorb
+        # a scale of the adapter's input.
         feeds = (Fed(("pool_adapter.fc1",), "vision_tower.norm"), Fed(("pool_adapter.fc2",)))
         return Block(
             "pool_adapter",

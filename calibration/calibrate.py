@@ -1,8 +1,8 @@
-"""The calibration walk: block by block, what the data say is turned into scales, ranges
-and rounded weights, and written to disk.
+"""Calibrates a model block by block: turns statistics of the data into scales, ranges
+and rounded weights, and writes them to disk.
 
-One block's weights and statistics are in memory at a time. A finished block is a file,
-so an interrupted walk goes on where it stopped.
+Only one block's weights and statistics are in memory at a time. Each finished block is
+a file. After an interruption, finished blocks run again but are not calibrated again.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trainer.model import InfMLLM
 __all__ = ["Calibrated", "Wanted", "calibrate"]
 
 Wanted = Callable[[str], Sequence[LinearScheme]]
-"""The schemes a weight will be used with, by parameter name."""
+"""Returns the schemes that a weight will be used with, by parameter name."""
 
 _ROWS = 512  # activation rows kept per layer for searches
 _RANGE_VALUES = 1 << 20
@@ -47,8 +47,8 @@ _RANGE_VALUES = 1 << 20
 
 @dataclass
 class _Statistics:
-    """What is known of one input: a sample of rows, second moments where asked for, and
-    the extremes of every channel.
+    """Statistics of one layer input: a sample of rows, the extremes of every channel,
+    and the second moments if they are needed.
     """
 
     rows: list[Tensor] = field(default_factory=list)
@@ -79,11 +79,11 @@ def calibrate(
     cache: bool = False,
     progress: Callable[[Block], None] = lambda block: None,
 ) -> list[Trace]:
-    """Runs golden and calibration cases through the float model and writes what the
-    latter say to `folder`; returns the goldens' traces.
+    """Runs golden and calibration cases through the float model. Writes the results of
+    the calibration cases to `folder` and returns the traces of the golden cases.
 
-    `cache` also finds scales for 8-bit keys and values. Raises `CheckpointError`s of
-    reading.
+    `cache` also finds scales for 8-bit keys and values. Raises `CheckpointError` if the
+    checkpoint cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     observe = partial(
@@ -103,7 +103,7 @@ def calibrate(
 def _observed(
     block: Block, model: InfMLLM, wanted: Wanted, folder: Path, keep: int, method: str, cache: bool
 ) -> Iterator[None]:
-    """Watches one block run; afterwards writes its file."""
+    """Collects statistics while one block runs, then writes the block's file."""
     path = folder / f"{block.name}.npz"
     if path.is_file():
         yield
@@ -141,10 +141,11 @@ def _watch(
 
 
 def _watch_cache(block: Block, model: InfMLLM, found: dict[str, NDArray[Any]]) -> list[Any]:
-    """Largest magnitudes of keys and of values, per head and channel [KV heads, D].
+    """Records the largest magnitudes of keys and of values, per head and channel [KV
+    heads, D]. Returns the handles of the hooks.
 
-    Rotation turns pairs of a key's channels into each other by an angle that depends on
-    the position; at some position either is as long as the pair.
+    Rotation mixes two channels of a key by an angle that depends on the position. At
+    some position, either channel can be as large as the length of the pair.
     """
     attention = model.get_submodule(f"{block.name}.self_attn")
     spec = model.spec.decoder
@@ -175,8 +176,10 @@ def _results(
     wanted: Wanted,
     method: str,
 ) -> dict[str, NDArray[Any]]:
-    """Scales of every smoothed input first, since a layer's rows may carry the next
-    one's scale; then ranges and rounding on the scaled weights.
+    """Computes the scales, ranges and rounded weights of a block from its statistics.
+
+    The scales of all smoothed inputs come first, because a layer's rows may absorb the
+    scale of the next input. Ranges and rounding then use the scaled weights.
     """
     found: dict[str, NDArray[Any]] = {}
     scales: dict[str, Tensor] = {}
@@ -220,10 +223,10 @@ def _results(
 def _static_range(
     rows: Tensor, row: _Statistics, columns: Tensor | None, method: str, signed: bool
 ) -> tuple[float, float]:
-    """A range from the sampled rows; what a sample misses are rare large rows, which
-    all but the percentile must see.
+    """Finds a range from the sampled rows. A sample can miss rare large values, so
+    every method except the percentile also sees the recorded extremes.
 
-    A signed one is that of the values and their opposites.
+    A signed range covers the values and their negatives.
     """
     assert row.low is not None and row.high is not None, "the walk has seen data"
     extremes = torch.cat([row.low, row.high]) / (1.0 if columns is None else columns.repeat(2))
@@ -234,8 +237,8 @@ def _static_range(
 
 
 def _scaled(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
-    """A weight [N, K] with its input scales multiplied in and its output scales divided
-    out.
+    """Returns a weight [N, K] multiplied by its input scales and divided by its output
+    scales.
     """
     tensor = tensor if columns is None else tensor * columns
     return tensor if rows is None else tensor / rows[:, None]
@@ -252,10 +255,10 @@ def _stored(name: str, scheme: LinearScheme, quantised: Quantised) -> dict[str, 
 
 
 class Calibrated:
-    """A checkpoint seen through a finished calibration: parameters with scales moved,
-    and weights rounded as their scheme says.
+    """Reads a checkpoint as changed by a finished calibration: parameters with scales
+    moved, and weights rounded by their scheme.
 
-    Without a folder it is the checkpoint itself, rounded to the nearest.
+    Without a folder, it reads the checkpoint unchanged and rounds weights to nearest.
     """
 
     def __init__(self, read: Reader, folder: Path | None = None) -> None:
@@ -265,7 +268,9 @@ class Calibrated:
                 self._places |= dict.fromkeys(data.files, path)
 
     def get(self, key: str) -> NDArray[Any] | None:
-        """One stored array; None if the calibration has none of that name."""
+        """Returns a stored array, or None if the calibration stored none under that
+        key.
+        """
         if key not in self._places:
             return None
         with np.load(self._places[key]) as data:
@@ -273,7 +278,7 @@ class Calibrated:
             return array
 
     def read(self, name: str) -> Tensor:
-        """A parameter as the compiled graphs hold it."""
+        """Returns a parameter as the compiled graphs contain it."""
         tensor, module = self._read(name), name.rpartition(".")[0]
         columns, rows = (self.get(f"{module}|{side}") for side in ("columns", "rows"))
         if tensor.ndim == 1 and rows is not None:
@@ -285,7 +290,7 @@ class Calibrated:
         )
 
     def quantised(self, name: str, scheme: LinearScheme) -> Quantised:
-        """A weight on its grid: as the calibration stored it, or rounded now."""
+        """Returns a quantised weight: as the calibration stored it, or rounded now."""
         key = f"{name}|{scheme.text()}"
         levels, scale, zero = (self.get(f"{key}|{part}") for part in ("levels", "scale", "zero"))
         if levels is None or scale is None or zero is None:
@@ -303,7 +308,9 @@ class Calibrated:
         )
 
     def strengths(self) -> Mapping[str, float]:
-        """The smoothing strength chosen in front of each group of layers."""
+        """Returns the smoothing strength chosen for each group of layers, by the name
+        of the layer that absorbs the scale.
+        """
         return {
             key.removesuffix("|strength"): float(self.get(key))  # type: ignore[arg-type]
             for key in self._places

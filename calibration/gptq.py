@@ -1,8 +1,8 @@
-"""GPTQ: rounding a weight column by column, each column's error made good by the
-columns still to come (Frantar et al., arXiv 2210.17323).
+"""GPTQ: rounds a weight column by column and compensates each column's error in the
+columns not yet rounded (Frantar et al., arXiv 2210.17323).
 
-Columns are taken in the order of their inputs' energy. Grids are fixed before, so the
-order does not mix blocks.
+Columns are processed in the order of their inputs' energy, largest first. The grids are
+fixed beforehand, so this order does not mix blocks.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _DAMPING = (
     0.01,
     0.1,
     1.0,
-)  # shares of the mean diagonal, the next taken when the factorisation fails
+)  # shares of the mean diagonal; the next is tried when the factorisation fails
 
 
 def gptq(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid) -> Quantised:
-    """Levels [N, K] that minimise the error of `weight @ x` over inputs whose second
-    moments are `hessian_KK` (the sum of x xᵀ).
+    """Returns levels [N, K] that minimise the error of `weight @ x` over inputs with
+    the second moments `hessian_KK` (the sum of x xᵀ).
 
-    Columns whose input is always zero are rounded to the nearest.
+    Columns whose input is always zero are rounded to nearest.
     """
     n, k = weight_NK.shape
     order = hessian_KK.diagonal().argsort(descending=True)
@@ -56,7 +56,9 @@ def gptq(weight_NK: Tensor, hessian_KK: Tensor, grid: Grid) -> Quantised:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped inverse."""
+    """Returns the upper Cholesky factor of the damped inverse, or the identity if no
+    damping makes the factorisation succeed.
+    """
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
     mean = float(diagonal.mean())
@@ -69,4 +71,4 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
             if not failed and bool(torch.isfinite(upper.diagonal()).all()):
                 return upper
-    return torch.eye(hessian.shape[0])  # no usable statistics: rounds to the nearest
+    return torch.eye(hessian.shape[0])  # no usable statistics: rounds to nearest

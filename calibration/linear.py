@@ -1,9 +1,9 @@
-"""What quantisation does to one linear layer: the scheme as data, weights rounded to a
-grid, activations rounded as they occur.
+"""Defines the quantisation of one linear layer: its scheme as data, the rounding of
+weights to a grid, and the rounding of activations at run time.
 
-Weights are [N, K] (output, input), as PyTorch keeps them. A grid has one scale per
-output channel, or one scale and zero point per block of K. The arithmetic here is the
-reference that the integer operators of every target are held against.
+Weights are [N, K] (output, input), as in PyTorch. A grid has one scale per output
+channel, or one scale and zero point per block of K. This arithmetic is the reference
+for the integer operators of every target.
 """
 
 from __future__ import annotations
@@ -39,37 +39,40 @@ _WIDER = (
     1.6,
     1.8,
     2.0,
-)  # scales tried, against that of 8 bits; the last one is that of 7
-_PAIR = 128  # what two neighbouring 8-bit levels of one sign may add up to
-_CANDIDATES = 12  # shrunken ranges the MSE search tries
-_SHRINK = 0.45  # the smallest, as a share of the full range
+)  # scales tried, relative to the 8-bit scale; the last is the 7-bit scale
+_PAIR = 128  # largest allowed sum of two neighbouring 8-bit levels of the same sign
+_CANDIDATES = 12  # number of shrunken ranges that the MSE search tries
+_SHRINK = 0.45  # smallest range tried, as a share of the full range
 _TINY = 1e-12
 _ELEMENTS = (
     1 << 23
-)  # weights worked on at once, so that copies of a vocabulary-sized layer stay small
+)  # weights processed at once, so that copies of a vocabulary-sized layer stay small
 KERNEL_BLOCKS = (16, 32, 64, 128, 256)
-"""Inputs that may share a scale in weight-only layers, as ONNX Runtime's MatMulNBits
-has them.
+"""Block sizes that ONNX Runtime's MatMulNBits supports for weight-only layers. A block
+is the number of inputs that share a scale.
 """
 
-_FULL_BLOCK = 128  # for weight-only layers without a block of their own
+_FULL_BLOCK = 128  # block size of weight-only layers whose scheme sets none
 
 
 @dataclass(frozen=True)
 class LinearScheme:
-    """Where a linear layer's weight and activation go.
+    """How the weight and the activation of a linear layer are represented.
 
-    `weight`: fp32, fp16, int8, int4. `activation`: "float"; "int8-row" (a symmetric
-    scale per token, found as it occurs), "int8-tensor" (one range for all tokens of a
-    call, likewise), "int8-static" (one range, calibrated), "int8-signed" (one
-    calibrated range around 0). `block` is the number of inputs that share a scale (0:
-    all, per output channel). `symmetric` 4-bit weights have no zero points, without
-    which kernels are faster; `whole` blocks divide a layer's inputs, smaller ones taken
-    where they must (TensorRT infers a block's size from the number of scales).
-    `rounding`: "nearest", "mse" (ranges shrunk where that lowers the squared error) or
-    "gptq" (data-aware, arXiv 2210.17323). `smooth` moves scales between activations and
-    weights first (SmoothQuant, arXiv 2211.10438; for float activations AWQ's variant,
-    arXiv 2306.00978).
+    `weight` is fp32, fp16, int8 or int4. `activation` is one of: "float"; "int8-row" (a
+    symmetric scale per token, computed at run time); "int8-tensor" (one range for all
+    tokens of a call, computed at run time); "int8-static" (one calibrated range);
+    "int8-signed" (one calibrated range around 0).
+
+    `block` is the number of inputs that share a scale (0: all inputs, one scale per
+    output channel). `symmetric` 4-bit weights have no zero points, which makes kernels
+    faster. `whole` blocks divide a layer's inputs evenly. A smaller block is used where
+    necessary, because TensorRT infers a block's size from the number of scales.
+
+    `rounding` is "nearest", "mse" (ranges are shrunk where that lowers the squared
+    error) or "gptq" (data-aware, arXiv 2210.17323). `smooth` first moves scales between
+    activations and weights (SmoothQuant, arXiv 2211.10438; for float activations AWQ's
+    variant, arXiv 2306.00978).
     """
 
     weight: str = "fp32"
@@ -92,23 +95,23 @@ class LinearScheme:
 
     @property
     def calibrates(self) -> bool:
-        """True if it needs data."""
+        """True if the scheme needs calibration data."""
         return self.smooth or self.rounding == "gptq" or self.static
 
     @property
     def static(self) -> bool:
-        """True where the range of activations is calibrated."""
+        """True if the range of activations is calibrated."""
         return self.activation in ("int8-static", SIGNED)
 
     @property
     def pairs(self) -> bool:
-        """True where kernels multiply 8-bit weights by unsigned 8-bit activations, and
-        so for `fit_pairs`.
+        """True if kernels multiply 8-bit weights by unsigned 8-bit activations, so that
+        `fit_pairs` applies.
         """
         return self.weight == "int8" and self.activation not in ("float", SIGNED)
 
     def grid_block(self, inputs: int) -> int:
-        """How many inputs share a scale; all of them without blocks."""
+        """Returns how many inputs share a scale; without blocks, all of them do."""
         block = min(self.block, inputs) or inputs
         if self.whole and inputs % block:
             return max(
@@ -118,8 +121,8 @@ class LinearScheme:
         return block
 
     def kernel_block(self, inputs: int) -> int:
-        """How many inputs share a scale where weights alone are quantised: kernels know
-        powers of two, and no block longer than it must be.
+        """Returns how many inputs share a scale in weight-only layers. Kernels support
+        only powers of two, and a block is no longer than the inputs require.
         """
         block = self.block or _FULL_BLOCK
         return (
@@ -129,7 +132,7 @@ class LinearScheme:
         )
 
     def text(self) -> str:
-        """For people: "int4/128 gptq smooth"."""
+        """Returns a readable name, for example "int4/128 gptq smooth"."""
         parts = [f"{self.weight}/{self.block}" if self.block else self.weight]
         parts += [self.activation] if self.activation != "float" else []
         parts += [self.rounding] if self.rounding != "nearest" else []
@@ -156,7 +159,7 @@ class Grid:
     block: int
 
     def expand(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of every column, each [N, columns]."""
+        """Returns the scale and zero point of every column, each [N, columns]."""
         scale, zero = (
             t.repeat_interleave(self.block, dim=1)[:, :columns] for t in (self.scale, self.zero)
         )
@@ -165,20 +168,20 @@ class Grid:
 
 @dataclass(frozen=True)
 class Quantised:
-    """A weight on its grid; `levels` [N, K] int16 hold integers of the grid's range."""
+    """A quantised weight. `levels` [N, K] int16 hold integers of the grid's range."""
 
     levels: Tensor
     grid: Grid
 
     def dequantised(self) -> Tensor:
-        """The weight as float32 [N, K]."""
+        """Returns the weight as float32 [N, K]."""
         scale, zero = self.grid.expand(self.levels.shape[1])
         return (self.levels - zero) * scale
 
 
 def grid_for(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
-    """The grid of a scheme: symmetric for 8 bit (-127 to 127 around 0), for 4 bit 0 to
-    15 around a zero point, 8 if symmetric.
+    """Returns the grid of a scheme. 8-bit grids are symmetric (-127 to 127 around 0).
+    4-bit grids run from 0 to 15 around a zero point, which is 8 if symmetric.
 
     "mse" and "gptq" search each block's range for the least squared rounding error;
     "nearest" takes the whole range.
@@ -221,7 +224,9 @@ def _grid_of_rows(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
 
 
 def _fitted(low: Tensor, high: Tensor, scheme: LinearScheme, block: int) -> Grid:
-    """The grid that spans [low, high] of every block; an all-zero block gets scale 1."""
+    """Returns the grid that spans [low, high] of every block; an all-zero block gets
+    scale 1.
+    """
     if scheme.bits == 8:
         scale = torch.maximum(-low, high) / _INT8
         scale = torch.where(scale > 0, scale, 1.0)
@@ -244,7 +249,7 @@ def _error(blocks_NBK: Tensor, grid: Grid) -> Tensor:
 
 
 def round_to(weight_NK: Tensor, grid: Grid) -> Quantised:
-    """Every weight to the nearest value of the grid."""
+    """Rounds every weight to the nearest value of the grid."""
     levels = torch.empty(weight_NK.shape, dtype=torch.int16)
     step = _rows_at_once(weight_NK)
     for start in range(0, weight_NK.shape[0], step):
@@ -259,14 +264,16 @@ def round_to(weight_NK: Tensor, grid: Grid) -> Quantised:
 
 
 def round_in_pairs(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
-    """8-bit weights whose products with unsigned 8-bit activations can be added in
-    pairs without leaving 16 bits.
+    """Rounds to 8-bit weights whose products with unsigned 8-bit activations can be
+    added in pairs without exceeding 16 bits.
 
-    x86 CPUs without VNNI multiply that way and saturate silently (vpmaddubsw); their
+    x86 CPUs without VNNI multiply this way and saturate silently (vpmaddubsw). Their
     exact kernels are a third slower and copy the weights. Two neighbours (inputs 2i and
-    2i+1) of one sign may add up to 128, for 255 * 128 < 2**15; what exceeds that is
-    taken off both. Each channel gets the scale, between that of 8 bits and that of 7,
-    at which rounding and taking off cost least together.
+    2i+1) of the same sign may add up to at most 128, because 255 * 128 < 2**15. Any
+    excess is subtracted from both.
+
+    Each channel gets the scale, between the 8-bit and the 7-bit scale, with the least
+    total cost of rounding and subtraction.
     """
     parts = [_paired(rows, scheme) for rows in weight_NK.split(_rows_at_once(weight_NK))]
     scale, levels = (
@@ -281,8 +288,9 @@ def _paired(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
     pairs = torch.nn.functional.pad(weight_NK, (0, weight_NK.shape[1] % 2)).unflatten(1, (-1, 2))
     sums = (
         pairs.sum(2).abs_().div_(grid.scale)
-    )  # in levels; more than 127 only where both have one sign
-    # In squared levels: rounding costs a twelfth each, an excess shared by two half its square.
+    )  # in levels; more than 127 only if both weights have the same sign
+    # Costs are in squared levels. Rounding costs 1/12 per weight. An excess that two weights
+    # share costs half its square.
     costs = [
         factor**2
         * (weight_NK.shape[1] / 12 + (sums / factor - _PAIR).clamp_(min=0).square_().sum(1) / 2)
@@ -298,7 +306,7 @@ def fits(quantised: Quantised) -> bool:
 
 
 def fit_pairs(quantised: Quantised) -> Quantised:
-    """See `round_in_pairs`: levels changed as little as makes them fit."""
+    """Changes levels as little as needed to make every pair fit (see `round_in_pairs`)."""
     levels = torch.nn.functional.pad(quantised.levels, (0, quantised.levels.shape[1] % 2))
     pairs = levels.unflatten(1, (-1, 2))
     total = pairs.sum(2)
@@ -311,7 +319,7 @@ def fit_pairs(quantised: Quantised) -> Quantised:
 
 
 def fake_activation(x_RK: Tensor, kind: str, static: tuple[float, float] | None = None) -> Tensor:
-    """Rows of activations rounded as the target will round them, back in float32.
+    """Rounds rows of activations as the target will, and returns them in float32.
     `static` is the calibrated (low, high).
     """
     if kind == "float":
@@ -328,13 +336,13 @@ def fake_activation(x_RK: Tensor, kind: str, static: tuple[float, float] | None 
 
 
 def signed_scale(low: float, high: float) -> float:
-    """Scale of signed 8-bit activations around zero that span [low, high]."""
+    """Returns the scale of signed 8-bit activations around zero that span [low, high]."""
     return max(-low, high, _TINY * _INT8) / _INT8
 
 
 def activation_grid(low: float, high: float) -> tuple[float, int]:
-    """Scale and zero point of unsigned 8-bit activations that span [low, high] and hold
-    zero exactly.
+    """Returns the scale and zero point of unsigned 8-bit activations that span [low,
+    high] and represent zero exactly.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / 255, _TINY)

@@ -1,8 +1,8 @@
-"""Ranges of activations for static quantisation: what is clipped, and what the rounding
-then costs.
+"""Finds ranges of activations for static quantisation: a narrow range clips values, and
+a wide one rounds coarsely.
 
-Four ways from a sample of activation values to (low, high): everything, a percentile,
-least squared error, least loss of information.
+Four methods turn a sample of activation values into (low, high): the full range, a
+percentile, the least squared error, and the least loss of information.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _percentile(values: Values) -> tuple[float, float]:
 
 
 def _mse(values: Values) -> tuple[float, float]:
-    """The shrunken range with the least squared error of clipping and rounding."""
+    """Returns the shrunken range with the least squared error of clipping and rounding."""
     low, high = _min_max(values)
     return min(
         ((low * share, high * share) for share in _SHARES),
@@ -46,8 +46,9 @@ def _squared_error(values: Values, low: float, high: float) -> float:
 
 
 def _entropy(values: Values) -> tuple[float, float]:
-    """The shrunken range whose 256-level histogram tells most of the 2048-bin one
-    (least Kullback-Leibler divergence, clipped mass at the ends).
+    """Returns the shrunken range whose 256-level histogram keeps most information of
+    the 2048-bin histogram (least Kullback-Leibler divergence, with clipped mass at the
+    ends).
     """
     low, high = _min_max(values)
     counts, edges = np.histogram(values, _BINS, (low, high) if high > low else (low, low + 1))
@@ -90,8 +91,8 @@ RANGES: dict[str, Callable[[Values], tuple[float, float]]] = {
 
 
 def find_range(values: Values, method: str) -> tuple[float, float]:
-    """(low, high) of activation values by a method of `RANGES`; zero always lies
-    inside, since padding and masks must stay exact.
+    """Returns (low, high) of activation values by a method of `RANGES`. Zero always
+    lies inside, because padding and masks must stay exact.
     """
     low, high = RANGES[method](values)
     return min(low, 0.0), max(high, 0.0)

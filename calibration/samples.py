@@ -1,8 +1,8 @@
-"""The calibration set: pictures with questions and answers of the kind the model was
-trained on, drawn by seed, listed and hashed.
+"""Draws the calibration set: images with questions and answers of the kind the model
+was trained on. The set is drawn by seed, listed and hashed.
 
-The same set gives the parity cases. It is never random data: ranges and second moments
-of noise say nothing about what a model will see.
+The parity cases come from the same source. Random data is never used, because the
+ranges and second moments of noise say nothing about real inputs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ __all__ = ["MIN_IMAGES", "Case", "default_source", "draw_cases", "draw_examples"
 
 SCENES = "synthetic"
 MIN_IMAGES = 4
-MAX_ANSWER = 16  # tokens of an answer that are kept
-_FLAT = 4.0  # a picture none of whose channels spans more says nothing, of 255
+MAX_ANSWER = 16  # number of tokens kept of an answer
+_FLAT = 4.0  # an image is flat if every channel spans less than this (of 255)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One question with its answer, ready to run: pixels [1,3,S,S], pool size, ids
-    around the image and of the answer; `name` for listings.
+    """One question with its answer, ready to run: pixels [1,3,S,S], pool size, and the
+    token ids before the image, after it and of the answer. `name` is for listings.
     """
 
     name: str
@@ -50,8 +50,8 @@ class Case:
 
 
 def default_source(card: Mapping[str, Any], calib: str) -> str:
-    """The data argument to draw from: `calib`, or the training mix where it can be made
-    anew. Raises `UsageError` where it cannot.
+    """Returns the data argument to draw from: `calib`, or the training mix if it can be
+    generated again. Raises `UsageError` otherwise.
     """
     if calib:
         return calib
@@ -66,8 +66,8 @@ def default_source(card: Mapping[str, Any], calib: str) -> str:
 
 
 def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Example]:
-    """`count` examples of a data argument, in random order by seed; scenes are drawn
-    fresh. Raises `DataError` below `least`.
+    """Returns up to `count` examples of a data argument, in random order by seed.
+    Synthetic scenes are generated. Raises `DataError` if there are fewer than `least`.
     """
     rng = np.random.default_rng(seed)
     if source == SCENES:
@@ -83,8 +83,8 @@ def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Ex
 
 @lru_cache(maxsize=2)
 def _opened(source: str) -> list[Example]:
-    """Rows that say nothing usable are counted and left out, once; a picture that is
-    drawn must be readable.
+    """Opens the examples of a data argument once. Unusable rows are counted and
+    skipped. An image that is drawn later must be readable.
     """
     return open_examples(source, skip_bad=True)
 
@@ -104,10 +104,11 @@ def _scenes(count: int, rng: np.random.Generator) -> Iterator[Example]:
 def draw_cases(
     examples: Sequence[Example], spec: ModelSpec, tokenizer: Tokenizer, seed: int, least: int = 1
 ) -> list[Case]:
-    """One case of every example that fits the context, tasks and pool sizes in turn.
+    """Makes one case of every example that fits the context, and takes tasks and pool
+    sizes in turn.
 
-    Raises `DataError` naming an unreadable or constant picture, and when fewer than
-    `least` are left.
+    Raises `DataError` if an image is unreadable or constant (the error names it), or if
+    fewer than `least` cases remain.
     """
     rng, cases = np.random.default_rng(seed), []
     for index, example in enumerate(examples):
@@ -123,7 +124,7 @@ def draw_cases(
         before, after = tokenizer.encode_prompt(sample.prompt())
         answer = answer_ids(tokenizer, sample)[:-1][
             :MAX_ANSWER
-        ]  # a model computes noise after its end-of-sequence id
+        ]  # without the end-of-sequence id, after which a model computes noise
         if len(before) + len(after) + len(answer) + p * p <= spec.decoder.context and answer:
             cases.append(
                 Case(
@@ -158,8 +159,8 @@ def _check_picture(image: Image.Image, name: str) -> None:
 
 
 def set_card(source: str, cases: Sequence[Case]) -> dict[str, Any]:
-    """What the manifest says about a set: where from, which pictures, and a hash of all
-    that was run.
+    """Returns the manifest's entry for a set: its source, its images, and a hash of
+    everything that was run.
     """
     digest = hashlib.sha256()
     for case in cases:

@@ -1,8 +1,8 @@
-"""What rounding one block does to the answers: the float model with a single block
-rounded, compared with itself.
+"""Measures how rounding one block changes the answers: the float model with a single
+rounded block is compared with the unchanged float model.
 
 The measure is the mean Kullback-Leibler divergence of next-token distributions over the
-answers' positions, in nats. It is additive enough over blocks to rank mixtures, and
+answers' positions, in nats. It is additive enough over blocks to rank mixtures, and it
 needs no generation.
 """
 
@@ -32,11 +32,11 @@ Logits = NDArray[np.float32]
 def rounded(
     model: nn.Module, block: Block, calibrated: Calibrated, scheme: LinearScheme
 ) -> Iterator[None]:
-    """A loaded block computing as the target will: weights on their grid, activations
-    rounded in front of every linear layer.
+    """Makes a loaded block compute as the target will: weights are rounded to their
+    grid, and activations are rounded before every linear layer.
     """
     handles, names = [], [name for feed in block.feeds for name in feed.linears]
-    for name in (*block.norms, *names):  # scales may have moved into a norm
+    for name in (*block.norms, *names):  # a norm may have absorbed a scale
         for parameter, _ in model.get_submodule(name).named_parameters():
             full = f"{name}.{parameter}"
             linear = name in names and parameter == "weight" and scheme.quantised
@@ -75,7 +75,7 @@ def _round_input(
 
 
 def divergence(expected: Logits, found: Logits) -> float:
-    """Mean KL divergence in nats of next-token distributions [n, V]."""
+    """Returns the mean KL divergence of next-token distributions [n, V] in nats."""
     p, q = (torch.from_numpy(logits).double().log_softmax(-1) for logits in (expected, found))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
@@ -87,11 +87,11 @@ def sensitivities(
     candidates: Callable[[Block], Mapping[str, LinearScheme]],
     progress: Callable[[int, int, str], None] = lambda done, total, text: None,
 ) -> dict[str, dict[str, float]]:
-    """Divergence of the answers when one block alone goes one of its candidates' ways:
-    {block: {candidate: nats}}.
+    """Returns the divergence of the answers when one block alone uses one of its
+    candidates: {block: {candidate: nats}}.
 
-    Every candidate costs a run of the blocks behind it. What enters each block is kept,
-    so memory grows with blocks times cases.
+    Every candidate costs a run of the block and all blocks after it. The inputs of
+    every block are kept, so memory grows with blocks times cases.
     """
     blocks = model.blocks()
     entering: list[list[Trace]] = []
@@ -123,7 +123,7 @@ def _rest(
     blocks: Sequence[Block],
     entering: Sequence[Trace],
 ) -> list[Trace]:
-    """Runs the first of `blocks` rounded and the others as they are."""
+    """Runs the first of `blocks` rounded and the others unchanged."""
     traces = [copy.copy(trace) for trace in entering]
     for position, block in enumerate(blocks):
         with (

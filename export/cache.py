@@ -1,8 +1,8 @@
-"""What a build has finished, kept until the bundle is in place: a killed build goes on
-where it stopped, an identical one is not repeated.
+"""Keeps the finished intermediate files of a build until the bundle is in place, so
+that an interrupted build resumes where it stopped.
 
-Everything is filed under a hash of all that decides the result, our own source files
-included, so a stale piece can never be taken for a fresh one.
+Files are stored under a hash of everything that determines the result, including this
+project's own source files. So a stale file can never be mistaken for a fresh one.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from runtime.contract.files import locked, sha256_file
 
 __all__ = ["build_key", "source_digest", "workspace"]
 
-_KEEP_SECONDS = 7 * 24 * 3600  # what an abandoned build left is removed after this
+_KEEP_SECONDS = 7 * 24 * 3600  # age at which files of an abandoned build are removed
 
 
 def source_digest() -> str:
-    """SHA-256 of our own source files: whatever changed, a result made before is not
-    taken for one made after.
+    """Returns the SHA-256 of this project's own source files, so that any change to
+    them invalidates earlier results.
     """
     digest = hashlib.sha256()
     for package in (runtime, trainer, calibration, export):
@@ -44,7 +44,9 @@ def source_digest() -> str:
 
 
 def build_key(parts: Mapping[str, Any]) -> str:
-    """SHA-256 of everything that decides a result, with the compiler's source."""
+    """Returns the SHA-256 of everything that determines a result, including the
+    compiler's source.
+    """
     return hashlib.sha256(
         json.dumps({**parts, "source": source_digest()}, sort_keys=True, default=str).encode()
     ).hexdigest()
@@ -52,10 +54,11 @@ def build_key(parts: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def workspace(key: str) -> Iterator[Path]:
-    """The folder where the pieces of this build lie; removed after a clean exit, kept
-    after anything else.
+    """Opens the folder for this build's intermediate files. It is removed after a clean
+    exit and kept otherwise.
 
-    A second process that builds the same at the same time works in a folder of its own.
+    A second process that runs the same build at the same time gets a temporary folder
+    of its own.
     """
     root = cache_folder() / "builds"
     folder = root / key[:32]

@@ -1,12 +1,12 @@
-"""Capture: a PyTorch model becomes the two canonical ONNX graphs (opset 23, standard
+"""Captures a PyTorch model as the two canonical ONNX graphs (opset 23, standard
 operators, parameter names kept).
 
-`optimum`'s dummy-input generators are not needed for two graphs; shapes and dynamic
-axes are described once, here. The decoder graph is the model's own `Decoder.step`:
-static-capacity caches in, updated caches out, logits of the last position.
+Shapes and dynamic axes are described once, here. Two graphs do not need `optimum`'s
+dummy-input generators. The decoder graph is the model's own `Decoder.step`: it takes
+static-capacity caches, and returns updated caches and logits of the last position.
 
-The model is traced without weights; each parameter is bound to a reader and read when
-the graph is written, so size costs time and no memory.
+The model is traced without weights. Each parameter is bound to a reader and read only
+when the graph is written, so a larger model takes more time but no more memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TABLES = ("decoder.rotary_cos", "decoder.rotary_sin")
 
 @dataclass(frozen=True)
 class Graphs:
-    """The canonical pair."""
+    """The two canonical graphs of a model."""
 
     vision: ir.Model
     decoder: ir.Model
@@ -78,8 +78,8 @@ class _DecoderGraph(nn.Module):
 
 
 def capture(spec: ModelSpec, read: Callable[[str], Tensor]) -> Graphs:
-    """Exports both graphs of a spec; `read` supplies a parameter as float32 whenever
-    its tensor is asked for.
+    """Exports both graphs of a spec. `read` supplies a parameter as float32 each time
+    the data of its tensor is needed.
     """
     graphs = Graphs(*(graph.clone() for graph in _captured(spec)))
     tables = dict(zip(_TABLES, rotary_tables(spec.decoder), strict=True))
@@ -95,8 +95,8 @@ def capture(spec: ModelSpec, read: Callable[[str], Tensor]) -> Graphs:
 
 @lru_cache(maxsize=4)
 def _captured(spec: ModelSpec) -> tuple[ir.Model, ir.Model]:
-    """Both graphs without weights. Several builds of one process share them: tracing
-    takes ten times as long as all the rest of a small build.
+    """Captures both graphs without weights. Builds in one process share the result,
+    because tracing takes ten times as long as the rest of a small build.
     """
     with torch.device("meta"):
         model = InfMLLM(spec).eval()

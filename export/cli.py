@@ -1,5 +1,5 @@
-"""`infmllm-export`: build a bundle from a checkpoint, compare one with PyTorch, look
-inside one, and see what this machine can run.
+"""`infmllm-export`: imports weights, plans and builds bundles, compares them with
+PyTorch, inspects them, and checks what this machine can run.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def build(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Calibrates, captures, simplifies, lowers, quantises and packs a checkpoint, and
-    proves the result equal to PyTorch.
+    verifies the result against PyTorch.
     """
     from export.commands import run_auto, run_build
     from export.mixed_precision import Budget
@@ -232,8 +232,8 @@ def plan(
     ] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Predicts disk, memory and latency from the shape alone, in seconds; says what
-    does not fit and what to change.
+    """Predicts disk use, memory and latency from the model's shape alone, within
+    seconds. Reports what does not fit and what to change.
     """
     from export.commands import run_plan
 
@@ -255,8 +255,8 @@ def inspect(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Shows operators, parameters, bytes, schemes per block, parity, and what passes
-    changed or refused.
+    """Shows operators, parameters, bytes, schemes per block, parity, and the changes
+    and refusals of every pass.
     """
     from export.inspection.describe import describe_bundle, format_description
     from export.inspection.html_picture import block_page
@@ -315,8 +315,8 @@ def import_(
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
 ) -> None:
-    """Turns published or Hugging Face weights into a checkpoint, strictly and tensor by
-    tensor.
+    """Converts published or Hugging Face weights into a checkpoint, strictly and tensor
+    by tensor.
     """
     from trainer.imports.convert import ImportOptions, import_checkpoint
 
@@ -353,8 +353,8 @@ def doctor(
     html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Looks at GPU, driver, CUDA, TensorRT, ONNX Runtime, JetPack, memory and power
-    mode. What does not fit gets a cause and a fix.
+    """Checks GPU, driver, CUDA, TensorRT, ONNX Runtime, JetPack, memory and power mode.
+    Reports a cause and a fix for each problem.
 
     Exit code 1 if something keeps the target from running.
     """

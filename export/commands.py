@@ -1,5 +1,5 @@
-"""How a build tells the person what it is doing and what came of it: a bar with the
-time left, then parity, or one JSON object.
+"""Runs the commands `build` and `plan` and reports to the user. A build shows a
+progress bar with the time left, then parity results or one JSON object.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = ["print_stages", "run_auto", "run_build", "run_plan"]
 
 
 def run_auto(options: BuildOptions, budget: Budget, as_json: bool) -> Build:
-    """Finds the cheapest mixture within a budget, prints what was measured on the way,
-    and builds it.
+    """Finds the cheapest mixture within a budget, prints the measured mixtures, and
+    builds the chosen one.
     """
     with step_bar(1) as bar:
         bar.step("choosing a mixture")
@@ -54,7 +54,7 @@ def run_auto(options: BuildOptions, budget: Budget, as_json: bool) -> Build:
 
 
 def run_build(options: BuildOptions, as_json: bool) -> Build:
-    """Builds, showing progress on standard error, and prints the verdict."""
+    """Builds a bundle, shows progress on standard error, and prints the verdict."""
     started = time.monotonic()
     with step_bar(len(STEPS)) as bar:
         result = build(options, bar.step, bar.detail)
@@ -97,8 +97,8 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
 
 
 def _engines(options: BuildOptions) -> str:
-    """What became of engines that are built where they run: nothing is left to do, or
-    what is, in words.
+    """Tries to load a bundle whose engine is built or run on the device, and returns
+    the outcome as text. Returns an empty string for other targets.
     """
     if not find_lowering(options.target).compare_on_cpu:
         return ""
@@ -112,7 +112,7 @@ def _engines(options: BuildOptions) -> str:
 
 
 def print_stages(stages: Iterable[StageError]) -> None:
-    """One line per parity stage, on standard error."""
+    """Prints one line per parity stage on standard error."""
     for stage in stages:
         agreement = (
             f", same token {100 * stage.agreement:.0f} %" if stage.agreement is not None else ""
@@ -137,8 +137,8 @@ def run_plan(
     samples: int,
     as_json: bool,
 ) -> None:
-    """Prints the plan of one scheme in full, or of all in a table. Raises `UsageError`
-    for unknown names.
+    """Prints the full plan of one scheme, or a table of all schemes. Raises
+    `UsageError` for unknown names.
     """
     find_lowering(target)
     spec = find_preset(preset).spec if preset else read_spec(checkpoint or DEMO)

@@ -1,5 +1,5 @@
-"""The manifest of a build: what was made from what, how it compares with PyTorch, and
-what was predicted of it.
+"""Writes the manifest of a build: what the bundle was made from, how it compares with
+PyTorch, and what the plan predicted.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from runtime.parity import StageError
 
 __all__ = ["existing", "write"]
 
-_ANY_DEVICE = DEVICES["rtx4090"]  # bytes and memory of a build do not depend on it
+_ANY_DEVICE = DEVICES["rtx4090"]  # disk and memory of a build do not depend on the device
 
 
 def existing(build: Build) -> Build | None:
-    """The bundle at the target, if it is whole, came from an equal build, and may be
-    kept.
+    """Returns the build with the results of the bundle already at the output path, or
+    None if that bundle cannot be kept.
+
+    The bundle must be intact and have the same build key. It must be verified unless
+    unverified bundles are allowed. A build with `dump` is never reused.
     """
     try:
         bundle = read_bundle(build.options.out)
@@ -55,7 +58,9 @@ def existing(build: Build) -> Build | None:
 
 
 def write(build: Build) -> None:
-    """Writes the manifest of a build's folder, as far as the build is."""
+    """Writes the manifest into the build's folder, with the results the build has so
+    far.
+    """
     (build.folder / MANIFEST).unlink(missing_ok=True)
     scheme, tolerance = build.options.scheme, dict(build.options.scheme.tolerance)
     passes = [
@@ -107,8 +112,8 @@ def write(build: Build) -> None:
 
 
 def _predicted(build: Build) -> dict[str, Any]:
-    """What the plan said of this build, and what came: bytes on disk (without the
-    manifest) and peak memory of the process.
+    """Returns the plan's predictions next to the actual values: bytes on disk (without
+    the manifest) and peak memory of the process.
     """
     plan = make_plan(
         build.checkpoint.spec,

@@ -1,10 +1,11 @@
-"""`--precision auto`: the cheapest mixture of schemes per block that keeps the answers,
-measured rather than guessed.
+"""`--precision auto`: finds the cheapest mixture of schemes per block that keeps the
+answers, by measurement.
 
-Each block's sensitivity to each candidate is measured alone; from the cheapest mixture
-a path of upgrades is followed, the one that saves the most divergence per cost first;
-bisection over the path finds the first mixture whose measured answers lose no more than
-allowed. Uniform schemes are measured beside it, so the table shows what mixing bought.
+The sensitivity of each block to each candidate is measured separately. A path of
+upgrades starts at the cheapest mixture. Each upgrade on it saves the most divergence
+per added cost. Bisection over the path finds the first mixture whose measured answers
+lose no more than allowed. Uniform schemes are measured too, so the table shows the gain
+from mixing.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ __all__ = ["CANDIDATES", "METRICS", "Budget", "Mixture", "choose_mixture", "upgr
 MEAN = "mean"
 SAME = "same"
 METRICS = (MEAN, "caption", "vqa", "ground", "chat", SAME)
-"""Accuracy over all tasks or of one, or the share of answers that are PyTorch's word
-for word, which sees far smaller changes.
+"""The metrics that a budget can limit: accuracy over all tasks or of one task, or the
+share of answers identical to PyTorch's. That share detects far smaller changes.
 """
 
 _SENSITIVITY_CASES, _CALIBRATION_SEED, _SENSITIVITY_SEED, _QUESTIONS_SEED = (
@@ -49,10 +50,10 @@ _SENSITIVITY_CASES, _CALIBRATION_SEED, _SENSITIVITY_SEED, _QUESTIONS_SEED = (
     20240,
     20241,
     20242,
-)  # no picture serves two ends
+)  # different seeds, so that no image is used for two purposes
 _UNIFORM = ("int8", "int4-all")
 CANDIDATES: Mapping[str, Mapping[str, LinearScheme]] = {
-    # 128 inputs a scale are smaller and faster, 32 more exact.
+    # Blocks of 128 inputs are smaller and faster, blocks of 32 are more accurate.
     "vision": {
         "int4/128": LinearScheme("int4", block=128, rounding="gptq", smooth=True),
         "int4/32": LinearScheme("int4", block=32, rounding="gptq", smooth=True),
@@ -66,16 +67,16 @@ CANDIDATES: Mapping[str, Mapping[str, LinearScheme]] = {
         "fp16": LinearScheme("fp16"),
     },
 }
-"""What a block may become, the cheapest first."""
+"""The schemes that a block may use, the cheapest first."""
 
 Choice = dict[str, str]
-"""Block name to the name of its candidate."""
+"""Maps the name of a block to the name of its candidate."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many points of a metric may be lost, on answers to questions about how many
-    pictures.
+    """The points of a metric that may be lost, measured on questions about `pictures`
+    images.
     """
 
     max_drop: float = 0.5
@@ -92,9 +93,9 @@ class Budget:
 @dataclass(frozen=True)
 class Mixture:
     """A row of the table: graph bytes, predicted divergence in nats (None for uniform
-    schemes), accuracy in percent per task, points lost.
+    schemes), accuracy per task in percent, and points lost.
 
-    `scores` also has the share of answers equal to PyTorch's, "same".
+    `scores` also contains "same", the share of answers equal to PyTorch's.
     """
 
     name: str
@@ -129,8 +130,8 @@ def _table(block: Block) -> Mapping[str, LinearScheme]:
 def upgrade_path(
     nats: Mapping[str, Mapping[str, float]], cost: Mapping[str, Mapping[str, float]]
 ) -> list[Choice]:
-    """Mixtures from the cheapest to the most exact, each one upgrade apart: the one
-    that saves the most divergence per added cost.
+    """Returns mixtures from the cheapest to the most accurate. Each differs from the
+    one before by the upgrade that saves the most divergence per added cost.
     """
     choice = {
         block: min(row, key=lambda name: (cost[block][name], nats[block][name]))
@@ -157,15 +158,15 @@ def upgrade_path(
 def choose_mixture(
     options: BuildOptions, budget: Budget, detail: Detail = lambda done, total, text: None
 ) -> tuple[Scheme, list[Mixture]]:
-    """The cheapest mixture within the budget, and all that were measured, cheapest
-    first. Raises `ParityError` if none keeps it.
+    """Returns the cheapest mixture within the budget, and all measured mixtures,
+    cheapest first. Raises `ParityError` if no mixture keeps the budget.
     """
     uniform = SCHEMES["int4-all"]
     kept = {
         prefix: linear
         for prefix, linear in options.scheme.parts.items()
         if prefix not in uniform.parts
-    }  # what --keep asked for
+    }  # blocks that --keep names
     drop = uniform.drop if budget.metric == SAME else max(uniform.drop, budget.max_drop)
     base = replace(options.scheme, name="auto", parts={}, drop=drop)
     state = open_build(replace(options, scheme=SCHEMES["int4"]))
@@ -241,7 +242,7 @@ def choose_mixture(
 def _measure_blocks(
     checkpoint: StoredCheckpoint, source: str, samples: int, folder: Path, detail: Detail
 ) -> dict[str, dict[str, float]]:
-    """Nats of every block and candidate."""
+    """Returns the divergence in nats of every block and candidate."""
     draw: Callable[[int, int, int], Any] = lambda count, seed, least: draw_cases(  # noqa: E731
         draw_examples(source, count, seed, least), checkpoint.spec, checkpoint.tokenizer, seed
     )
@@ -271,8 +272,8 @@ def _measure_blocks(
 
 @dataclass
 class _Meter:
-    """Builds mixtures in a scratch folder and asks them the questions PyTorch was asked
-    once.
+    """Builds mixtures in a scratch folder and asks them the same questions as PyTorch,
+    whose answers are computed once.
     """
 
     checkpoint: StoredCheckpoint
@@ -315,7 +316,7 @@ class _Meter:
         drop = sum(tasks) / len(tasks) if self.budget.metric == MEAN else lost[self.budget.metric]
         return replace(
             mixture, scores=scores, drop=drop if result.verdict == VERIFIED else math.inf
-        )  # what the gate refuses is no choice
+        )  # a mixture that fails parity cannot be chosen
 
     def _ask(self, answerer: Answerer) -> dict[str, float]:
         figures, _, rows = evaluate(answerer, self.examples, faults=Faults(True))
@@ -338,6 +339,6 @@ def _total(checkpoint: StoredCheckpoint, scheme: Scheme) -> int:
 
 
 def _summary(choice: Choice) -> str:
-    """ "9 int4/128, 2 int4/32, 1 int8"."""
+    """Returns for example "9 int4/128, 2 int4/32, 1 int8"."""
     kinds = [kind for kind in CANDIDATES["vision"] if kind in choice.values()]
     return ", ".join(f"{sum(value == kind for value in choice.values())} {kind}" for kind in kinds)

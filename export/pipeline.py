@@ -1,9 +1,9 @@
-"""The exporter as one list: calibrate, capture, simplify, lower, quantise, pack,
-verify. Each step takes a build and returns it further along.
+"""Builds a bundle with one list of steps: calibrate, capture, simplify, lower,
+quantise, pack, verify. Each step takes a `Build` and returns it with its results added.
 
 Weights stay in the checkpoint's files until the packing step writes them, one tensor at
-a time. Everything is written to a staging folder; the bundle appears under its name
-only after the parity gate has passed.
+a time. Everything is written to a staging folder. The bundle appears under its name
+only after it passes the parity gate, or if an unverified bundle was allowed.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ def _verify(build: Build) -> Build:
 
 
 def _compare(build: Build) -> tuple[list[StageError], MetricCheck]:
-    """Parity and answers of the packed bundle; graphs too large to load beside PyTorch
-    are replayed part by part, and asked nothing.
+    """Measures parity and answers of the packed bundle. Graphs too large to load beside
+    PyTorch are replayed part by part, and their answers are not compared.
     """
     options, tolerance = build.options, dict(build.options.scheme.tolerance)
     if find_lowering(options.target).compare_on_cpu:
@@ -229,7 +229,7 @@ def _compare(build: Build) -> tuple[list[StageError], MetricCheck]:
 
 
 def _failure(build: Build, stages: Sequence[StageError], metrics: MetricCheck) -> str:
-    """What drifted, where it begins, and what to try."""
+    """Describes what drifted, where the drift begins, and what to try."""
     failed = [stage for stage in stages if not stage.passed]
     if not failed:
         tasks = ", ".join(
@@ -250,8 +250,8 @@ def _failure(build: Build, stages: Sequence[StageError], metrics: MetricCheck) -
 
 
 def _location(build: Build, stage: str) -> str:
-    """Where the worst golden case leaves PyTorch, in words. Never an error: the verdict
-    must reach the person.
+    """Describes where the worst golden case departs from PyTorch. Errors of the search
+    become part of the text, because the user must still get the verdict.
     """
     tolerance = dict(build.options.scheme.tolerance)
     if sum(file.stat().st_size for file in build.folder.glob("*.weights")) > LARGE_BYTES:
@@ -302,11 +302,12 @@ def build(
     progress: Callable[[str], None] = lambda step: None,
     detail: Detail = lambda done, total, text: None,
 ) -> Build:
-    """Builds a bundle at `options.out`, or finds the very same already there. On any
-    error the previous bundle is untouched.
+    """Builds a bundle at `options.out`, or reuses an identical one already there. On
+    any error the previous bundle is untouched.
 
-    `progress` hears each step's name, `detail` what a long step is at. Raises
-    `BuildError`s and `CheckpointError`s.
+    Calls `progress` with the name of each step, and `detail` with the state of a long
+    step. Raises `UsageError`, `DataError`, `CheckpointError`, or `BuildError` with its
+    subclass `ParityError`.
     """
     state = replace(open_build(options), detail=detail)
     if found := manifest.existing(state):
@@ -338,7 +339,9 @@ def _dump_graph(build: Build, name: str, model: ir.Model, step: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's own chatter says nothing to our users."""
+    """Silences logs, warnings and prints of the PyTorch exporter, which do not help
+    users.
+    """
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,10 +1,10 @@
-"""Precision schemes as data: where each linear layer's weight and activation go in each
-part, and how far results may drift from PyTorch.
+"""Defines precision schemes as data: how the linear layers of each part represent
+weights and activations, and how far results may drift from PyTorch.
 
 Tolerances are relative root-mean-square errors against PyTorch fp32 (norm of the
-difference over norm of the reference), the largest of all golden cases. They sit above
-what a correct build shows (docs/benchmarks.md) and below what a broken kernel or a
-wrong scale produces (saturating products: 0.24; a wrong scale: 1 or more).
+difference over norm of the reference). The largest error of all golden cases counts.
+Tolerances lie above the error of a correct build (docs/benchmarks.md) and below that of
+a broken kernel or a wrong scale (saturating products: 0.24; a wrong scale: 1 or more).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ __all__ = [
 ]
 
 ROUNDINGS = ("nearest", "mse", "gptq")
-"""How 4-bit weights are rounded, the cheapest first."""
+"""Methods of rounding 4-bit weights, the cheapest first."""
 
 FLOAT = LinearScheme()
 HALF = LinearScheme("fp16")
-# The tower sees many tokens in every call and takes a scale per token. The decoder's hot call
-# is one token, where one range is a scale per token already and a single fused operator;
-# smoothing first keeps its prefill accurate.
+# The tower processes many tokens in every call, so it uses one scale per token. The decoder's
+# most frequent call has a single token. There, one range for the call equals a scale per token
+# and needs only one fused operator. Smoothing keeps the decoder's prefill accurate.
 ROWS = LinearScheme("int8", "int8-row", smooth=True)
 TENSOR = LinearScheme("int8", "int8-tensor", smooth=True)
 STATIC = LinearScheme("int8", "int8-static", smooth=True)
@@ -42,8 +42,8 @@ WEIGHTS8 = LinearScheme("int8", block=64)
 FAST4 = LinearScheme("int4", block=128, rounding="gptq", smooth=True, symmetric=True)
 WEIGHTS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True)
 BLOCKS4 = LinearScheme("int4", block=32, rounding="gptq", smooth=True, symmetric=True)
-# TensorRT multiplies signed bytes with one calibrated scale per tensor of activations and one
-# per output channel of weights.
+# TensorRT multiplies signed 8-bit integers. Activations have one calibrated scale per tensor,
+# and weights have one scale per output channel.
 W8A8 = LinearScheme("int8", SIGNED, smooth=True)
 CHANNELS8 = LinearScheme("int8")
 WHOLE4 = replace(FAST4, whole=True)
@@ -52,13 +52,13 @@ DECODER, VISION = "decoder.", "vision_tower."
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named precision. `parts` maps prefixes of parameter names to their linear
-    scheme, the longest match counting.
+    """A named precision. `parts` maps prefixes of parameter names to linear schemes.
+    The longest matching prefix applies.
 
-    `prefill`, where given, does the same for a second decoder graph that serves calls
-    of more than one token. `cache` is what keys and values are kept in (fp32, fp16 or
-    int8), `compute` what other activations are (fp32, fp16); `drop` is how many points
-    of task accuracy may be lost.
+    `prefill`, if given, is the same mapping for a second decoder graph that serves
+    calls of more than one token. `cache` is the type of keys and values (fp32, fp16 or
+    int8), and `compute` is the type of other activations (fp32 or fp16). `drop` is how
+    many points of task accuracy may be lost.
     """
 
     name: str
@@ -72,8 +72,9 @@ class Scheme:
     drop: float = 0.5
 
     def entry(self, parameter: str, prefill: bool = False) -> str | None:
-        """The prefix that decides a parameter: the longest that ends where a part of
-        its name does, the later one of equals.
+        """Returns the prefix that decides a parameter's scheme: the longest match, and
+        the later one of equal length. Only whole name components match. Returns None if
+        no prefix matches.
         """
         table = self.prefill if prefill and self.prefill is not None else self.parts
         found = [
@@ -84,21 +85,22 @@ class Scheme:
         return max(found)[2] if found else None
 
     def linear(self, parameter: str, prefill: bool = False) -> LinearScheme:
-        """The scheme of a parameter."""
+        """Returns the scheme of a parameter."""
         table = self.prefill if prefill and self.prefill is not None else self.parts
         prefix = self.entry(parameter, prefill)
         return FLOAT if prefix is None else table[prefix]
 
     def half(self, parameter: str, dimensions: int) -> bool:
-        """True for a tensor stored in fp16: weights of that scheme, and with
-        half-precision embeddings also what the patches are embedded with.
+        """True for a tensor stored in fp16: a weight of the fp16 scheme, or, with fp16
+        embeddings, a tower tensor of more than two dimensions, which embeds the
+        patches.
         """
         return self.linear(parameter).weight == "fp16" or (
             self.embeddings == "fp16" and parameter.startswith(VISION) and dimensions > 2
         )
 
     def wanted(self, parameter: str) -> tuple[LinearScheme, ...]:
-        """All schemes a weight is stored in."""
+        """Returns all schemes in which a weight is stored."""
         both = (
             self.linear(parameter),
             *(
@@ -114,7 +116,7 @@ class Scheme:
         """True if the decoder computes a position the same, whichever other positions
         are computed in the same call.
         """
-        together = self.compute == "fp16" or any(  # a GPU's kernels differ with the number of rows
+        together = self.compute == "fp16" or any(  # GPU kernels differ with the row count
             linear.activation == "int8-tensor"
             for prefix, linear in self.parts.items()
             if not prefix.startswith((VISION, "pool_adapter."))
@@ -123,7 +125,7 @@ class Scheme:
 
     @property
     def byte_weights(self) -> bool:
-        """True if a layer of the decoder may have 8-bit weights and float activations."""
+        """True if any decoder layer may have 8-bit weights and float activations."""
         decoder = (
             linear
             for prefix, linear in self.parts.items()
@@ -133,7 +135,7 @@ class Scheme:
 
     @property
     def calibrates(self) -> bool:
-        """True if it needs data."""
+        """True if the scheme needs calibration data."""
         tables = (*self.parts.values(), *(self.prefill or {}).values())
         return self.cache == "int8" or any(linear.calibrates for linear in tables)
 
@@ -198,7 +200,7 @@ _FLOAT16 = {"vision": 1e-2, "prefill": 2e-2, "decode": 2e-2}
 def _halves(
     name: str, parts: Mapping[str, LinearScheme], tolerance: Mapping[str, float], help: str
 ) -> Scheme:
-    """A scheme of a GPU: activations, keys and values in fp16."""
+    """Returns a scheme for GPUs: activations, keys and values are fp16."""
     return Scheme(name, parts, "fp16", tolerance, help, cache="fp16", compute="fp16")
 
 
@@ -218,8 +220,8 @@ class TargetSchemes:
 
 _SCHEMES: dict[str, dict[str, Scheme]] = {
     "cpu": SCHEMES,
-    # Its kernels multiply floats by weights in blocks; the tower has enough rows in a call for
-    # weights to cost it little.
+    # The CUDA kernels multiply float activations by weights in blocks. The tower has so many
+    # rows in a call that its weights cost it little.
     "cuda": {
         scheme.name: scheme
         for scheme in (
@@ -270,7 +272,7 @@ target's engine has kernels for.
 
 
 def find_scheme(name: str, target: str = "cpu") -> Scheme:
-    """The scheme of that name; raises `UsageError` listing the choices."""
+    """Returns the scheme of that name. Raises `UsageError` that lists the choices."""
     if target not in TARGET_SCHEMES:
         raise UsageError(f"unknown target {target!r}; choose one of: {', '.join(TARGET_SCHEMES)}")
     known = TARGET_SCHEMES[target].schemes
@@ -288,11 +290,11 @@ def choose_scheme(
     keep: Sequence[str] = (),
     target: str = "cpu",
 ) -> Scheme:
-    """A named scheme of a target with what the command line changed about it. Raises
-    `UsageError` naming the choices.
+    """Returns a target's named scheme with the changes from the command line. Raises
+    `UsageError` that names the choices.
 
-    `block` and `rounding` apply to its 4-bit weights, `cache` to keys and values,
-    `keep` lists "PREFIX=SCHEME" for blocks that go another way.
+    `block` and `rounding` apply to the scheme's 4-bit weights, and `cache` to keys and
+    values. `keep` lists "PREFIX=SCHEME" for blocks that use another scheme.
     """
     scheme = find_scheme(name, target)
     cache = cache or scheme.cache
@@ -338,7 +340,9 @@ def choose_scheme(
 
 
 def _loosest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    """A mixture may drift as far as the loosest scheme in it."""
+    """Returns the larger tolerance of every stage, because a mixture may drift as far
+    as the loosest scheme in it.
+    """
     return {stage: max(one[stage], other[stage]) for stage in one}
 
 
@@ -347,7 +351,7 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def mixed(scheme: Scheme, blocks: Mapping[str, LinearScheme]) -> Scheme:
-    """The scheme with other ways for some blocks, in every graph."""
+    """Returns the scheme with other linear schemes for some blocks, in every graph."""
     prefill = None if scheme.prefill is None else {**scheme.prefill, **blocks}
     name = scheme.name if scheme.name.endswith("+") else f"{scheme.name}+"
     return replace(scheme, name=name, parts={**scheme.parts, **blocks}, prefill=prefill)

@@ -1,5 +1,5 @@
-"""Several graphs over one file of weights: a second graph refers to the tensors the
-first one stored.
+"""Lets several graphs share one weight file: a second graph refers to the tensors that
+the first one stored.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import onnx_ir as ir
 
 __all__ = ["refer_to"]
 
-_SMALL = 4096  # bytes a graph may hold itself
+_SMALL = 4096  # bytes of the largest tensor that a graph may store itself
 
 
 def refer_to(graph: ir.Model, stored: Path) -> int:
-    """Replaces a graph's tensors by references to those of equal name in the saved
-    graph `stored`; returns the bytes that are not stored twice.
+    """Replaces a graph's tensors with references to the tensors of the same name in the
+    saved graph `stored`. Returns the number of bytes that are not stored twice.
 
-    Every tensor above a few kilobytes must be there, with the same type and shape: both
-    graphs come from the same passes.
+    Every tensor above a few kilobytes must exist there, with the same type and shape.
+    It does, because both graphs come from the same passes.
     """
     there = {name: value.const_value for name, value in ir.load(stored).graph.initializers.items()}
     saved = 0

@@ -1,8 +1,7 @@
-"""What a build is made of: its options, and the value that the pipeline's steps pass
-on.
+"""Defines a build's options, and the value that the pipeline's steps pass on.
 
-A build is named by the hash of all that decides its result, so that pieces and bundles
-made before can be told from others.
+The key of a build is the hash of everything that determines its result. It tells
+whether intermediate files and bundles made earlier belong to the same build.
 """
 
 from __future__ import annotations
@@ -43,21 +42,26 @@ __all__ = ["Build", "BuildOptions", "Detail", "open_build", "tools"]
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 _GOLDEN_SEED, _CALIBRATION_SEED = 20231, 20230
-LEAST_TEXT = 64  # tokens of a question and its answer
+LEAST_TEXT = 64  # tokens reserved for a question and its answer
 Detail = Callable[[int, int, str], None]
-"""Hears how many parts of how many a long step has done, and of what."""
+"""Receives how many parts of a long step are done, how many there are, and what the
+step is doing.
+"""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What to build and where. `dump` receives each graph after every step;
-    `allow_unverified` keeps a bundle that fails parity, marked.
+    """Options that tell what to build and where to write it.
 
-    `calib` names the data that calibration, golden cases and questions come from
-    (empty: the training mix), `samples` how many pictures calibrate, `ranges` how
-    static ranges are found, `questions` on how many pictures the bundle answers against
-    PyTorch; `context` is the length of caches that have a fixed one (default: the
-    model's); `notes` go into the manifest's provenance as they are.
+    `dump` is a folder that receives each graph after every step. `allow_unverified`
+    keeps a bundle that fails parity and marks it.
+
+    `calib` names the data for calibration, golden cases and questions (empty: the
+    training mix). `samples` is the number of images for calibration, and `ranges` is
+    the method that finds static ranges. `questions` is the number of images on which
+    the bundle's answers are compared with PyTorch's. `context` is the length of
+    fixed-length caches (default: the model's). `notes` are copied unchanged into the
+    manifest's provenance.
     """
 
     checkpoint: Path
@@ -76,8 +80,8 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Build:
-    """The value the steps pass on. `counts` lists (graph, pass, result) in order;
-    `work` keeps finished pieces; `key` names what is built.
+    """The value that the steps pass on. `counts` lists (graph, pass, result) in order.
+    `work` is the folder of finished intermediate files. `key` identifies the build.
     """
 
     options: BuildOptions
@@ -100,8 +104,8 @@ class Build:
 
 
 def open_build(options: BuildOptions) -> Build:
-    """Opens the checkpoint, draws the calibration set, and names the build by the hash
-    of all that decides its result.
+    """Opens the checkpoint, draws the golden and calibration cases, and computes the
+    build key from everything that determines the result.
     """
     find_lowering(options.target)
     if options.dump is not None:
@@ -166,8 +170,9 @@ def open_build(options: BuildOptions) -> Build:
 
 
 def _check_context(options: BuildOptions, checkpoint: StoredCheckpoint) -> None:
-    """Raises `UsageError` unless a context was asked for where it is fixed, and the
-    longest usual question fits it.
+    """Checks a context length that was asked for. Raises `UsageError` if the target has
+    no fixed-length caches, or if the length is more than the model's or too short for
+    an image and usual text.
     """
     if options.context is None:
         return
@@ -185,8 +190,8 @@ def _check_context(options: BuildOptions, checkpoint: StoredCheckpoint) -> None:
 
 
 def tools() -> dict[str, str]:
-    """Versions of what a result depends on. ONNX Runtime says its own: its package may
-    be called onnxruntime-gpu.
+    """Returns the versions of everything a result depends on. ONNX Runtime's version is
+    read from the module, because its package may be called onnxruntime-gpu.
     """
     return {name: version(name) for name in _TOOLS} | {
         "onnxruntime": ort.__version__,

@@ -1,5 +1,5 @@
-"""Targets as data: which graphs a bundle for it carries, and how each is made from a
-canonical one.
+"""Defines targets as data: which graphs a target's bundle contains, and how each graph
+is made from a canonical one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ __all__ = ["LOWERING", "GraphPlan", "Lowering", "find_lowering"]
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """One graph of a bundle: the canonical one it comes from, its passes, its opset (0:
-    as captured), and whether its cache has a fixed length.
+    """How one graph of a bundle is made.
 
-    `weights_of` names the graph whose weights it refers to; its own are stored where
-    there is none.
+    `base` is the canonical graph it comes from, `passes` are its passes, and `opset` is
+    its opset (0: as captured). `fixed` tells whether its cache has a fixed length.
+    `weights_of` names the graph whose weights it refers to. If that is empty, the graph
+    stores its own weights.
     """
 
     base: str
@@ -67,16 +68,16 @@ class Lowering:
     saturation_safe: bool = False
 
     def form(self, graph: str, scheme: Scheme, capacity: int) -> list[GraphPass]:
-        """What turns the canonical graph into this one, but for its precision;
-        `capacity` is the length of fixed caches.
+        """Returns the passes that turn the canonical graph into this one, without those
+        for precision. `capacity` is the length of fixed caches.
         """
         plan = self.graphs[graph]
         first = self.byte_weights if plan.base == "decoder" and scheme.byte_weights else ()
         return [*first, *plan.passes, *([fixed_capacity(capacity)] if plan.fixed else [])]
 
     def precision(self, graph: str, scheme: Scheme, calibrated: Calibrated) -> list[GraphPass]:
-        """What gives the graph called so (also "prefill", a second decoder) its
-        precision.
+        """Returns the passes that give the named graph its precision. The name may also
+        be "prefill", which is a second decoder.
         """
         linear = partial(scheme.linear, prefill=graph == "prefill")
         decoder = not graph.startswith("vision")
@@ -98,8 +99,8 @@ LOWERING: dict[str, Lowering] = {
         INTEGER_KERNELS,
         saturation_safe=True,
     ),
-    # Operators and opset for which ONNX Runtime's CUDA provider has kernels
-    # (export/passes/cuda_kernels.py): what has none would run on the CPU, unseen.
+    # Uses operators and an opset for which ONNX Runtime's CUDA provider has kernels
+    # (export/passes/cuda_kernels.py). An operator without one would silently run on the CPU.
     "cuda": Lowering(
         {
             "vision": GraphPlan("vision", (ONE_PICTURE, MULTI_HEAD_ATTENTION), 20),
@@ -111,8 +112,8 @@ LOWERING: dict[str, Lowering] = {
         _FULL_VALUES,
         compare_on_cpu=True,
     ),
-    # What TensorRT 10.3 parses, at the first opset with blocks of 4-bit weights; and with what
-    # 10.15 brought, at the first opset that has it.
+    # The plain graphs use what TensorRT 10.3 parses, at the first opset with 4-bit weights in
+    # blocks. The fused graphs use what 10.15 added, at the first opset that has it.
     "tensorrt": Lowering(
         {
             "vision": GraphPlan("vision", (PLAIN_GELU, PLAIN_ATTENTION), 21),
@@ -129,8 +130,8 @@ LOWERING: dict[str, Lowering] = {
         EXPLICIT_KERNELS,
         _FULL_VALUES,
         (COMPANION_ROW,),
-        # the compiler merges projections itself; packed 8-bit ones it takes apart again, at
-        # every step
+        # TensorRT merges projections itself, and it would split packed 8-bit projections
+        # again at every step.
         packs=False,
         compare_on_cpu=True,
     ),
@@ -140,7 +141,7 @@ LOWERING["rtx"] = LOWERING["tensorrt"]  # the same compiler, as a plugin of ONNX
 
 
 def find_lowering(target: str) -> Lowering:
-    """The lowering of a target; raises `UsageError` listing the choices."""
+    """Returns the lowering of a target. Raises `UsageError` that lists the choices."""
     if target not in LOWERING:
         raise UsageError(f"unknown target {target!r}; choose one of: {', '.join(LOWERING)}")
     return LOWERING[target]

@@ -1,5 +1,5 @@
-"""Small real things shared by the tests: a two-layer model with grouped-query
-attention, its checkpoint, and bundles built from it once.
+"""Small real fixtures shared by the tests: a two-layer model with grouped-query
+attention, its checkpoint, and bundles that are built from it once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TINY = ModelSpec(
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests neither read nor write the user's cache, and leave a core for the rest of
-    the machine.
+    """Gives the tests their own cache instead of the user's, and limits PyTorch to two
+    threads.
     """
     os.environ["INFMLLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     torch.set_num_threads(2)
@@ -64,8 +64,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: st
 def built_for(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """`built_for(target, scheme)` is the tiny checkpoint's bundle for it, built once.
-    Do not change it.
+    """Returns a function: `built_for(target, scheme)` is the tiny checkpoint's bundle
+    for that target and scheme, built once. Do not change the bundle.
     """
     done: dict[tuple[str, str], Path] = {}
 
@@ -83,13 +83,15 @@ def built_for(
 
 @pytest.fixture(scope="session")
 def built(built_for: Callable[[str, str], Path]) -> Callable[[str], Path]:
-    """`built(scheme)` is the one for the CPU; copy it with `copied` to change it."""
+    """Returns a function: `built(scheme)` is the CPU bundle of that scheme. Use
+    `copied` for a bundle to change.
+    """
     return lambda scheme: built_for("cpu", scheme)
 
 
 @pytest.fixture
 def copied(built: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A private copy of the fp32 bundle, to be damaged."""
+    """Returns a private copy of the fp32 bundle that a test may damage."""
     return Path(shutil.copytree(built("fp32"), tmp_path / "bundle"))
 
 

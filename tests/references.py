@@ -1,5 +1,5 @@
-"""The independent implementations our model is held to: `transformers`' BLIP-2 tower
-and LLaMA, in the shape of one of our specs.
+"""Independent reference implementations for the model: the BLIP-2 tower and LLaMA of
+`transformers`, in the shape of a given spec.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["blip2_tower", "llama"]
 
 
 def blip2_tower(spec: VisionSpec) -> Any:
-    """A `Blip2VisionModel` in evaluation mode."""
+    """Returns a `Blip2VisionModel` in evaluation mode."""
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     config = Blip2VisionConfig(
@@ -30,7 +30,7 @@ def blip2_tower(spec: VisionSpec) -> Any:
 
 
 def llama(spec: DecoderSpec) -> Any:
-    """A `LlamaForCausalLM` in evaluation mode."""
+    """Returns a `LlamaForCausalLM` in evaluation mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

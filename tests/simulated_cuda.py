@@ -1,9 +1,9 @@
-"""A CUDA runtime over host memory, stricter than a real one, behind the names of
-cuda-python.
+"""Simulates the CUDA runtime in host memory, with the names of cuda-python. It is
+stricter than a real one.
 
-Work is queued and runs when the stream is waited for; new device memory is full of NaN;
-every copy must lie within one allocation, of the side it says; captured work runs only
-when its graph is launched; calls that may not be captured spoil the capture.
+Work is queued and runs only when the stream is synchronised. New memory is full of NaN.
+Every copy must lie within one allocation of the stated side. Captured work runs only
+when its graph is launched, and calls that must not be captured invalidate the capture.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class _Stream:
 
 
 class Cuda(ModuleType):
-    """The module `cuda.bindings.runtime`.
+    """Stands in for the module `cuda.bindings.runtime`.
 
-    `fails` maps a call's name to errors its next calls give; `lost` is given by every
-    call. `brought` are the sizes of copies to the host.
+    `fails` maps the name of a call to the errors that its next calls return; `lost` is
+    returned by every call. `brought` lists the sizes of copies to the host.
     """
 
     cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode, cudaStreamNonBlocking = (
@@ -104,7 +104,7 @@ class Cuda(ModuleType):
                 self.spoilt, fault = True, cudaError_t.cudaErrorStreamCaptureUnsupported
             if fault:
                 if name == "cudaStreamEndCapture":
-                    self.captured = None  # over, even where it failed
+                    self.captured = None  # the capture ends even if this call fails
                 return (fault, None)
             value = found(*arguments)
             return (
@@ -120,11 +120,13 @@ class Cuda(ModuleType):
         return call
 
     def submit(self, work: Work) -> None:
-        """Queues work, or records it while the stream is captured."""
+        """Queues work, or records it during a stream capture."""
         (self.queue if self.captured is None else self.captured).append(work)
 
     def view(self, address: int, size: int, side: str) -> np.ndarray:
-        """The bytes at an address, which must lie within one allocation of that side."""
+        """Returns the bytes at an address. They must lie within one allocation on that
+        side.
+        """
         for base, (content, length, kind) in self.blocks.items():
             if base <= address and address + size <= base + length:
                 assert kind == side, f"{size} bytes at {address:#x} are {kind} memory, not {side}"
@@ -133,7 +135,7 @@ class Cuda(ModuleType):
 
     @property
     def used(self) -> int:
-        """Bytes of device memory in use."""
+        """Returns the bytes of device memory in use."""
         return sum(length for _, length, kind in self.blocks.values() if kind == "device")
 
     def cudaGetErrorName(self, error: cudaError_t) -> bytes:
@@ -269,7 +271,7 @@ class Cuda(ModuleType):
 
 
 def array_at(cuda: Cuda, address: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A view of device memory as a tensor."""
+    """Returns a view of device memory as an array."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     found = cuda.view(address, size, "device")
     assert address % ALIGNMENT == 0, f"a tensor at {address:#x} is not aligned"

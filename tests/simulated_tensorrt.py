@@ -1,10 +1,10 @@
-"""A TensorRT that computes with ONNX Runtime on the simulated GPU, and insists on what
-the real one insists on.
+"""Simulates TensorRT: computes with ONNX Runtime on the simulated GPU, and enforces the
+requirements of the real library.
 
-Engines are built from ONNX files with optimization profiles, serialized, and read again
-only by the same version on the same GPU. Contexts check shapes against their profile,
-alignment, that everything is bound, that aliased outputs share their input's memory,
-and that they ran before being captured.
+Engines are built from ONNX files with optimization profiles and serialized. Only the
+same version on the same GPU can read them again. An execution context checks shapes
+against its profile, alignment, that all tensors are bound, and that aliased outputs
+share their input's memory. It must also run once before it is captured.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ def _shape(value: onnx.ValueInfoProto) -> Shape:
 
 
 class Simulation:
-    """What a test may set and look at.
+    """The controls and records of a simulation, for tests to set and read.
 
-    `plant` may change a network while it is built, `unknown` are operators the parser
-    lacks, builds of files whose name has `build_fault` in it fail, `during_build` runs
-    in the middle of one, `unreadable` engines cannot be read again, `copies_caches` has
-    outputs apart from their inputs, `refuses_to_run` is why no network runs. `built`,
-    `read`, `workspaces` and `timings` tell what happened.
+    Controls: `plant` may change a network while it is built. `unknown` lists the
+    operators that the parser lacks. Builds of files whose name contains `build_fault`
+    fail. `during_build` runs in the middle of a build. The next `unreadable` engines
+    cannot be read. With `copies_caches`, outputs do not share memory with their inputs.
+    `refuses_to_run` is the reason why no network runs. Records: `built`, `read`,
+    `workspaces` and `timings`.
     """
 
     def __init__(self, cuda: Cuda, version: str, fuses: bool) -> None:
@@ -96,7 +97,7 @@ class _Network:
 
 
 class _Config:
-    """Has no precision flags: setting one fails."""
+    """A builder configuration without precision flags, so setting one fails."""
 
     def __init__(self, simulation: Simulation) -> None:
         self._simulation, self.profiles, self.progress_monitor, self.workspace = (
@@ -330,7 +331,7 @@ class _Context:
     def _run(self, addresses: dict[str, int], shapes: dict[str, Shape]) -> None:
         self._cuda.view(*self._memory, "device").fill(
             0xFF
-        )  # activations of another context do not outlive this one's
+        )  # activations of another context do not survive this run
         types = {name: _TYPES[self._engine.get_tensor_dtype(name)] for name in addresses}
         feed = {
             name: array_at(self._cuda, addresses[name], types[name], shape).copy()
@@ -342,7 +343,7 @@ class _Context:
 
 
 def _module(simulation: Simulation) -> ModuleType:
-    """The module `tensorrt`."""
+    """Returns the stand-in for the module `tensorrt`."""
     module: Any = ModuleType("tensorrt")
     module.__version__ = simulation.version
     module.ILogger, module.IProgressMonitor = (

@@ -1,5 +1,5 @@
-"""Graphs of the `tensorrt` target for any shape, with made-up weights that cost no
-time: what the compiler does with them depends on shapes alone.
+"""Graphs of the `tensorrt` target for any model shape, with made-up weights that take
+no time to compute. The result of the compiler depends on shapes only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ _TILE = 64
 
 
 def short(preset: str) -> ModelSpec:
-    """A preset's shape with two layers in each part; nano as it is."""
+    """Returns a preset's spec with only two layers per part. The nano preset stays
+    unchanged.
+    """
     spec = PRESETS[preset].spec
     if preset == "nano":
         return spec
@@ -44,7 +46,7 @@ def short(preset: str) -> ModelSpec:
 
 
 class _MadeUp(Calibrated):
-    """Weights of one small tile, repeated; ranges of activations from -4 to 4."""
+    """Weights that repeat one small tile, and activation ranges from -4 to 4."""
 
     def __init__(self, spec: ModelSpec) -> None:
         with torch.device("meta"):
@@ -74,7 +76,7 @@ class _MadeUp(Calibrated):
 
 
 def write_graphs(spec: ModelSpec, precision: str, folder: Path) -> list[str]:
-    """Writes all graphs of the target as a bundle has them; returns their names."""
+    """Writes all graphs of the target as in a bundle. Returns their names."""
     scheme, lowering, weights = (
         TARGET_SCHEMES["tensorrt"].schemes[precision],
         LOWERING["tensorrt"],

@@ -1,11 +1,12 @@
-"""Packing: several question-answer pairs behind one image, each seeing only the image
-and itself, become one training row.
+"""Packs several question-answer pairs about one image into one training row.
 
-Positions restart for every pair and a block mask keeps pairs apart, so a packed row is
-exactly single-turn training at a fraction of the cost (the image prefix is computed
-once). Loss falls on answer tokens and the end-of-sequence id; an answer of n tokens
-weighs n^0.5 in all (square averaging, InternVL 2.5, arXiv 2412.05271), so that a yes is
-not drowned by a caption.
+Each pair attends only to the image prefix and to itself: positions restart for every
+pair and a block mask keeps the pairs apart. A packed row is therefore exactly
+equivalent to single-turn training, but the image prefix is computed only once.
+
+The loss covers the answer tokens and the end-of-sequence id. An answer of n tokens has
+a total weight of n^0.5 (square averaging, InternVL 2.5, arXiv 2412.05271), so that
+captions do not drown out one-word answers.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _MAX_ROW = 1024
 
 @dataclass(frozen=True)
 class PackedRow:
-    """One row before padding: equally long lists. Ids are -1 where visual embeddings
-    go; segment 0 is the shared prefix.
+    """One row before padding, as lists of equal length. Ids are -1 at the positions of
+    visual embeddings; segment 0 is the shared prefix.
     """
 
     ids: list[int]
@@ -46,8 +47,8 @@ class PackedRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one micro-batch: pixels [B,3,S,S]; ids, labels, weights, segments,
-    positions [B,L]; p; optional dense labels [B,s*s,D].
+    """Tensors of one micro-batch: pixels [B,3,S,S]; ids, labels, weights, segments and
+    positions [B,L]; the pool size p; optional per-patch labels `dense` [B,s*s,D].
     """
 
     pixels: Tensor
@@ -60,7 +61,7 @@ class Batch:
     dense: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with all tensors on a device."""
+        """Returns the batch with all tensors moved to a device."""
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
@@ -70,17 +71,21 @@ class Batch:
 
     @property
     def image_slots(self) -> Tensor:
-        """[B, L] bool, True where visual embeddings go."""
+        """Returns a mask [B, L] (bool) that is True at the positions of visual
+        embeddings.
+        """
         return self.ids == _SLOT
 
 
 def answer_ids(tokenizer: Tokenizer, sample: Sample) -> list[int]:
-    """Token ids of a sample's answer with the end-of-sequence id."""
+    """Returns the token ids of a sample's answer, including the end-of-sequence id."""
     return [*tokenizer.encode(TASKS[sample.task].answer_prefix + sample.answer), tokenizer.eos_id]
 
 
 def positions(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: int) -> int:
-    """How many positions the samples take when packed behind one picture."""
+    """Returns the number of positions that the samples take when packed behind one
+    image.
+    """
     before = len(tokenizer.encode_prompt(samples[0].prompt())[0]) + visual_tokens
     return before + sum(
         len(tokenizer.encode(sample.prompt().after)) + len(answer_ids(tokenizer, sample)) - 1
@@ -95,12 +100,12 @@ def pack(
     context: int,
     where: str = "data",
 ) -> PackedRow:
-    """Packs samples that share one picture and one text before the image; `where` names
-    them in errors.
+    """Packs samples that share one image and one text before the image. `where` names
+    them in error messages.
 
-    Samples after the first are left out once the row would pass the model's context or
-    1024 positions, whichever is more, so that long conversations cannot fill the
-    memory. Raises `DataError` for a sample that is by itself longer than the context.
+    Samples after the first are dropped once the row would exceed the model's context or
+    1024 positions, whichever is larger. This bounds memory for long conversations.
+    Raises `DataError` for a sample that alone exceeds the context.
     """
     prompts = [sample.prompt() for sample in samples]
     assert len({prompt.before for prompt in prompts}) == 1, (
@@ -161,8 +166,9 @@ def collate(
 
 
 def block_mask(segments_BL: Tensor) -> Tensor:
-    """[B, 1, L, L] bool: causal, and only within the own segment or the prefix. Padding
-    sees itself, so that no row is empty.
+    """Returns the attention mask [B, 1, L, L] (bool): causal, and limited to the
+    query's own segment and the shared prefix. Padding attends to itself, so that no
+    mask row is empty.
     """
     length = segments_BL.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()

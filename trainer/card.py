@@ -1,5 +1,5 @@
-"""The card: what a checkpoint was trained on, for how long, and how good it is, written
-with the weights it speaks of.
+"""The model card of a checkpoint: its training data, training time and scores. It is
+saved together with the weights it describes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def save_scored(
     examples: Sequence[Example],
     skip_bad: bool,
 ) -> None:
-    """Saves the checkpoint, scores what was saved for every number of visual tokens,
-    and saves it again with the figures.
+    """Saves the checkpoint, scores the saved weights for every number of visual tokens,
+    and saves it again with the scores in its card.
     """
     save_checkpoint(out, model, tokenizer_json, card)
     checkpoint = load_checkpoint(out)
@@ -47,7 +47,9 @@ def save_scored(
 def time_card(
     minutes: float, start_from: Path | None, start_card: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Minutes of this run, and with those of the checkpoint it started from."""
+    """Returns card entries for the training time in minutes: of this run, and in total
+    with the checkpoint it started from.
+    """
     row: dict[str, Any] = {
         "training_minutes": round(minutes, 1),
         "total_minutes": round(minutes, 1),
@@ -65,8 +67,8 @@ def time_card(
 
 
 def data_card(texts: Sequence[str]) -> list[dict[str, str]]:
-    """Each data argument with folders left out, and the hash of the file it names (of a
-    VOC split's listing).
+    """Returns one card entry per data argument. Folders are left out of the name; the
+    hash is that of the data file (for VOC, of the split's list).
     """
     rows = []
     for text in texts:

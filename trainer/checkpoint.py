@@ -1,8 +1,8 @@
-"""Checkpoints: a folder with `config.json`, `model.safetensors` (or shards),
-`tokenizer.json` and `card.json`, read strictly.
+"""Reads and writes checkpoints: folders with `config.json`, `model.safetensors` (or
+shards), `tokenizer.json` and `card.json`.
 
-Only safetensors are read; nothing in a checkpoint is executed. Unknown, missing or
-mismatched tensors are one error that lists them.
+Weights are read from safetensors only; nothing in a checkpoint is executed. Loading is
+strict: unknown, mismatched and missing tensors are errors.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ SHARD_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """An opened checkpoint whose weights stay on disk until they are read. `sha256`
-    identifies its weights, spec and tokenizer together.
+    """An opened checkpoint whose weights stay on disk until they are read.
 
-    `places` maps every parameter name of the model to the file that holds it.
+    `sha256` identifies its weights, spec and tokenizer together. `places` maps every
+    parameter name of the model to the file that holds it.
     """
 
     path: Path
@@ -68,8 +68,8 @@ class StoredCheckpoint:
     places: Mapping[str, Path]
 
     def read(self, name: str) -> Tensor:
-        """One parameter as float32. Raises `CheckpointError` if the file is damaged or
-        holds NaN or infinite values.
+        """Reads one parameter as float32. Raises `CheckpointError` if the file is
+        damaged or the parameter has NaN or infinite values.
         """
         shard = self.places[name]
         try:
@@ -98,7 +98,7 @@ class Checkpoint:
 
 
 def read_spec(path: Path) -> ModelSpec:
-    """The spec of a checkpoint folder. Raises `CheckpointError` or `SpecError`."""
+    """Reads the spec of a checkpoint folder. Raises `CheckpointError` or `SpecError`."""
     config = path / CONFIG
     if not config.is_file():
         raise CheckpointError(
@@ -109,8 +109,8 @@ def read_spec(path: Path) -> ModelSpec:
 
 
 def open_checkpoint(path: Path) -> StoredCheckpoint:
-    """Reads everything of a checkpoint folder but its weights, of which names and
-    shapes are checked. Raises `CheckpointError` or `SpecError`.
+    """Opens a checkpoint folder without reading its weights; their names and shapes are
+    checked. Raises `CheckpointError` or `SpecError`.
     """
     spec = read_spec(path)
     shards = _shards(path)
@@ -133,8 +133,8 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a whole checkpoint folder; weights become fp32. Raises `CheckpointError`
-    (or `SpecError` for its config).
+    """Loads a whole checkpoint folder with the weights in float32. Raises
+    `CheckpointError`, or `SpecError` for its config.
     """
     stored = open_checkpoint(path)
     model = InfMLLM(stored.spec)
@@ -150,8 +150,8 @@ def _identity(path: Path, shards: list[Path]) -> str:
 
 
 def _shards(path: Path) -> list[Path]:
-    """Weight files: the single one, or those the index names (plain names in this
-    folder only).
+    """Returns the weight files: the single file, or the shards that the index names.
+    Shard names must be plain file names in this folder.
     """
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
@@ -164,8 +164,8 @@ def _shards(path: Path) -> list[Path]:
 
 
 def shard_files(index: Path) -> list[Path]:
-    """The files an index of shards names: plain names of existing files in its folder.
-    Raises `CheckpointError`.
+    """Returns the files that a shard index names. Raises `CheckpointError` if a name is
+    not a plain file name or the file does not exist in the index's folder.
     """
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
@@ -186,7 +186,7 @@ def shard_files(index: Path) -> list[Path]:
 def _places(
     shards: list[Path], expected: Mapping[str, tuple[int, ...]], path: Path
 ) -> dict[str, Path]:
-    """Which shard holds each parameter, after a strict check of names and shapes."""
+    """Returns the shard of each parameter after a strict check of names and shapes."""
     places: dict[str, Path] = {}
     for shard in shards:
         try:
@@ -223,8 +223,10 @@ def save_checkpoint(
     card: Mapping[str, Any],
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Writes a checkpoint atomically, weights as `dtype` (values are rounded; evaluate
-    what was saved, not what was trained).
+    """Writes a checkpoint atomically, with its weights converted to `dtype`.
+
+    The conversion rounds values, so evaluate the saved checkpoint, not the model in
+    memory. Raises `CheckpointError` if a value is not finite as `dtype`.
     """
     weights = {
         name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()
@@ -245,8 +247,8 @@ def save_checkpoint(
 def write_shards(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes named tensors as they come, in files of at most `shard_bytes` (or one
-    tensor), with an index when there is more than one.
+    """Writes named tensors as they arrive, in files of at most `shard_bytes` (or one
+    larger tensor). Writes an index if there is more than one file.
     """
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
@@ -279,8 +281,8 @@ def write_random(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Writes a checkpoint of random weights, tensor by tensor: the start of training,
-    and for measuring sizes no trained model is at hand for.
+    """Writes a checkpoint with random weights, one tensor at a time. It can start a
+    training run, or stand in for a model size that has no trained checkpoint.
     """
     with torch.device("meta"):
         model = InfMLLM(spec)

@@ -159,7 +159,7 @@ def run(
     trained = _explained(
         lambda: train(start.model, start.tokenizer, source, recipe, options), options.state_dir
     )
-    leave_processes()  # the others need not wait for the scores
+    leave_processes()  # so that other processes do not wait while the main one scores
     if trained.is_main:
         card = {
             "preset": preset,
@@ -176,8 +176,8 @@ def run(
 
 
 def _explained(run: Callable[[], T], state_dir: Path) -> T:
-    """The run's result; memory and disk that are full become one line that names the
-    way on.
+    """Calls `run` and returns its result. Turns out-of-memory and write errors into
+    one-line errors that suggest a fix.
     """
     import torch
 

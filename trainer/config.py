@@ -1,7 +1,7 @@
-"""Presets and stages: what a model looks like, what each training stage trains, and the
-recipe that strings stages together.
+"""Defines presets (model shapes), stages (what training updates) and recipes (sequences
+of stages).
 
-`PRESETS` and `STAGES` are tables; adding a row is all an extension needs.
+To add one, add a row to the table `PRESETS`, `STAGES` or `RECIPES`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage trains. `tower`, `adapter` are learning-rate factors (0 is frozen);
-    `decoder` likewise, over all weights or Q and V only.
+    """The parts that one stage trains. `tower`, `adapter` and `decoder` are
+    learning-rate factors of these parts; 0 freezes a part.
+
+    `decoder_part` is "all" for all decoder weights, or "qv" for the Q and V projections
+    only.
     """
 
     name: str
@@ -43,11 +46,13 @@ class Stage:
 
     @property
     def uses_dense(self) -> bool:
-        """Whether labels per patch are part of the objective."""
+        """Whether per-patch labels are part of the objective."""
         return self.objective == "dense" or self.dense_weight > 0
 
     def factor(self, parameter: str) -> float:
-        """The learning-rate factor of a named parameter of `InfMLLM`; 0 means frozen."""
+        """Returns the learning-rate factor of a named parameter of `InfMLLM`; 0 means
+        frozen.
+        """
         if parameter.startswith("vision_tower."):
             return self.tower
         if parameter.startswith("pool_adapter."):
@@ -64,7 +69,7 @@ class Stage:
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        # Warm-ups for models without pretrained parts (ours, not the paper's).
+        # Stages for models without pretrained parts. They are this project's, not the paper's.
         Stage("dense", tower=1.0, adapter=0.0, decoder=0.0, objective="dense"),
         Stage("scratch", tower=0.0, adapter=1.0, decoder=1.0),
         Stage("joint", tower=0.3, adapter=1.0, decoder=1.0, dense_weight=0.3),
@@ -81,8 +86,9 @@ DECAYS = ("cosine", "linear")
 
 @dataclass(frozen=True)
 class StageRun:
-    """One stage of a recipe: how long (in optimiser steps) and how fast. A step takes
-    `batch` images from each process, `accumulate` times.
+    """One stage of a recipe: its length in optimiser steps and its learning-rate
+    schedule. Each process contributes `batch` images per micro-batch and `accumulate`
+    micro-batches per step.
     """
 
     stage: str
@@ -98,14 +104,14 @@ class StageRun:
 
 
 RECIPES: dict[str, tuple[StageRun, ...]] = {
-    # From a trained small model to other pictures, everything trained; the data need labels per
-    # patch (scenes or boxes).
+    # Adapts a trained small model to other images by training all parts. The data must have
+    # per-patch labels (scenes or boxes).
     "adapt": (
         StageRun("dense", steps=600, batch=16, lr=1.5e-3),
         StageRun("joint", steps=1050, batch=16, lr=1.2e-3),
     ),
-    # The published three, for models with pretrained parts. Lengths and rates are ours: the
-    # paper's are unknown.
+    # The three published stages, for models with pretrained parts. The paper gives no lengths and
+    # learning rates, so these values are this project's.
     "published": (
         StageRun("alignment", steps=2000, batch=16, lr=1e-3, warmup=100),
         StageRun("multitask", steps=8000, batch=16, lr=1e-4, warmup=500),
@@ -116,8 +122,8 @@ RECIPES: dict[str, tuple[StageRun, ...]] = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A named model shape with the recipe that trains it (empty where weights come from
-    elsewhere).
+    """A named model shape and the recipe that trains it. The recipe is empty if the
+    weights come from elsewhere.
     """
 
     spec: ModelSpec
@@ -145,14 +151,14 @@ PRESETS: dict[str, Preset] = {
             pool_sizes=(8, 4),
         ),
         (
-            # For two processes of one core each, 75 minutes in all; with one process use
+            # Takes 75 minutes with two processes of one core each. With one process, use
             # --accumulate 2.
             StageRun("dense", steps=1200, batch=16, lr=1.5e-3),
             StageRun("scratch", steps=259, batch=16, lr=1.2e-3, floor=1.0),
             StageRun("joint", steps=1500, batch=16, lr=1.2e-3, chat_share=0.08),
             StageRun(
                 "joint", steps=2000, batch=16, lr=1.2e-3, chat_share=0.08
-            ),  # a second warm-up and decay: relations are learnt only here
+            ),  # second warm-up and decay: the model learns relations only here
         ),
     ),
     "edge": Preset(
@@ -195,15 +201,15 @@ PRESETS: dict[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name; raises `UsageError` listing the choices."""
+    """Returns the preset with that name. Raises `UsageError` that lists the choices."""
     if name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}; choose one of: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
-    """The runs of `all` (the preset's own), of a named recipe, or of stages separated
-    by commas. Raises `UsageError`.
+    """Returns the stage runs of `all` (the preset's own recipe), of a named recipe, or
+    of stages separated by commas. Raises `UsageError`.
     """
     if text == "all":
         if not preset.recipe:
@@ -227,8 +233,9 @@ def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
 
 
 def changed(recipe: Sequence[StageRun], changes: Mapping[str, Any]) -> tuple[StageRun, ...]:
-    """The runs with what a user asked for (None: unchanged); with other steps at most a
-    fifth of them warm up. Raises `UsageError`.
+    """Returns the stage runs with a user's changes applied; None leaves a value
+    unchanged. If `steps` changes, the warm-up is limited to a fifth of the steps.
+    Raises `UsageError`.
     """
     wanted = {key: value for key, value in changes.items() if value is not None}
     if wanted.get("decay", DECAYS[0]) not in DECAYS:

@@ -1,9 +1,9 @@
-"""The LLaMA decoder in plain PyTorch: embeddings in, logits out, with or without a
+"""The LLaMA decoder in plain PyTorch: input embeddings to logits, with or without a
 key/value cache.
 
 Module names follow the Hugging Face layout (`layers.N.self_attn.q_proj`, ...), so
-weights map one to one. The cache is functional: a call takes static-capacity buffers
-and returns updated ones, which is exactly the form that capture turns into a graph.
+weights map one to one. The cache is functional: a call takes buffers of fixed capacity
+and returns updated ones. Graph capture needs exactly this form.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from runtime.contract.spec import DecoderSpec
 __all__ = ["Decoder", "KeyValue", "RotaryFunction", "rotary_tables", "rotate_half"]
 
 KeyValue = tuple[Tensor, Tensor]
-"""One layer's cache: keys and values, each [B, KV heads, C, D]."""
+"""One layer's cache: keys and values, each [B, KV heads, C, D] for C positions."""
 
 Rotate = Callable[[Tensor], Tensor]
 RotaryFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x [B, H, L, D], cos table [C, D/2], sin table [C, D/2], position ids [B, L]) to
-rotated x.
+"""A function from x [B, H, L, D], cos and sin tables [C, D/2] and position ids [B, L]
+to the rotated x.
 """
 
 
 def rotary_tables(spec: DecoderSpec) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and frequency, each [context, D/2] float32
-    (RoFormer, arXiv 2104.09864).
+    """Returns the cosine and sine of every position and frequency, each [context, D/2]
+    float32 (RoFormer, arXiv 2104.09864).
     """
     frequency = spec.rope_theta ** (
         -torch.arange(0, spec.head_dim, 2, dtype=torch.float64) / spec.head_dim
@@ -41,7 +41,7 @@ def rotary_tables(spec: DecoderSpec) -> tuple[Tensor, Tensor]:
 
 
 def rotate_half(x_BHLD: Tensor, cos_CE: Tensor, sin_CE: Tensor, position_ids_BL: Tensor) -> Tensor:
-    """Rotary positions in LLaMA's half-split layout."""
+    """Applies rotary position embeddings in LLaMA's half-split layout."""
     cos, sin = (table[position_ids_BL][:, None] for table in (cos_CE, sin_CE))
     first, second = x_BHLD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(
@@ -50,7 +50,7 @@ def rotate_half(x_BHLD: Tensor, cos_CE: Tensor, sin_CE: Tensor, position_ids_BL:
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary position embeddings."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -64,8 +64,11 @@ class DecoderAttention(nn.Module):
     def forward(
         self, x: Tensor, rotate: Rotate, mask: Tensor, positions: Tensor, cache: KeyValue | None
     ) -> tuple[Tensor, KeyValue]:
-        """x [B, L, H] to (output [B, L, H], keys and values seen: the cache with rows
-        `positions` replaced, or this call's own).
+        """Computes attention: x [B, L, H] to the output [B, L, H] and the keys and
+        values.
+
+        With a cache, the keys and values are the cache with rows `positions` replaced.
+        Without one, they are those of this call.
         """
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -121,7 +124,7 @@ def _hidden_only(
 
 
 class Decoder(nn.Module):
-    """Input embeddings to hidden states; `lm_head` turns hidden states into logits."""
+    """Maps input embeddings to hidden states; `lm_head` maps hidden states to logits."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -144,11 +147,11 @@ class Decoder(nn.Module):
         caches: Sequence[KeyValue] | None = None,
         rotary: RotaryFunction = rotate_half,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Hidden states [B, L, H] after the last norm, and each layer's keys and values
-        (none when activations are recomputed).
+        """Returns the hidden states [B, L, H] after the last norm, and each layer's
+        keys and values. The list is empty when activations are recomputed.
 
-        `mask` is boolean, [B, 1, L, L] without caches and [B, 1, L, C] with them, True
-        where a key is seen.
+        `mask` is boolean, [B, 1, L, L] without caches and [B, 1, L, C] with them. It is
+        True where the query may attend to the key.
         """
         cos, sin = self.rotary_cos, self.rotary_sin
 
@@ -175,8 +178,8 @@ class Decoder(nn.Module):
         caches: Sequence[KeyValue],
         rotary: RotaryFunction = rotate_half,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Prefill or decode with a cache: logits of the last position [B, V], and the
-        updated caches. Row r of a cache holds position r.
+        """Runs prefill or a decode step with a cache. Returns the logits of the last
+        position [B, V] and the updated caches. Row r of a cache holds position r.
         """
         rows = torch.arange(caches[0][0].shape[2], device=position_ids_BL.device)
         mask = rows[None, None, None, :] <= position_ids_BL[:, None, :, None]

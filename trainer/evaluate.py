@@ -1,5 +1,5 @@
-"""Answers with a PyTorch checkpoint, for `infmllm-eval CKPT DATA` and for the figures
-in a checkpoint's card.
+"""Answers questions with a PyTorch checkpoint, for `infmllm-eval CKPT DATA` and for the
+scores in a checkpoint's card.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ __all__ = ["CheckpointAnswerer"]
 
 
 class CheckpointAnswerer:
-    """Greedy answers of a checkpoint in fp32 on the CPU. One image's embeddings are
-    kept for the questions that follow on it.
+    """Answers greedily with a checkpoint in fp32 (on the CPU unless the model was
+    moved). The last image's embeddings are kept for further questions about it.
     """
 
     def __init__(self, path: Path, checkpoint: Checkpoint | None = None) -> None:
@@ -32,7 +32,9 @@ class CheckpointAnswerer:
     def answer_ids(
         self, image: Image.Image, sample: Sample, visual_tokens: int | None
     ) -> list[int]:
-        """Token ids of the greedy answer, up to the task's published limit."""
+        """Returns the token ids of the greedy answer, up to the task's published limit.
+        Raises `ContextError` if the prompt is too long.
+        """
         model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
         p = model.spec.pool_size_for(visual_tokens)
         if self._last is None or self._last[0] is not image or self._last[1] != p:
@@ -52,7 +54,7 @@ class CheckpointAnswerer:
         )
 
     def answer(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> str:
-        """The greedy answer's text."""
+        """Returns the text of the greedy answer."""
         return self.checkpoint.tokenizer.decode(
             self.answer_ids(image, sample, visual_tokens)
         ).strip()

@@ -1,8 +1,8 @@
-"""The two objectives: next-token prediction on answers, with coordinates treated as
-ordered, and dense labels per patch.
+"""The two training losses: next-token prediction on answers, and per-patch labels.
 
-A coordinate token one hundredth off is nearly right, so its target is a narrow bell
-over neighbouring coordinates; every other token has the usual one-hot target.
+A coordinate token that is off by one hundredth is nearly right. Its target is therefore
+a narrow Gaussian over neighbouring coordinates; every other token has the usual one-hot
+target.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from trainer.datasets.detection import DENSE_SUB
 __all__ = ["AnswerLoss", "DenseHead"]
 
 _COORDINATE = re.compile(r"([ ,]?)([01]\.\d\d)")
-_SIGMA = 0.012  # of the picture's side
-_CLASS_WEIGHT = 3.0  # of all class labels together, against box and outline
+_SIGMA = 0.012  # as a fraction of the image's side
+_CLASS_WEIGHT = 3.0  # of all class labels together, relative to box and outline
 _MAX_RARITY = 4.0
 
 
@@ -53,8 +53,8 @@ class AnswerLoss(nn.Module):
             self.row_of[ids] = torch.arange(len(matches))
 
     def forward(self, logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> Tensor:
-        """Scalar loss of logits [N, V] at positions whose labels [N] are token ids
-        (none ignored), each with its weight [N].
+        """Returns the scalar loss of logits [N, V] for label ids [N] with weights [N].
+        No label may be `IGNORE`.
         """
         assert bool((labels_N != IGNORE).all()), "gather answer positions before computing logits"
         rows = self.row_of[labels_N]
@@ -71,8 +71,8 @@ class AnswerLoss(nn.Module):
 
 
 def _rarity(target: Tensor, classes: int) -> Tensor:
-    """Per patch the root of how much rarer its class is than the mean one (nothing,
-    class 0, stays at 1), at most 4.
+    """Returns a weight per patch: the square root of the mean class count over the
+    count of the patch's class, at most 4. Class 0 (nothing) has weight 1.
     """
     counts = torch.bincount(target.flatten(), minlength=classes).float()
     things = counts[1:]
@@ -85,15 +85,15 @@ def _rarity(target: Tensor, classes: int) -> Tensor:
 
 
 class DenseHead(nn.Module):
-    """Linear read-outs of classes, box and outline per patch; used while training the
-    tower, never shipped.
+    """Linear heads that predict classes, box and outline per patch. They are used only
+    to train the vision tower and are not saved in checkpoints.
 
-    `classes` counts the classes of each label, such as colour, shape and size; class 0
-    is nothing.
+    `classes` has the number of classes of each label, such as colour, shape and size;
+    class 0 is nothing.
 
-    The outline (which of a patch's cells a thing covers) is also read from an early
-    block: it is a local question whose answer later blocks need to tell shapes apart,
-    and asking it there ends the long plateau at chance on shapes.
+    The outline (which cells of a patch a thing covers) is also predicted from an early
+    block. Outlines are local, and later blocks need them to tell shapes apart. This
+    early loss ends the long plateau at chance accuracy on shapes.
     """
 
     def __init__(self, width: int, classes: Sequence[int], generator: torch.Generator) -> None:
@@ -109,7 +109,9 @@ class DenseHead(nn.Module):
     def forward(
         self, patches_NPC: Tensor, early_NPC: Tensor, labels_NPD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(scalar loss, share of covered patches with every class right)."""
+        """Returns the scalar loss and the share of covered patches whose classes are
+        all right.
+        """
         count = len(self._parts) - 2
         *classes, box, outline = self.linear(patches_NPC).split(self._parts, dim=-1)
         covered = labels_NPD[..., 0] > 0

@@ -1,5 +1,5 @@
-"""InfMLLM in one module: tower, pool-adapter and decoder, with the full forward pass
-used in training and as the reference for parity.
+"""The InfMLLM model: vision tower, pool-adapter and decoder. Its full forward pass is
+used in training and is the reference for parity checks.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _INIT_STD = 0.02
 
 
 class InfMLLM(nn.Module):
-    """The model of a `ModelSpec`. Weights start random from `generator`; checkpoints
-    replace them.
+    """The model that a `ModelSpec` describes. With a `generator`, weights start random;
+    loading a checkpoint replaces them.
     """
 
     def __init__(self, spec: ModelSpec, generator: torch.Generator | None = None) -> None:
@@ -36,13 +36,14 @@ class InfMLLM(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Fresh weights; see `initial`."""
+        """Fills all parameters with random weights; see `initial`."""
         for name, parameter in self.named_parameters():
             parameter.copy_(self.initial(name, parameter.shape, generator))
 
     def initial(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """A parameter's start: normal (std by fan-in, residual outputs scaled by depth,
-        GPT-2 style), zero biases, unit norms.
+        """Returns a parameter's initial value: normal weights, zero biases and unit
+        norms. The standard deviation follows the fan-in, and residual outputs are
+        scaled by depth (GPT-2 style).
         """
         if "norm" in name and name.endswith("weight"):
             return torch.ones(shape)
@@ -67,20 +68,20 @@ class InfMLLM(nn.Module):
         )
 
     def pool_tensor(self, p: int) -> Tensor:
-        """The pooling matrix [p*p, s*s] on the model's device."""
+        """Returns the pooling matrix [p*p, s*s] on the model's device."""
         return torch.from_numpy(pool_matrix(self.spec.vision.grid, p)).to(
             self.decoder.embed_tokens.weight.device
         )
 
     def embed_image(self, pixels_NCHW: Tensor, p: int) -> Tensor:
-        """Visual embeddings [N, p*p, H] of normalised pixels."""
+        """Returns the visual embeddings [N, p*p, H] of normalised pixels."""
         return self.pool_adapter(self.vision_tower(pixels_NCHW), self.pool_tensor(p))
 
     def sequence(
         self, before: Sequence[int], image_embeds_TH: Tensor | None, after: Sequence[int]
     ) -> Tensor:
-        """One sequence's input embeddings [1, L, H]: ids before, visual embeddings, ids
-        after.
+        """Returns the input embeddings [1, L, H] of one sequence: the ids before the
+        image, the visual embeddings, and the ids after it.
         """
         table = self.decoder.embed_tokens
         device = table.weight.device
@@ -92,8 +93,8 @@ class InfMLLM(nn.Module):
         return torch.cat(parts)[None]
 
     def logits(self, inputs_embeds_BLH: Tensor) -> Tensor:
-        """Uncached causal forward: logits of every position [B, L, V]. The reference
-        all compiled graphs are compared with.
+        """Returns the logits of every position [B, L, V] without a cache, with causal
+        attention. All compiled graphs are compared with this reference.
         """
         batch, length = inputs_embeds_BLH.shape[:2]
         positions = torch.arange(length, device=inputs_embeds_BLH.device).expand(batch, -1)
@@ -105,8 +106,8 @@ class InfMLLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs_embeds_1LH: Tensor, max_new_tokens: int) -> list[int]:
-        """Greedy decoding with a cache, stopping before the end-of-sequence id, at
-        non-finite logits or at the end of the context: the token ids.
+        """Decodes greedily with a cache and returns the token ids. Stops before the
+        end-of-sequence id, at non-finite logits, or at the end of the context.
         """
         spec, length = self.spec.decoder, inputs_embeds_1LH.shape[1]
         max_new_tokens = min(

@@ -1,5 +1,5 @@
-"""What a stage minimises: one module from a batch to a loss, so that wrappers for
-several processes see a single forward pass.
+"""The training objective of a stage: one module that maps a batch to a loss. Wrappers
+for several processes thus see a single forward pass.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _BETAS = (0.9, 0.98)
 
 
 class Objective(nn.Module):
-    """The model with its losses; `dense_classes` are the classes of labels per patch
-    (empty: the data have none).
+    """The model with its losses. `dense_classes` has the number of classes of each
+    per-patch label; it is empty if the data have no such labels.
     """
 
-    _no_split_modules = ("VisionBlock", "DecoderLayer")  # what FSDP shards as units
+    _no_split_modules = ("VisionBlock", "DecoderLayer")  # FSDP shards each of these as a unit
 
     def __init__(
         self, model: InfMLLM, tokenizer: Tokenizer, dense_classes: tuple[int, ...], seed: int
@@ -38,7 +38,7 @@ class Objective(nn.Module):
         self.answer_loss = AnswerLoss(tokenizer, model.spec.decoder.vocab_size)
 
     def forward(self, batch: Batch, stage: Stage) -> tuple[Tensor, dict[str, Tensor]]:
-        """(scalar loss, figures to show) of one micro-batch."""
+        """Returns the scalar loss of one micro-batch and the figures to log."""
         model, shown = self.model, dict[str, Tensor]()
         with torch.set_grad_enabled(stage.tower > 0 and torch.is_grad_enabled()):
             patches, early = model.vision_tower.with_early_features(batch.pixels)
@@ -67,8 +67,8 @@ class Objective(nn.Module):
 
 
 def make_optimiser(objective: Objective, run: StageRun, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over what the stage trains, everything else frozen; each group keeps its
-    learning-rate factor.
+    """Returns AdamW over the parameters that the stage trains, and freezes all others.
+    Each parameter group stores its learning-rate factor.
     """
     stage = STAGES[run.stage]
     groups: dict[tuple[float, float], list[Tensor]] = {}

@@ -1,6 +1,7 @@
-"""One process or many, on CPU or GPU: everything about `accelerate` is here.
+"""Everything about `accelerate`: training in one process or many, on the CPU or on
+GPUs.
 
-The same command runs alone, under `torchrun` and under `accelerate launch` with a
+The same command runs alone, under `torchrun`, and under `accelerate launch` with a
 configuration (data parallel, or sharded by FSDP2).
 """
 
@@ -42,8 +43,8 @@ PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def make_accelerator(precision: str = "auto") -> Accelerator:
-    """Joins the other processes, if there are any. `auto` computes in bf16 where the
-    hardware multiplies it, else in fp32.
+    """Returns an accelerator and joins the other processes, if there are any. `auto`
+    computes in bf16 if the hardware supports bf16 multiplication, else in fp32.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -51,7 +52,7 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
     if precision not in PRECISIONS:
         raise UsageError(f"unknown precision {precision!r}; choose one of: {', '.join(PRECISIONS)}")
     bf16 = precision == "bf16" or (precision == "auto" and fast_bf16())
-    # else a second run in one process could not choose another precision
+    # Without this, a second run in the same process could not choose another precision.
     AcceleratorState._reset_state()
     return autocast_only(
         Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if bf16 else "no")
@@ -59,8 +60,8 @@ def make_accelerator(precision: str = "auto") -> Accelerator:
 
 
 def autocast_only(accelerator: Accelerator) -> Accelerator:
-    """Leaves bf16 to autocast where weights are sharded, as everywhere else: FSDP2's
-    own policy casts weights but not our batches.
+    """Lets autocast handle bf16 under FSDP2 too. FSDP2's own mixed-precision policy
+    casts weights but not the trainer's batches.
     """
     if accelerator.is_fsdp2:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -77,15 +78,15 @@ def fast_bf16() -> bool:
 
 
 def set_threads(threads: int | None) -> None:
-    """CPU threads of this process: as asked, else the cores divided among the machine's
-    processes.
+    """Sets the CPU threads of this process: `threads` if given, else the cores divided
+    by the number of processes on this machine.
     """
     local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local))
 
 
 def gather_object(items: list[Any]) -> list[Any]:
-    """The processes' lists joined, in all of them."""
+    """Returns the joined lists of all processes, in every process."""
     from accelerate.utils import gather_object
 
     gathered: list[Any] = gather_object(items)
@@ -93,7 +94,7 @@ def gather_object(items: list[Any]) -> list[Any]:
 
 
 def leave_processes() -> None:
-    """Waits for all processes and ends their group; nothing to do for a process alone."""
+    """Waits for all processes and ends their group. Does nothing in a single process."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -102,8 +103,8 @@ def leave_processes() -> None:
 def full_state(
     accelerator: Accelerator, module: nn.Module, optimiser: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Whole states of a module and its optimiser, on the main process. Call it on all
-    processes: sharded ones gather.
+    """Returns the whole states of a module and its optimiser, on the main process. Call
+    it on all processes, because sharded states are gathered.
     """
     if not isinstance(module, FSDPModule):
         return accelerator.unwrap_model(module).state_dict(), optimiser.state_dict()
@@ -120,7 +121,7 @@ def load_full_state(
     weights: dict[str, Any],
     moments: dict[str, Any] | None,
 ) -> None:
-    """The inverse of `full_state`; every process passes the whole states."""
+    """Loads states that `full_state` returned. Every process passes the whole states."""
     if not isinstance(module, FSDPModule):
         accelerator.unwrap_model(module).load_state_dict(weights)
         if optimiser is not None and moments is not None:
@@ -133,8 +134,8 @@ def load_full_state(
 
 
 def gathered_weights(module: nn.Module) -> dict[str, Any] | None:
-    """Whole weights on the main process (an empty dict on others) where they were
-    sharded, else None. Call it on all processes.
+    """Gathers sharded weights: whole on the main process, an empty dict on others.
+    Returns None if weights are not sharded. Call it on all processes.
     """
     if not isinstance(module, FSDPModule):
         return None
@@ -144,5 +145,5 @@ def gathered_weights(module: nn.Module) -> dict[str, Any] | None:
 
 
 def _inner(optimiser: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimiser inside accelerate's wrapper."""
+    """Returns the optimiser inside accelerate's wrapper."""
     return getattr(optimiser, "optimizer", optimiser)

@@ -1,5 +1,5 @@
-"""What a person sees while training: a bar with speed and time left, `log.jsonl`, and
-curves and pictures for TensorBoard.
+"""Progress output of training: a bar with speed and time left, `log.jsonl`, and curves
+and sample images for TensorBoard.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ LOG, CURVES, SAMPLES = "log.jsonl", "tensorboard", "samples"
 
 
 def check_finite(figures: Mapping[str, Tensor | float], stage: str, step: int) -> None:
-    """Raises `NonFiniteError` when a figure is no number, before anything made of it is
-    saved.
+    """Raises `NonFiniteError` if a figure is not finite. Called before a state is
+    saved, so that the last good state is kept.
     """
     bad = sorted(key for key, value in figures.items() if not math.isfinite(float(value)))
     if bad:
@@ -45,7 +45,9 @@ def check_finite(figures: Mapping[str, Tensor | float], stage: str, step: int) -
 
 
 def clear_log(folder: Path, keep_until: int = 0) -> None:
-    """Removes what an earlier run logged after a number of steps (all stages together)."""
+    """Removes log lines after step `keep_until`, counted over all stages. Without
+    `keep_until`, also removes the curves and samples of earlier runs.
+    """
     log = folder / LOG
     if log.exists():
         kept = [
@@ -60,8 +62,8 @@ def clear_log(folder: Path, keep_until: int = 0) -> None:
 
 
 class Progress:
-    """Collects the figures of a stage's steps; every few steps their means over steps
-    and processes are shown and written.
+    """Collects the figures of a stage's steps. Every few steps, it shows and logs their
+    means over steps and processes.
     """
 
     def __init__(
@@ -101,15 +103,15 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Flushes the curves."""
+        """Closes the TensorBoard writer, which flushes the curves."""
         if self._writer is not None:
             self._writer.close()
 
     def add(
         self, run: StageRun, step: int, rate: float, shown: dict[str, Tensor], waited: float
     ) -> None:
-        """One step's figures; `waited` is the time in seconds this process waited for
-        data. Call it on all processes.
+        """Adds one step's figures. `waited` is the time in seconds this process waited
+        for data. Call it on all processes.
         """
         self._count += 1
         self._waited += waited
@@ -150,7 +152,7 @@ class Progress:
         self.bar.update(self.bar.task_ids[-1], figures=short)
 
     def picture(self, image: Image.Image, run: StageRun, step: int) -> None:
-        """A sheet of samples, to a file and to TensorBoard."""
+        """Writes a sheet of sample answers to a file and to TensorBoard."""
         folder = self._folder / SAMPLES
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{run.stage}-{step + 1:06d}.png")

@@ -1,4 +1,4 @@
-"""Learning rate over a stage."""
+"""The learning-rate schedule of a stage."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ __all__ = ["learning_rate"]
 
 
 def learning_rate(run: StageRun, step: int) -> float:
-    """Linear warm-up from 0, then half a cosine or a line f from 1 to 0, lifted to the
-    floor r: (1-r)*f + r (as published).
+    """Returns the learning rate of a step: linear warm-up from 0, then a decay.
+
+    The decay factor f falls from 1 to 0 as half a cosine or a line. The floor r lifts
+    it to (1-r)*f + r, as published.
     """
     if step < run.warmup:
         return run.lr * (step + 1) / run.warmup

@@ -1,5 +1,5 @@
-"""Where a run starts: new weights from a seed, or a checkpoint's, at another picture
-size and with more words if asked.
+"""The starting point of a run: random weights from a seed, or a checkpoint, optionally
+with another image size and more tokenizer words.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _WORD = re.compile("[A-Za-z]+")
 
 @dataclass(frozen=True)
 class Start:
-    """A model in training mode with its tokenizer, bound and as text; `card` is that of
-    the checkpoint it comes from.
+    """A model in training mode with its tokenizer, both loaded and as JSON text. `card`
+    is the card of the source checkpoint, empty for new weights.
     """
 
     model: InfMLLM
@@ -55,8 +55,8 @@ class Start:
 def begin(
     spec: ModelSpec, seed: int, path: Path | None, image_size: int | None, new_words: Sequence[str]
 ) -> Start:
-    """New weights of `spec`, or a checkpoint's where `path` names one. Raises
-    `UsageError` when changes are asked of no checkpoint.
+    """Returns random weights for `spec`, or the checkpoint at `path` if given. Raises
+    `UsageError` if `image_size` or `new_words` is given without a checkpoint.
     """
     if path is not None:
         return start_from_checkpoint(path, image_size, new_words)
@@ -68,7 +68,7 @@ def begin(
 
 
 def new_start(spec: ModelSpec, seed: int) -> Start:
-    """Random weights and the scene tokenizer."""
+    """Returns a model with random weights and the tokenizer of the synthetic scenes."""
     inner = build_tokenizer(corpus())
     return Start(
         InfMLLM(spec, torch.Generator().manual_seed(seed)),
@@ -81,8 +81,8 @@ def new_start(spec: ModelSpec, seed: int) -> Start:
 def start_from_checkpoint(
     path: Path, image_size: int | None = None, new_words: Sequence[str] = ()
 ) -> Start:
-    """A checkpoint's model; `image_size` resizes its position table, `new_words` are
-    texts its tokenizer shall learn words from.
+    """Returns a checkpoint's model. `image_size` resizes its position table;
+    `new_words` are texts whose words the tokenizer learns.
     """
     checkpoint = load_checkpoint(path)
     model, tokenizer_json = checkpoint.model, (path / TOKENIZER).read_text()
@@ -101,8 +101,8 @@ def start_from_checkpoint(
 
 
 def resized_positions(table_1LC: Tensor, grid: int) -> Tensor:
-    """A position table for another patch grid: the CLS row stays, the patch rows are
-    interpolated (bicubic, as published).
+    """Returns the position table resized to another patch grid. The CLS row is kept;
+    the patch rows are interpolated (bicubic, as published).
     """
     old = round((table_1LC.shape[1] - 1) ** 0.5)
     if old == grid:
@@ -114,8 +114,8 @@ def resized_positions(table_1LC: Tensor, grid: int) -> Tensor:
 
 
 def resized(model: InfMLLM, image_size: int) -> InfMLLM:
-    """The same weights for pictures of another size, pooled to the whole grid or its
-    half. Raises `SpecError` if the size does not fit.
+    """Returns the model for another image size, with pooling to the whole grid and, if
+    the grid is even, to half of it. Raises `SpecError` if the size does not fit.
     """
     vision = replace(model.spec.vision, image_size=image_size)
     grid = vision.grid
@@ -128,12 +128,13 @@ def resized(model: InfMLLM, image_size: int) -> InfMLLM:
 
 
 def extended(model: InfMLLM, old: RawTokenizer, texts: Sequence[str]) -> tuple[InfMLLM, str]:
-    """The model with a tokenizer that also knows the words of `texts`, the 2000 most
-    frequent at most.
+    """Returns the model and a tokenizer that also knows the words of `texts`, at most
+    the 2000 most frequent.
 
-    Rows of tokens both tokenizers have are copied; a new token starts as the mean of
-    the old tokens that spelt it. Only tokenizers made by `build_tokenizer` can grow,
-    since others' training texts are not known; raises `UsageError` for them.
+    Embedding rows of tokens in both tokenizers are copied. A new token starts as the
+    mean of the old tokens that spelt it. Only tokenizers made by `build_tokenizer` can
+    be extended, because the training texts of others are not known. Raises `UsageError`
+    for other tokenizers.
     """
     counts = Counter(word for text in texts for word in _WORD.findall(text))
     new = build_tokenizer(corpus(), [word for word, _ in counts.most_common(_MAX_WORDS)])

@@ -1,9 +1,9 @@
-"""Builds the nano preset's tokenizer: byte-level BPE over the scene language, with
-coordinates as single tokens.
+"""Builds the nano preset's tokenizer: byte-level BPE over the sentences of the
+synthetic scenes.
 
-Bytes make every Unicode text encodable; words of the closed world become one token
-each; a coordinate with its separator (`0.12`, `,0.34`, ` 0.56`) is one token, so a box
-costs four decoding steps. Other presets bring their own `tokenizer.json`.
+Byte-level BPE can encode any Unicode text. Each word of the scenes becomes one token. A
+coordinate with its separator (`0.12`, `,0.34`, ` 0.56`) is also one token, so a box
+takes four decode steps. Other presets bring their own `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def _coordinates() -> Iterator[str]:
 
 
 def build_tokenizer(corpus: Iterable[str], words: Sequence[str] = ()) -> Tokenizer:
-    """A tokenizer whose words come from `corpus` and `words`, the task templates and
-    all two-decimal coordinates. Deterministic.
+    """Builds a tokenizer from the words of `corpus` and `words`, the task templates and
+    all two-decimal coordinates. The result is deterministic.
     """
     tokenizer = Tokenizer(models.BPE())
     pieces = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
@@ -49,7 +49,7 @@ def build_tokenizer(corpus: Iterable[str], words: Sequence[str] = ()) -> Tokeniz
         vocab_size=_VOCABULARY
         + sum(
             2 * len(word.encode()) + 1 for word in words
-        ),  # room for every merge, so that none pushes out a coordinate
+        ),  # room for all merges of new words, so that coordinates stay tokens
         min_frequency=0,
         show_progress=False,
         special_tokens=list(SPECIAL),

@@ -1,8 +1,10 @@
-"""The training loop: a recipe of stages over a stream of batches, resumable to the bit.
+"""The training loop: runs a recipe of stages over a stream of batches, with bit-exact
+resume.
 
-Batches are a function of (seed, step) and the optimiser's state is saved with the step,
-so a killed run continued with `resume` ends with the weights of one that was never
-stopped; two processes take the steps of one that accumulates twice as often.
+Batches depend only on the seed and the step, and the optimiser's state is saved with
+the step. A run that is killed and continued with `resume` thus ends with the same
+weights as an uninterrupted one. Two processes take the same steps as one process with
+twice the `accumulate`.
 """
 
 from __future__ import annotations
@@ -54,18 +56,18 @@ STATE = "state.pt"
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Where and how often to save, how to compute, and whether to go on from a saved
-    state.
+    """Options of a run: where and how often to save, how to compute, and whether to
+    resume from a saved state.
     """
 
     state_dir: Path
     seed: int = 0
     identity: str = (
-        ""  # what identifies data and starting weights, so that a resumed run has the same
+        ""  # identifies data and starting weights, which must match when a run is resumed
     )
     resume: bool = False
     save_seconds: float = 120.0
-    stop_after: int | None = None  # total optimiser steps in this process, for tests of resuming
+    stop_after: int | None = None  # stop after this many optimiser steps, for tests of resuming
     workers: int = 1
     skip_bad: bool = False
     precision: str = "auto"
@@ -76,8 +78,8 @@ class TrainOptions:
 
 @dataclass
 class _State:
-    """What is saved: everything a run needs to continue. `weights` are the objective's,
-    read-out heads included.
+    """The saved state: everything a run needs to continue. `weights` are those of the
+    objective, including the dense head.
     """
 
     stage: int
@@ -121,8 +123,9 @@ def _load(path: Path, run: dict[str, Any]) -> _State:
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained model on the CPU (whole on the main process only, where weights were
-    sharded) and the seconds spent, earlier sittings included.
+    """The result of a run: the model on the CPU, and the seconds spent, including
+    earlier sessions of a resumed run. If weights were sharded, the model is complete
+    only on the main process.
     """
 
     model: InfMLLM
@@ -138,12 +141,12 @@ def train(
     recipe: Sequence[StageRun],
     options: TrainOptions,
 ) -> Trained:
-    """Runs the recipe on `model`, in place unless weights are sharded. State goes to
-    `options.state_dir`. Raises `DataError` or `UsageError`.
+    """Runs the recipe and returns the result. Trains `model` in place unless weights
+    are sharded. Saves state to `options.state_dir`. Raises `DataError` or `UsageError`.
     """
     classes = (
         source.dense_classes if model.spec.image_mode == "stretch" else ()
-    )  # labels per patch are not padded with the picture
+    )  # per-patch labels do not account for padding of the image
     dense = [run.stage for run in recipe if STAGES[run.stage].objective == "dense"]
     if dense and not classes:
         raise UsageError(
@@ -202,8 +205,8 @@ class _Trainer:
         self.left = options.stop_after
 
     def _check_start(self) -> None:
-        """All processes must start from the same state, also on machines that share no
-        disk; what an abandoned run logged is cleared away.
+        """Checks that all processes start from the same state, even on machines without
+        a shared disk. Removes log entries after the saved step.
         """
         here = (self.start.stage, self.start.step) if self.start else None
         everywhere = gather_object([here]) if self.accelerator.num_processes > 1 else [here]
@@ -224,7 +227,7 @@ class _Trainer:
             )
 
     def run(self) -> Trained:
-        """All stages from the start or the saved state."""
+        """Runs all stages from the start or from the saved state."""
         before = 0
         for index, run in enumerate(self.recipe):
             if not (self.start and index < self.start.stage) and not self._stage(
@@ -252,7 +255,7 @@ class _Trainer:
         )
 
     def _stage(self, index: int, run: StageRun, before: int) -> bool:
-        """One stage; False when told to stop."""
+        """Runs one stage. Returns False if `stop_after` ended it early."""
         accelerator, stage = self.accelerator, STAGES[run.stage]
         optimiser = make_optimiser(self.objective, run, fused=not accelerator.is_fsdp2)
         module, optimiser = accelerator.prepare(self.objective, optimiser)
@@ -305,8 +308,8 @@ class _Trainer:
         stage: Stage,
         batches: Iterator[Batch],
     ) -> tuple[dict[str, Tensor], float]:
-        """One optimiser step: (mean figures of its micro-batches, seconds waited for
-        data).
+        """Runs one optimiser step. Returns the mean figures of its micro-batches and
+        the seconds spent waiting for data.
         """
         accelerator, figures, waited = self.accelerator, dict[str, Tensor](), 0.0
         optimiser.zero_grad(set_to_none=True)
@@ -329,8 +332,8 @@ class _Trainer:
         return figures, waited
 
     def _batches(self, run: StageRun, index: int, first: int) -> Iterator[Batch]:
-        """This process's micro-batches from step `first` to the end of the stage.
-        Raises `DataError`.
+        """Yields this process's micro-batches from step `first` to the end of the
+        stage. Raises `DataError`.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = run.accumulate * world
@@ -363,7 +366,7 @@ class _Trainer:
             yield batch
 
     def _together(self, wanted: bool) -> bool:
-        """The main process's decision, in all processes."""
+        """Returns the main process's decision in all processes."""
         if self.accelerator.num_processes == 1:
             return wanted
         decision = torch.tensor(int(wanted), device=self.accelerator.device)
@@ -381,8 +384,8 @@ class _Trainer:
             )
 
     def _show(self, progress: Progress, run: StageRun, step: int) -> None:
-        """A sheet of samples by the main process; sharded weights are not gathered for
-        it.
+        """Writes a sheet of sample answers on the main process. Skipped if weights are
+        sharded, because they are not gathered for it.
         """
         if (
             self.accelerator.is_main_process

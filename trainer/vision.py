@@ -1,8 +1,8 @@
 """The vision tower and the pool-adapter: pixels to visual embeddings.
 
-The tower is the EVA ViT of BLIP-2 (pre-norm blocks, fused QKV with learned Q and V
-biases, no norm after the last block, then an fp32 LayerNorm). Pooling is a matrix given
-at run time, so one set of weights serves every p that divides the patch grid.
+The tower is the EVA ViT of BLIP-2: pre-norm blocks, fused QKV with learned Q and V
+biases, no norm after the last block, then a LayerNorm in fp32. The pooling matrix is an
+input at run time, so one set of weights serves every p that divides the patch grid.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMlp(nn.Module):
-    """Two linear layers with the exact (erf) GELU between."""
+    """Two linear layers with the exact (erf) GELU between them."""
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """pixels [N, 3, S, S] to patch features [N, s*s, C] in row-major order; the CLS
-    token takes part and is dropped at the end.
+    """Maps pixels [N, 3, S, S] to patch features [N, s*s, C] in row-major order. The
+    CLS token takes part in attention and is dropped at the end.
     """
 
     def __init__(self, spec: VisionSpec) -> None:
@@ -84,14 +84,14 @@ class VisionTower(nn.Module):
         self.recompute = False  # gradient checkpointing: less memory, more time
 
     def forward(self, pixels_NCHW: Tensor) -> Tensor:
-        """Normalised pixels to normalised patch features [N, s*s, C]; the last norm is
-        computed in fp32.
+        """Maps normalised pixels to patch features [N, s*s, C] after the final norm,
+        which is computed in fp32.
         """
         return self.with_early_features(pixels_NCHW)[0]
 
     def with_early_features(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The features, and the patches as they stand after a third of the blocks, both
-        [N, s*s, C] (the latter for auxiliary losses).
+        """Returns the patch features and the patches after a third of the blocks, both
+        [N, s*s, C]. The latter are for auxiliary losses.
         """
         x = early = self.embed(pixels_NCHW)
         for index, block in enumerate(self.blocks, 1):
@@ -104,16 +104,16 @@ class VisionTower(nn.Module):
         return self.finish(x), early[:, 1:]
 
     def embed(self, pixels_NCHW: Tensor) -> Tensor:
-        """Pixels to what the first block takes: CLS and patch embeddings with
-        positions, [N, 1 + s*s, C].
+        """Returns the first block's input [N, 1 + s*s, C]: CLS and patch embeddings
+        plus positions.
         """
         patches = self.patch_embed(pixels_NCHW).flatten(2).transpose(1, 2)
         cls = self.cls_token.expand(patches.shape[0], -1, -1)
         return torch.cat([cls, patches], dim=1) + self.pos_embed
 
     def finish(self, x_NLC: Tensor) -> Tensor:
-        """The last block's output to patch features: the final norm in fp32, without
-        CLS.
+        """Maps the last block's output to patch features: applies the final norm in
+        fp32 and drops CLS.
         """
         return self.norm(x_NLC.float())[:, 1:].to(x_NLC.dtype)
 
@@ -129,7 +129,7 @@ class PoolAdapter(nn.Module):
         self.fc2 = nn.Linear(hidden, hidden)
 
     def forward(self, patches_NPC: Tensor, pool_TP: Tensor) -> Tensor:
-        """Patch features [N, s*s, C] and pooling matrix [T, s*s] to image embeddings
-        [N, T, H].
+        """Maps patch features [N, s*s, C] and a pooling matrix [T, s*s] to image
+        embeddings [N, T, H].
         """
         return self.fc2(F.gelu(self.fc1(pool_TP.to(patches_NPC.dtype) @ patches_NPC)))

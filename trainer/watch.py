@@ -1,5 +1,5 @@
-"""Samples while training: every so many steps the model answers a few held-out
-questions, and a sheet shows them with boxes.
+"""Sample sheets during training: at regular intervals the model answers a few held-out
+questions, and an image shows the answers with boxes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ SHEET_EXAMPLES = 6
 
 
 def sample_sheet(model: InfMLLM, tokenizer: Tokenizer, examples: Sequence[Example]) -> Image.Image:
-    """Up to six pictures, each with one answer per task; true boxes green, predicted
-    ones red.
+    """Draws up to six images, each with one answer per task. True boxes are green,
+    predicted boxes red.
     """
     was_training = model.training
     model.eval()

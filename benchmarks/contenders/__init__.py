@@ -1,10 +1,10 @@
-"""The engines compared by `benchmarks/peers.py`, one module each, and the table of what
-is run with which of them.
+"""The engines that `benchmarks/peers.py` compares, one module each, and the table of
+contenders: engines with their settings.
 
-A module has `prepare(folder, options)`, which makes its files from the common weights
-unless they are there, and `load(folder, options, threads)`, which returns a `Decoder`
-or a `Vision`. Modules are imported in worker processes only, so a package that is
-missing costs one row.
+A module has two functions. `prepare(folder, contender)` makes its files from the common
+weights unless they exist. `load(folder, contender, threads)` returns a `Decoder` or a
+`Vision`. Modules are imported in worker processes only, so a missing package removes
+only the rows of its engine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float32]
-CHECKPOINT = "edge"  # the folder of the common weights, and the preset they are of
+CHECKPOINT = "edge"  # the folder of the common weights, named after their preset
 PROMPT, STEPS, CONTEXT = 288, 64, 512
 
 ENGINES: dict[str, str] = {
@@ -42,27 +42,29 @@ ENGINES: dict[str, str] = {
     "llama-cpp-python gguf",
     "eager": "pip install torch==2.13.0",
 }
-"""Modules of this package, and how to get what each needs."""
+"""The modules of this package, and the commands that install their packages."""
 
 
 class Decoder(Protocol):
-    """A loaded decoder: what is timed. `weight_bytes` is what one decoding step must
-    read, `disk_bytes` all its files; the cache starts empty.
+    """A loaded decoder with the calls that are timed. Its cache starts empty.
+
+    `weight_bytes` is the size of the weights that one decode step must read;
+    `disk_bytes` is the size of all its files.
     """
 
     weight_bytes: int
     disk_bytes: int
 
     def reset(self) -> None:
-        """Forgets the sequence; not timed."""
+        """Clears the sequence; not timed."""
         ...
 
     def prefill(self, tokens: list[int]) -> Array:
-        """Logits [V] behind the last of `tokens`."""
+        """Returns the logits [V] after the last of `tokens`."""
         ...
 
     def step(self, token: int) -> Array:
-        """Logits [V] behind one more token."""
+        """Returns the logits [V] after one more token."""
         ...
 
 
@@ -72,14 +74,14 @@ class Vision(Protocol):
     disk_bytes: int
 
     def embed(self, pixels: Array, pool: Array) -> Array:
-        """Image embeddings [T, H]."""
+        """Returns the image embeddings [T, H]."""
         ...
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One row: an engine with a precision. `family` is what it is compared within,
-    `note` its settings in words.
+    """One row: an engine with a precision. It is compared with contenders of the same
+    `family`; `note` describes its settings.
     """
 
     name: str
@@ -91,7 +93,7 @@ class Contender:
 
     @property
     def ours(self) -> bool:
-        """True for this repository's runtime."""
+        """Whether this is the repository's own runtime."""
         return self.engine == "ours"
 
 
@@ -193,7 +195,7 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def file_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Returns the size of a file, or of all files in a folder, in bytes."""
     return (
         sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         if path.is_dir()

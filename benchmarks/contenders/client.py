@@ -1,8 +1,8 @@
-"""The other end of `contenders.worker`: starts a contender's process, sends commands,
-and keeps as many processes as memory allows.
+"""The client of `contenders.worker`: starts the processes of contenders, sends
+commands, and keeps as many processes as memory allows.
 
-Processes stay alive between rounds. When little memory is left, the one used last is
-ended: it is the one whose turn is furthest away.
+Processes stay alive between rounds. When memory runs low, the most recently used
+process is ended, because its next turn is furthest away.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Absent", "Pool"]
 
 _ROOT = Path(__file__).parents[2]
 _SPARE_GIB = 3.0  # left for the system and for the page cache of mapped weights
-_GROWTH = 2.5  # most memory an engine takes, per byte on disk, until its peak is known
+_GROWTH = 2.5  # assumed memory per byte on disk, until the engine's peak is known
 
 
 class Absent(Exception):
@@ -28,7 +28,7 @@ class Absent(Exception):
 
 
 class _Process:
-    """A running worker."""
+    """A running worker process."""
 
     def __init__(
         self, folder: Path, contender: Contender, python: str, threads: int, log: Path
@@ -63,14 +63,14 @@ class _Process:
         self._contender, self._log = contender, log
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Sends one command and waits for its answer. Raises `Absent`."""
+        """Sends one command and returns its answer. Raises `Absent`."""
         process = self._process
         assert process.stdin and process.stdout, "both are pipes"
         try:
             process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # the missing answer says so
+            pass  # the missing answer below reports it
         line = process.stdout.readline()
         if not line:
             raise Absent(f"{do}: the process ended with {process.wait()}; see {self._log.name}")
@@ -89,8 +89,8 @@ class _Process:
 
 
 class Pool:
-    """The contenders' processes. `pythons` maps engines to the interpreter they run in,
-    where that is another one.
+    """The processes of the contenders. `pythons` maps an engine to its interpreter if
+    it is not the default `python`.
     """
 
     def __init__(self, folder: Path, pythons: dict[str, str], python: str, threads: int) -> None:
@@ -100,7 +100,7 @@ class Pool:
         self.loads: dict[str, list[dict[str, Any]]] = {}
 
     def once(self, contender: Contender, do: str, **arguments: Any) -> dict[str, Any]:
-        """One command in a process that ends after it."""
+        """Runs one command in a new process that ends afterwards."""
         process = self._start(contender)
         try:
             return process.ask(do, **arguments)
@@ -108,7 +108,9 @@ class Pool:
             process.end()
 
     def ask(self, contender: Contender, do: str, **arguments: Any) -> dict[str, Any]:
-        """One command to a loaded contender, which is loaded first where it is not."""
+        """Runs one command in a contender's process, and loads the contender first if
+        necessary.
+        """
         process = self._alive.pop(contender.name, None)
         if process is None:
             self._make_room(contender)

@@ -1,5 +1,5 @@
-"""PyTorch, eager: the trainer's own decoder and tower, which are also the reference
-that all outputs are compared with.
+"""Eager PyTorch: the trainer's own decoder and tower. They are also the reference for
+the outputs of all contenders.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class EagerDecoder:
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype) -> None:
         spec = open_checkpoint(checkpoint).spec.decoder
-        with torch.device("meta"):  # no time for numbers that are replaced
+        with torch.device("meta"):  # skips initial values, which the checkpoint replaces
             empty = Decoder(spec)
         self._model = filled(empty, "decoder.", checkpoint).to(dtype)
         self._model.rotary_cos, self._model.rotary_sin = rotary_tables(spec)
@@ -69,14 +69,16 @@ class EagerDecoder:
 
 
 class Tower(nn.Module):
-    """Tower and adapter as one module with the vision graph's inputs."""
+    """The vision tower and the adapter as one module, with the inputs of the vision
+    graph.
+    """
 
     def __init__(self, vision_tower: VisionTower, pool_adapter: PoolAdapter) -> None:
         super().__init__()
         self.vision_tower, self.pool_adapter = vision_tower, pool_adapter
 
     def forward(self, pixels: Tensor, pool: Tensor) -> Tensor:
-        """pixels [1, 3, S, S] and pool [T, s*s] to [1, T, H]."""
+        """Maps pixels [1, 3, S, S] and pool [T, s*s] to embeddings [1, T, H]."""
         return self.pool_adapter(self.vision_tower(pixels), pool)
 
 
@@ -94,8 +96,8 @@ class EagerVision:
 
 
 def filled(module: Module, prefix: str, checkpoint: Path) -> Module:
-    """The module, made without numbers, with its part of the checkpoint's weights in
-    float32.
+    """Fills a module made on the meta device with its part of the checkpoint's weights,
+    in float32, and returns it.
     """
     stored = open_checkpoint(checkpoint)
     module.load_state_dict(
@@ -105,7 +107,7 @@ def filled(module: Module, prefix: str, checkpoint: Path) -> Module:
 
 
 def tower(checkpoint: Path) -> Tower:
-    """Tower and adapter of a checkpoint."""
+    """Returns the vision tower and the adapter of a checkpoint."""
     spec = open_checkpoint(checkpoint).spec
     with torch.device("meta"):
         empty = Tower(VisionTower(spec.vision), PoolAdapter(spec.vision.width, spec.decoder.hidden))
@@ -113,12 +115,12 @@ def tower(checkpoint: Path) -> Tower:
 
 
 def prepare(folder: Path, contender: Contender) -> None:
-    """Writes the common weights unless they are there."""
+    """Writes the common weights unless they exist."""
     write_checkpoint(folder)
 
 
 def load(folder: Path, contender: Contender, threads: int) -> Any:
-    """The checkpoint, loaded."""
+    """Loads the checkpoint."""
     torch.set_num_threads(threads)
     if contender.part == "vision":
         return EagerVision(folder / CHECKPOINT)
@@ -126,5 +128,5 @@ def load(folder: Path, contender: Contender, threads: int) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of what runs it."""
+    """Returns the version of PyTorch."""
     return {"torch": torch.__version__}

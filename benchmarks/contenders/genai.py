@@ -1,5 +1,5 @@
-"""onnxruntime-genai: the decoder through its own model builder, run with its generator;
-weight-only kernels (MatMulNBits) of 4 or 8 bits.
+"""onnxruntime-genai: the decoder, built with its own model builder and run with its
+generator. It uses weight-only kernels (MatMulNBits) with 4 or 8 bits.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GenaiDecoder:
 
 
 def prepare(folder: Path, contender: Contender) -> None:
-    """Builds the model unless it is there."""
+    """Builds the model unless it exists."""
     write_checkpoint(folder)
     place = _place(folder, contender)
     if (place / _CONFIG).exists():
@@ -90,11 +90,11 @@ def _place(folder: Path, contender: Contender) -> Path:
 
 
 def load(folder: Path, contender: Contender, threads: int) -> Any:
-    """The built model, loaded."""
+    """Loads the built model."""
     spec = spec_of(folder).decoder
     return GenaiDecoder(_place(folder, contender), threads, 4 * spec.vocab_size * spec.hidden)
 
 
 def versions() -> dict[str, str]:
-    """Of what runs it."""
+    """Returns the version of onnxruntime-genai."""
     return {"onnxruntime-genai": og.__version__}

@@ -1,8 +1,8 @@
-"""OpenVINO's runtime: the decoder through optimum-intel's own exporter, the vision
-graph converted from PyTorch and quantised by nncf.
+"""OpenVINO: the decoder, exported by optimum-intel, and the vision graph, converted
+from PyTorch and quantised by nncf.
 
-The decoder is stateful (keys and values live in the request); a slice before the output
-head leaves the last position, as OpenVINO GenAI does.
+The decoder is stateful: keys and values live in the infer request. A slice before the
+output head keeps only the last position, as OpenVINO GenAI does.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from contenders.weights import image_inputs, llama_folder, write_checkpoint
 __all__ = ["IntelDecoder", "IntelVision", "compiled", "load", "prepare", "versions"]
 
 _DECODER, _VISION = "openvino_model.xml", "vision.xml"
-_SAMPLES = 4  # pictures nncf calibrates on
+_SAMPLES = 4  # calibration images for nncf
 Array = NDArray[np.float32]
 
 
 def compiled(model: ov.Model, threads: int, **more: Any) -> ov.CompiledModel:
-    """The model on the CPU with the settings found best: one stream, all its threads,
-    float32 between quantised layers.
+    """Compiles the model for the CPU with the fastest settings found: one stream with
+    all threads, and float32 between quantised layers.
     """
     settings = {
         "INFERENCE_NUM_THREADS": threads,
@@ -97,8 +97,8 @@ class IntelVision:
 
 
 def keep_last_position(model: ov.Model) -> None:
-    """Slices hidden states [B, L, H] to the last position before the product that makes
-    logits.
+    """Slices the hidden states [B, L, H] to the last position before the matrix product
+    that computes the logits.
     """
     node = model.get_results()[0].input_value(0).get_node()
     while node.get_type_name() != "MatMul":
@@ -110,8 +110,8 @@ def keep_last_position(model: ov.Model) -> None:
 
 
 def _table_bytes(model: ov.Model) -> int:
-    """Bytes of the token table, of which a step reads one row: the constants above the
-    first Gather by token.
+    """Returns the bytes of the token table, of which a step reads one row. They are
+    those of the constants that feed the first Gather by token.
     """
     gather = next(
         node
@@ -128,7 +128,7 @@ def _table_bytes(model: ov.Model) -> int:
 
 
 def prepare(folder: Path, contender: Contender) -> None:
-    """Converts the decoder or the vision graph unless that is done."""
+    """Converts the decoder or the vision graph unless it exists."""
     write_checkpoint(folder)
     place = _place(folder, contender)
     if (place / (_VISION if contender.part == "vision" else _DECODER)).exists():
@@ -193,7 +193,7 @@ def _place(folder: Path, contender: Contender) -> Path:
 
 
 def load(folder: Path, contender: Contender, threads: int) -> Any:
-    """The converted model, compiled."""
+    """Loads and compiles the converted model."""
     place = _place(folder, contender)
     return (
         IntelVision(place / _VISION, threads)
@@ -203,5 +203,5 @@ def load(folder: Path, contender: Contender, threads: int) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of what runs it."""
+    """Returns the version of OpenVINO."""
     return {"openvino": ov.get_version()}

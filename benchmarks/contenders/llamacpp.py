@@ -1,8 +1,8 @@
-"""llama.cpp through llama-cpp-python's C interface: weights written as GGUF in bf16,
-quantised by llama.cpp itself.
+"""llama.cpp through the C interface of llama-cpp-python: weights are written as GGUF in
+bf16 and quantised by llama.cpp itself.
 
-Its LLaMA graph rotates neighbouring pairs, so rows of the query and key weights are
-reordered from the half-split layout. No vocabulary is stored.
+llama.cpp's LLaMA graph rotates neighbouring pairs, so the rows of the query and key
+weights are reordered from the half-split layout. No vocabulary is stored.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ class LlamaDecoder:
 
 
 def _read_bytes(file: Path) -> int:
-    """Bytes of all tensors but the token table, of which a step reads one row."""
+    """Returns the bytes of all tensors except the token table, of which a step reads
+    only one row.
+    """
     from gguf import GGUFReader
 
     return sum(
@@ -83,7 +85,9 @@ def _read_bytes(file: Path) -> int:
 
 
 def write_gguf(folder: Path, place: Path) -> None:
-    """The decoder of the common weights as a GGUF file in bf16, norms in float32."""
+    """Writes the decoder of the common weights as a GGUF file in bf16, with norms in
+    float32.
+    """
     import torch
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -133,7 +137,7 @@ def _gguf_name(name: str) -> str:
 
 
 def prepare(folder: Path, contender: Contender) -> None:
-    """Writes and quantises the model unless that is done."""
+    """Writes and quantises the model unless it exists."""
     write_checkpoint(folder)
     place = _place(folder, contender)
     if place.exists():
@@ -158,7 +162,7 @@ def _place(folder: Path, contender: Contender) -> Path:
 
 
 def load(folder: Path, contender: Contender, threads: int) -> Any:
-    """The quantised model, loaded."""
+    """Loads the quantised model."""
     assert spec_of(folder).decoder.context >= CONTEXT, (
         "the model holds the prompt and what is decoded"
     )
@@ -166,5 +170,5 @@ def load(folder: Path, contender: Contender, threads: int) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Of what runs it."""
+    """Returns the version of llama-cpp-python."""
     return {"llama-cpp-python": lc.__version__}

@@ -1,8 +1,8 @@
-"""What the machine can do at most in this minute: gigabytes read and multiply-adds per
-second with the same number of threads.
+"""Measures the machine's limits at this moment: memory read bandwidth and float32
+multiply-adds per second, with the same number of threads.
 
-Decoding reads all weights once per token, so its rate times the weights' bytes over the
-read bandwidth says how near an engine is to that bound.
+Decoding reads all weights once per token. The token rate times the bytes of the
+weights, divided by the read bandwidth, shows how close an engine is to that bound.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy as np
 
 __all__ = ["available_gib", "bandwidth_gbs", "describe", "multiply_gflops"]
 
-_BYTES = 512 << 20  # many times any cache
-_SIZE = 1536  # of the square matrices multiplied
+_BYTES = 512 << 20  # many times larger than any cache
+_SIZE = 1536  # side of the square matrices in the product
 _TRIES = 5
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 
@@ -35,8 +35,8 @@ def _shortest(call: Callable[[], object]) -> float:
 
 
 def bandwidth_gbs(threads: int) -> float:
-    """The best rate at which `threads` threads read memory, by two reductions of one
-    large array, in GB/s.
+    """Returns the best rate in GB/s at which `threads` threads read memory, measured
+    with two reductions of one large array.
     """
     parts = np.array_split(np.ones(_BYTES // 8, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
@@ -48,16 +48,16 @@ def bandwidth_gbs(threads: int) -> float:
 
 
 def multiply_gflops() -> float:
-    """Multiply-adds (two operations each) of a float32 matrix product, in GFLOP/s;
-    NumPy's library takes its threads from the environment.
+    """Returns the rate of a float32 matrix product in GFLOP/s; a multiply-add counts as
+    two operations. NumPy's library takes its threads from the environment.
     """
     a = np.ones((_SIZE, _SIZE), np.float32)
     return 2 * _SIZE**3 / _shortest(lambda: a @ a) / 1e9
 
 
 def available_gib() -> float:
-    """Memory that can be taken without swapping; unlimited where the system does not
-    tell.
+    """Returns the memory in GiB that can be used without swapping, or infinity if the
+    system does not report it.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -69,7 +69,9 @@ def available_gib() -> float:
 
 
 def describe() -> dict[str, Any]:
-    """CPU, its relevant instructions, cores and memory."""
+    """Returns the CPU, its relevant instruction sets, the number of cores, and the
+    Python and system versions.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

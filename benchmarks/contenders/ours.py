@@ -1,4 +1,5 @@
-"""This repository: bundles built by `infmllm-export build`, run through `runtime.load`.
+"""This repository: bundles built by `infmllm-export build` and run through
+`runtime.load`.
 
 The session always holds the vision graph too, so memory and load time are those of the
 whole model.
@@ -65,12 +66,12 @@ class OurVision:
 
 
 def _decoder_bytes(bundle: Path) -> int:
-    """Bytes of the graph that decodes: its own and its weights' files."""
+    """Returns the bytes of the decoder graph and of its weight files."""
     return sum(file_bytes(file) for file in bundle.glob("decoder*"))
 
 
 def prepare(folder: Path, contender: Contender) -> None:
-    """Builds the contender's bundle unless it is there."""
+    """Builds the contender's bundle unless it exists."""
     write_checkpoint(folder)
     bundle = folder / contender.options["bundle"]
     if bundle.exists():
@@ -91,11 +92,11 @@ def prepare(folder: Path, contender: Contender) -> None:
 
 
 def load(folder: Path, contender: Contender, threads: int) -> Any:
-    """The bundle, loaded."""
+    """Loads the bundle."""
     kind = OurVision if contender.part == "vision" else OurDecoder
     return kind(folder / contender.options["bundle"], threads)
 
 
 def versions() -> dict[str, str]:
-    """Of what runs it."""
+    """Returns the version of ONNX Runtime."""
     return {"onnxruntime": onnxruntime.__version__}

@@ -1,5 +1,5 @@
-"""From rounds to tables: medians and bests per contender, ratios round by round, and
-the conditions they were taken under.
+"""Turns the results of rounds into tables: medians and best values per contender,
+ratios per round, and the measuring conditions.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from contenders import CONTENDERS, PROMPT, STEPS, Contender
 
 __all__ = ["markdown", "ratios", "summary"]
 
-# Least cosine to PyTorch; below it the graph is another one. Random weights are the worst case
-# of 4 bits, and a wrong graph comes near 0.
+# Smallest allowed cosine to PyTorch; below it the graph is probably wrong. Random weights are the
+# worst case for 4 bits, and a wrong graph has a cosine near 0.
 _TOLERANCE = {"fp32": 0.999, "bf16": 0.99, "int8": 0.95, "int4": 0.7}
 Rounds = Sequence[Mapping[str, Any]]
 
 
 def rate(contender: Contender, row: Mapping[str, float]) -> dict[str, float]:
-    """A round's figures: tokens per second of both phases, or milliseconds of an image."""
+    """Returns the figures of a round: tokens per second of prefill and decode, or
+    milliseconds per image.
+    """
     if contender.part == "vision":
         return {"vision_ms": 1e3 * row["vision_s"]}
     return {"prefill": PROMPT / row["prefill_s"], "decode": STEPS / row["decode_s"]}
@@ -28,7 +30,7 @@ def rate(contender: Contender, row: Mapping[str, float]) -> dict[str, float]:
 def summary(
     name: str, rounds: Rounds, loads: Rounds, check: Mapping[str, float], limits: Rounds
 ) -> dict[str, Any]:
-    """All figures of one contender: median and best over rounds."""
+    """Returns all figures of one contender, with median and best over the rounds."""
     contender = CONTENDERS[name]
     rates = [rate(contender, row) for row in rounds]
     figures: dict[str, Any] = {
@@ -64,11 +66,12 @@ def summary(
 
 
 def ratios(rounds: Mapping[str, Rounds]) -> list[dict[str, Any]]:
-    """Ours against each other engine of the same part, both measured in the same round:
-    medians of ratios, above 1 where ours is faster.
+    """Compares this repository's contenders with each other engine on the same part.
+    Both are measured in the same round; the result is the median ratio, above 1 where
+    this repository is faster.
 
-    Quantised rows are compared within their family; float rows of others with all of
-    ours.
+    Quantised contenders are compared within their family. Float contenders are also
+    compared with all other families.
     """
     rows = []
     for ours in (CONTENDERS[name] for name in rounds if CONTENDERS[name].ours):
@@ -154,7 +157,9 @@ _VISION_HEAD = ("vision", "ms", "disk MB", "load s", "peak MiB", "cosine")
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The whole report as Markdown: tables, ratios, absent rows, settings, conditions."""
+    """Returns the whole report as Markdown: tables, ratios, absent rows, settings and
+    conditions.
+    """
     rows, parts = result["rows"], []
     for part, head, cells in (
         ("decoder", _DECODER_HEAD, _decoder_row),

@@ -1,8 +1,8 @@
-"""The common weights and inputs: one checkpoint of random weights, its decoder in the
-Hugging Face layout, one prompt and one picture.
+"""The common weights and inputs: one checkpoint with random weights, its decoder in the
+Hugging Face layout, one prompt and one image.
 
-Every contender's files are made from these, so that outputs can be compared and a wrong
-graph shows.
+The files of all contenders are made from these, so that their outputs can be compared
+and a wrong graph is detected.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ __all__ = [
     "write_checkpoint",
 ]
 
-_FIRST_TOKEN = 3  # below are the special ids
+_FIRST_TOKEN = 3  # lower ids are special tokens
 Array = NDArray[np.float32]
 
 
 def spec_of(folder: Path) -> ModelSpec:
-    """The spec of the common checkpoint."""
+    """Returns the spec of the common checkpoint."""
     path = folder / CHECKPOINT / "config.json"
     return ModelSpec.from_text(path.read_bytes(), str(path))
 
 
 def prompt_tokens(count: int) -> list[int]:
-    """The first `count` tokens of one random sequence, the same for everyone."""
+    """Returns the first `count` tokens of one random sequence, the same for all
+    contenders.
+    """
     vocabulary = 32000
     return [
         int(token)
@@ -48,7 +50,7 @@ def prompt_tokens(count: int) -> list[int]:
 
 
 def image_inputs(folder: Path) -> tuple[Array, Array]:
-    """Random pixels [1, 3, S, S] and the pooling matrix of the default size."""
+    """Returns random pixels [1, 3, S, S] and the pooling matrix of the default size."""
     spec = spec_of(folder)
     size = spec.vision.image_size
     pixels = np.random.default_rng(1).normal(size=(1, 3, size, size)).astype(np.float32)
@@ -57,7 +59,7 @@ def image_inputs(folder: Path) -> tuple[Array, Array]:
 
 def write_checkpoint(folder: Path) -> None:
     """Writes the common weights (the preset's shape, random from seed 0) unless they
-    are there.
+    exist.
     """
     if (folder / CHECKPOINT).exists():
         return
@@ -72,8 +74,8 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def llama_folder(folder: Path) -> Path:
-    """The decoder as a Hugging Face LLaMA folder in bf16, the checkpoint's own type;
-    written unless it is there.
+    """Returns a Hugging Face LLaMA folder with the decoder in bf16, the checkpoint's
+    own type. Writes it unless it exists.
     """
     place = folder / f"{CHECKPOINT}-llama"
     if place.exists():
@@ -113,8 +115,9 @@ def _llama_name(name: str) -> str:
 
 
 def tower_checkpoint(folder: Path) -> Path:
-    """The common tower and adapter over a decoder of one layer: enough to build a float
-    vision graph without gigabytes of float decoder.
+    """Returns a checkpoint with the common tower and adapter and a decoder of one
+    layer. It is enough to build a float vision graph, without gigabytes of float
+    decoder weights. Writes it unless it exists.
     """
     place = folder / f"{CHECKPOINT}-tower"
     if place.exists():

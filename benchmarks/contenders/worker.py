@@ -1,8 +1,8 @@
-"""One contender in a process of its own: reads commands as JSON lines from standard
-input, answers with one JSON line each.
+"""Runs one contender in its own process. Reads commands as JSON lines from standard
+input and answers each with one JSON line.
 
-What engines print goes to standard error. Between commands the process waits in a read,
-so it takes no processor time from the others.
+Output of the engines goes to standard error. Between commands the process blocks on a
+read, so it takes no processor time from the others.
 
 python -m contenders.worker FOLDER NAME THREADS   (started by `benchmarks/peers.py`)
 """
@@ -28,13 +28,13 @@ __all__ = ["CHECK_STEPS", "Worker"]
 
 
 def resident_mib() -> float:
-    """What this process has resident now, in MiB."""
+    """Returns the current resident memory of this process, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
 class Worker:
-    """The commands; each returns what is sent back."""
+    """The commands of a worker. Each returns the answer to send back."""
 
     def __init__(self, folder: Path, contender: Contender, threads: int) -> None:
         self._folder, self._contender, self._threads = folder, contender, threads
@@ -50,7 +50,9 @@ class Worker:
         return {"prepare_s": time.monotonic() - started}
 
     def load(self) -> dict[str, Any]:
-        """Imports the engine, then loads the model; only the latter is the load time."""
+        """Imports the engine, then loads the model. Only the second part counts as load
+        time.
+        """
         module = importlib.import_module(f"contenders.{self._contender.engine}")
         before, started = resident_mib(), time.perf_counter()
         self._model = module.load(self._folder, self._contender, self._threads)
@@ -67,10 +69,10 @@ class Worker:
         }
 
     def check(self, file: str) -> dict[str, Any]:
-        """Writes the outputs for the common inputs: logits behind the prompt and behind
-        each of a few given tokens, or image embeddings.
+        """Writes the outputs for the common inputs: logits after the prompt and after
+        each of a few fixed tokens, or image embeddings.
 
-        This also warms the model up.
+        This also warms up the model.
         """
         self._warm = True
         if self._contender.part == "vision":
@@ -86,8 +88,9 @@ class Worker:
         return {}
 
     def measure(self) -> dict[str, Any]:
-        """One round: seconds of a prefill and of a greedy decode behind it, or of an
-        image. The first round is preceded by an untimed one.
+        """Measures one round: the seconds of a prefill and of greedy decoding after it,
+        or of an image. An untimed call precedes the first round unless `check` ran
+        before.
         """
         once = self._measure_vision if self._contender.part == "vision" else self._measure_decoder
         if not self._warm:
@@ -119,7 +122,7 @@ def main() -> None:
     """Serves commands until standard input ends."""
     folder, name, threads = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print; answers must not be mixed with that
+    os.dup2(2, 1)  # output of libraries must not be mixed with answers
     worker = Worker(Path(folder), CONTENDERS[name], int(threads))
     for line in sys.stdin:
         command = json.loads(line)
@@ -127,7 +130,7 @@ def main() -> None:
             result = getattr(worker, command.pop("do"))(**command)
         except ModuleNotFoundError as error:
             result = {"missing": str(error)}
-        except Exception as error:  # of any engine; the row is reported as absent
+        except Exception as error:  # engines raise any type; the row is reported as absent
             result = {
                 "error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
             }

@@ -1,1 +1,1 @@
-"""Describes a finished bundle: as text, JSON, or an HTML picture."""
+"""Describes a finished bundle as text, JSON or an HTML page."""

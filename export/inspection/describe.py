@@ -1,5 +1,5 @@
-"""`infmllm-export inspect`: what a bundle holds, read from its manifest and graphs, as
-data or text.
+"""Describes a bundle for `infmllm-export inspect`: reads its manifest and graphs, and
+returns data or text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ _SUFFIXES = (".int8", ".int4", ".fp16")
 
 
 def describe_bundle(bundle: Bundle) -> dict[str, Any]:
-    """Verdict, schemes, bytes per file, and per graph: operators, parameters and bytes
-    by storage type, blocks with how their layers are stored.
+    """Returns a bundle's verdict, schemes and bytes per file. For each graph, returns
+    its operators, parameters and bytes by storage type, and how the layers of each
+    block are stored.
     """
     return {
         "path": str(bundle.path),
@@ -63,8 +64,8 @@ def _describe_graph(model: ir.Model) -> dict[str, Any]:
 
 
 def _layer(node: ir.Node) -> tuple[str, str] | None:
-    """A linear layer's parameter name and how it is computed: "int4/32", "int8 x int8",
-    "fp16", "fp32".
+    """Returns a linear layer's parameter name and how it is computed: "int4/32", "int8
+    x int8", "fp16", "fp32". Returns None for other nodes.
     """
     if node.op_type not in ("MatMul", "MatMulInteger", "MatMulNBits") or node.inputs[1] is None:
         return None
@@ -94,8 +95,8 @@ def _layer(node: ir.Node) -> tuple[str, str] | None:
 
 
 def _dequantised(product: ir.Node, weight: ir.Node) -> str:
-    """How a product of a dequantised weight is computed: "int8 x int8 static", "int8",
-    "int4/128".
+    """Returns how a product with a dequantised weight is computed: "int8 x int8
+    static", "int8", "int4/128".
     """
     dtype = weight.inputs[0].dtype  # type: ignore[union-attr]
     bits, block = (
@@ -109,8 +110,8 @@ def _dequantised(product: ir.Node, weight: ir.Node) -> str:
 
 
 def _block(name: str) -> str:
-    """The block a parameter belongs to: "decoder.layers.3", "vision_tower.blocks.0",
-    else its module.
+    """Returns the block that a parameter belongs to: "decoder.layers.3",
+    "vision_tower.blocks.0", or else its module.
     """
     parts = name.split(".")
     if parts[0] not in ("vision_tower", "pool_adapter", "decoder"):
@@ -126,7 +127,7 @@ def _block(name: str) -> str:
 
 
 def format_description(data: dict[str, Any]) -> str:
-    """The description as text for a terminal."""
+    """Formats the description as text for a terminal."""
     model = data["model"]
     lines = [
         f"{data['path']}: {model['name']} for {data['target']}, {data['bytes'] / 1e6:.1f} MB, "

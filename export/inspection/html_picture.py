@@ -1,5 +1,5 @@
-"""A bundle as a picture: one bar per block, as wide as its bytes, coloured by how its
-layers are stored; a self-contained HTML page.
+"""Shows a bundle as a self-contained HTML page with one bar per block. A bar's width
+shows the block's bytes, and its colours show how the layers are stored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ td, th { text-align: left; }
 
 
 def block_page(data: dict[str, Any]) -> str:
-    """The page of a bundle's description (see
+    """Returns the page of a bundle's description (see
     `export.inspection.describe.describe_bundle`).
     """
     verdict = html.escape(data["verdict"])

@@ -1,8 +1,8 @@
-"""Runs the graphs of a GPU bundle on the CPU, literally: what the build's parity gate
-holds against PyTorch before any GPU sees them.
+"""Runs the graphs of a GPU bundle literally on the CPU. The build's parity gate
+compares the results with PyTorch before any GPU runs the graphs.
 
-ONNX Runtime's optimisers stay off, so every operator computes in the type the graph
-names (float16 products through float32, rounded behind each operator).
+ONNX Runtime's optimisers stay off, so every operator computes in the type that the
+graph names (float16 products are computed in float32 and rounded after each operator).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ __all__ = ["ReferenceEngine", "open_session", "reference_session", "replay_forms
 
 
 class ReferenceEngine:
-    """An `Engine` for tensorrt bundles, of the plain graphs or the fused ones. Slow:
-    for builds and tests.
+    """An `Engine` for tensorrt bundles that runs the plain graphs or the fused ones. It
+    is slow and meant for builds and tests.
     """
 
     verifies = False
@@ -83,7 +83,7 @@ class ReferenceEngine:
         return self._run(inputs_embeds, start)[0][0]
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
-        """The likeliest token as the graph itself chooses it."""
+        """Returns the most likely token, as the graph itself selects it."""
         return int(self._run(inputs_embeds, start)[1][0])
 
     def _run(self, inputs_embeds: NDArray[np.float32], start: int) -> list[Any]:
@@ -103,11 +103,11 @@ class ReferenceEngine:
         return [logits, token]
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        """See `Engine.verify`; never asked for more than one step."""
+        """See `Engine.verify`. It is never called with more than one step."""
         return self.forward(inputs_embeds, start)[None]
 
     def batch(self, slots: int, rows: int) -> Any:
-        """Not served: builds ask one question at a time."""
+        """Raises `UsageError`, because builds ask one question at a time."""
         raise UsageError(
             "graphs run literally on the CPU answer one question at a time; leave --beams and "
             "--batch out"
@@ -115,8 +115,8 @@ class ReferenceEngine:
 
 
 def reference_session(bundle: Bundle, fused: bool = False) -> Session:
-    """A session over one form of a GPU bundle's graphs. Those of ONNX Runtime run in
-    their own engine, on the CPU's memory.
+    """Opens a session over one form of a GPU bundle's graphs. Graphs for ONNX Runtime
+    run in their own engine, in CPU memory.
     """
     engine: Engine = (
         ReferenceEngine(bundle, fused)
@@ -127,7 +127,9 @@ def reference_session(bundle: Bundle, fused: bool = False) -> Session:
 
 
 def replay_forms(bundle: Bundle, tolerance: Mapping[str, float]) -> list[StageError]:
-    """The golden cases through every form; of each stage the worse result."""
+    """Replays the golden cases through every form of the graphs. Returns the worse
+    result of each stage.
+    """
     forms = [
         reference_session(bundle, fused).replay(tolerance=tolerance)
         for fused in ((False, True) if DECODER_FUSED in bundle.files else (False,))
@@ -136,8 +138,8 @@ def replay_forms(bundle: Bundle, tolerance: Mapping[str, float]) -> list[StageEr
 
 
 def open_session(path: Path) -> Session:
-    """A session of any bundle: on its own engine where this machine has it, else on the
-    CPU, said in a notice.
+    """Opens a session of any bundle on its own engine, if this machine has it.
+    Otherwise the graphs of a GPU bundle run on the CPU, and a notice says so.
     """
     try:
         return load(path)

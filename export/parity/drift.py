@@ -1,9 +1,9 @@
-"""Where a compiled graph leaves PyTorch: the first block whose output drifts, found by
-bisecting truncated graphs.
+"""Finds where a compiled graph departs from PyTorch: the first block whose output
+drifts, by bisecting truncated graphs.
 
-A graph is cut behind the residual stream in front of a norm, which every block has and
-every pass keeps, and run by itself. Marking inner tensors as outputs of the whole graph
-instead would switch off the fusions that are under suspicion.
+A graph is truncated at the residual stream in front of a norm, and the first part is
+run by itself. Every block has such a norm, and every pass keeps it. Marking inner
+tensors as outputs of the whole graph would switch off the fusions under suspicion.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Drift:
-    """The stretch between two cuts in which a graph leaves PyTorch, with the relative
-    RMS error before and after it.
+    """The two cuts between which a graph departs from PyTorch, with the relative RMS
+    error before and after.
     """
 
     after: str
@@ -63,8 +63,8 @@ class Drift:
 def first_drift(
     cuts: Sequence[str], error_at: Callable[[int], float], tolerance: float
 ) -> tuple[int, float, float]:
-    """(index, error there, error at the cut before) of the first cut beyond
-    `tolerance`, by bisection; the last cut if none is.
+    """Returns (index, error there, error at the cut before) of the first cut beyond
+    `tolerance`, found by bisection. Returns the last cut if none exceeds it.
     """
     low, high = -1, len(cuts) - 1
     errors = {-1: 0.0, high: error_at(high)}
@@ -78,8 +78,8 @@ def first_drift(
 def find_drift(
     folder: Path, checkpoint: StoredCheckpoint, case: Case, tolerance: Mapping[str, float]
 ) -> Drift | None:
-    """Bisects the vision graph, and if that is sound the decoder's prefill, of a
-    bundle's folder on one golden case; None if both are sound.
+    """Bisects a bundle's vision graph on one golden case, and the decoder's prefill if
+    the vision graph is within tolerance. Returns None if both are.
     """
     streams: dict[str, Array] = {}
     (trace,) = StreamedModel(checkpoint.spec, checkpoint.read).walk(
@@ -117,7 +117,7 @@ def find_drift(
                 found = np.asarray(run_part(session, inputs, cache)[tensor], np.float32)
             if (
                 name == "decoder.norm"
-            ):  # PyTorch keeps the rows the head needs, of which the prompt's last is the first
+            ):  # PyTorch keeps only the rows the head needs; the first is the prompt's last
                 expected, found = streams[name][:, :1], found[:, -1:]
             elif expected is None:
                 expected = (

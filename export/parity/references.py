@@ -1,9 +1,9 @@
-"""The parity gate: golden results from PyTorch, and the verdict on a compiled bundle
-that replays them and answers questions.
+"""Implements the parity gate: makes golden results with PyTorch, and decides whether a
+compiled bundle reproduces them and answers questions as well.
 
-Goldens are made by the uncached PyTorch model in fp32, block by block, so a cached,
-quantised, lowered bundle is held against the simplest form of the same model, whatever
-its size.
+The uncached PyTorch model makes the golden results in fp32, block by block. So a
+cached, quantised, lowered bundle is compared with the simplest form of the same model,
+whatever its size.
 """
 
 from __future__ import annotations
@@ -40,16 +40,14 @@ __all__ = [
 
 GOLDEN_CASES, _FEW_CASES = 6, 2
 _FRESH_SEED, METRIC_SEED = 20232, 20233
-_WHOLE_MODEL = (
-    500_000_000  # parameters of a model that is loaded whole, to answer questions in PyTorch
-)
-_FLIPS = 2  # answers of a small sample that any change of rounding may turn
+_WHOLE_MODEL = 500_000_000  # most parameters of a model that is loaded whole to answer in PyTorch
+_FLIPS = 2  # answers of a small sample that any change of rounding may change
 
 
 @dataclass(frozen=True)
 class MetricCheck:
-    """Scores per task in percent (PyTorch's, the bundle's) on the same questions;
-    `skipped` says why there are none.
+    """Scores per task in percent (PyTorch's, the bundle's) on the same questions. If
+    there are no scores, `skipped` gives the reason.
     """
 
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -59,7 +57,7 @@ class MetricCheck:
 
     @property
     def drop(self) -> float:
-        """Points lost on the mean over tasks (negative: gained)."""
+        """Points lost on the mean over tasks (negative: points gained)."""
         return sum(torch - found for torch, found in self.scores.values()) / max(
             1, len(self.scores)
         )
@@ -81,13 +79,15 @@ class MetricCheck:
 
 
 def golden_count(spec: ModelSpec) -> int:
-    """How many golden cases a build makes: fewer where one takes a minute."""
+    """Returns the number of golden cases of a build. Large models, where one case takes
+    a minute, get fewer.
+    """
     return GOLDEN_CASES if spec.parameters <= _WHOLE_MODEL else _FEW_CASES
 
 
 def goldens_of(traces: Sequence[Trace]) -> list[Golden]:
-    """Golden cases from a walk's traces: the answer's tokens are fed one by one, and
-    every step's logits compared.
+    """Makes golden cases from the traces of `StreamedModel.walk`. The answer's tokens
+    are fed one by one, and every step's logits are compared.
     """
     goldens = []
     for trace in traces:
@@ -105,8 +105,8 @@ def goldens_of(traces: Sequence[Trace]) -> list[Golden]:
 def compare_with_checkpoint(
     session: Session, checkpoint: StoredCheckpoint, cases: int, source: str
 ) -> list[StageError]:
-    """Errors of a bundle against a checkpoint on cases the bundle does not carry.
-    Raises `BundleError` if they do not belong together.
+    """Returns the errors of a bundle against its checkpoint, on cases that the bundle
+    does not contain. Raises `BundleError` if it was built from another checkpoint.
     """
     built_from = session.bundle.provenance.get("checkpoint_sha256")
     if built_from != checkpoint.sha256:
@@ -132,8 +132,8 @@ def measure_answers(
     allowed: float,
     seed: int = METRIC_SEED,
 ) -> MetricCheck:
-    """Asks PyTorch and the bundle the same questions; more than `allowed` points lost
-    (two answers at least) is too much.
+    """Asks PyTorch and the bundle the same questions. The bundle may lose `allowed`
+    points, and always at least two answers.
     """
     if images == 0:
         return MetricCheck(skipped="not asked for")
@@ -162,7 +162,7 @@ def measure_answers(
 def verdict_json(
     stages: Sequence[StageError], metrics: MetricCheck, tolerance: dict[str, float]
 ) -> dict[str, Any]:
-    """The manifest's parity entry."""
+    """Returns the manifest's parity entry."""
     rows = [
         {"stage": s.stage, "error": s.error, "tolerance": s.tolerance, "agreement": s.agreement}
         for s in stages

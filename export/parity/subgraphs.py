@@ -1,8 +1,8 @@
-"""Parts of a graph as graphs of their own: to find where one goes wrong, and to run one
-that memory does not hold at once.
+"""Extracts parts of a graph as separate graphs, to find where a graph goes wrong, or to
+run one that does not fit in memory at once.
 
-Every transformer block begins with a norm over the residual stream, a single tensor:
-there a graph is cut. A part refers to the same weight file.
+Every transformer block begins with a norm over the residual stream, which is a single
+tensor. Graphs are cut there. All parts refer to the same weight file.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Feed = dict[str, NDArray[np.generic]]
 
 
 def cut_points(model: ir.Model) -> list[tuple[str, str]]:
-    """(norm's module name, tensor in front of it) of every norm of a graph, in order,
-    but for one over a graph input.
+    """Returns (norm's module name, tensor in front of it) for every norm of a graph, in
+    order. Leaves out norms over a graph input.
     """
     found = []
     for node in model.graph:
@@ -56,8 +56,8 @@ def cut_points(model: ir.Model) -> list[tuple[str, str]]:
 
 
 def part(path: Path, starts: Collection[str], ends: Collection[str]) -> ir.Model:
-    """The part of a graph file that computes the tensors `ends` from graph inputs and
-    the tensors `starts`.
+    """Returns the part of a graph file that computes the tensors `ends` from graph
+    inputs and the tensors `starts`.
     """
     model = ir.load(path)
     graph = model.graph
@@ -88,7 +88,9 @@ def part(path: Path, starts: Collection[str], ends: Collection[str]) -> ir.Model
 def opened_part(
     path: Path, starts: Collection[str], ends: Collection[str]
 ) -> Iterator[ort.InferenceSession]:
-    """A session of a part; its file lies beside the weights only while it is open."""
+    """Opens a session of a part. The part's file lies beside the weights only while the
+    session is open.
+    """
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part") as file:
         file.write(ir.to_proto(part(path, starts, ends)).SerializeToString())
         file.flush()
@@ -104,8 +106,8 @@ def opened_part(
 def run_part(
     session: ort.InferenceSession, inputs: Feed, cache: tuple[int, ...]
 ) -> dict[str, NDArray[np.generic]]:
-    """All outputs of a part; caches that are not among `inputs` start empty with shape
-    `cache`.
+    """Runs a part and returns all its outputs. Caches that are not among `inputs` start
+    empty with shape `cache`.
     """
     feed: Feed = {}
     inputs = {LOGITS_TO_KEEP: np.array([1], np.int64), **inputs}
@@ -117,8 +119,8 @@ def run_part(
 
 
 def _segments(path: Path, most: int) -> list[tuple[list[str], list[str]]]:
-    """Consecutive (starts, ends) of a decoder, cut in front of layers, each with at
-    most `most` bytes of weights if a layer has no more.
+    """Returns consecutive (starts, ends) of a decoder, cut in front of layers. Each has
+    at most `most` bytes of weights, unless a single layer has more.
     """
     model = ir.load(path)
     cuts = {tensor for name, tensor in cut_points(model) if name.endswith("input_layernorm")}
@@ -150,11 +152,11 @@ def replay_in_pieces(
     tolerance: dict[str, float],
     most: int = PIECE_BYTES,
 ) -> list[StageError]:
-    """`replay_goldens` for graphs larger than memory should hold: each part runs all
-    cases before the next is opened.
+    """Does the work of `replay_goldens` for graphs that are too large for memory. Each
+    part runs all cases before the next part is opened.
 
-    Golden tokens are given, so a part can take every step of a case in turn. `table`
-    are the token embeddings [V,H].
+    The golden tokens are known, so a part can run every step of a case in turn. `table`
+    holds the token embeddings [V,H].
     """
     found: list[tuple[Array, Array, Array]] = []
     with opened_part(folder / VISION, (), [IMAGE_EMBEDS]) as session:
@@ -198,8 +200,8 @@ def _through(
     streams: Sequence[Sequence[Array]],
     spec: ModelSpec,
 ) -> list[list[Array]]:
-    """All cases through one part: the prompt by the graph `first`, the tokens after it
-    one by one; `ends` begin with the stream that leaves.
+    """Runs all cases through one part: the prompt with the graph `first`, then the
+    tokens after it one by one. The first of `ends` is the stream that leaves the part.
     """
     held: list[Feed] = []
     results: list[list[Array]] = []
@@ -220,7 +222,7 @@ def _through(
                     )
                     results[index].append(np.asarray(outputs[ends[0]], np.float32))
                     held[index] = {name: outputs[f"present.{name}"] for name in caches}
-            del session  # the next part is opened without this one
+            del session  # free this part before the next one is opened
     return results
 
 
@@ -229,8 +231,8 @@ def _caches_of(model: ir.Model) -> list[str]:
 
 
 def _lengths(starts: Sequence[str], rows: Array, filled: int) -> Feed:
-    """The stream under the name a part takes it by, and how many cache rows are filled
-    after the call.
+    """Returns the stream under the name of the part's input, and the number of cache
+    rows filled after the call.
     """
     name = f"{starts[0]}.given" if starts else INPUTS_EMBEDS
     return {

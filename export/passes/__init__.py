@@ -1,4 +1,6 @@
-"""Graph passes: one ordered table per purpose, run by `run_passes`, every step counted."""
+"""Graph passes: one ordered table per purpose. `run_passes` runs them, and every pass
+counts its changes.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
 __all__ = ["PASSES", "SIMPLIFY", "GraphPass", "PassResult", "run_passes"]
 
 SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWRITE, CLEAN)
-"""From the exporter's output to the canonical graph. Transposes of weights are folded
-before constants, so that weights keep their names.
+"""The passes from the exporter's output to the canonical graph. Transposes of weights
+are folded before constants, so that weights keep their names.
 """
 
 LOWERINGS: tuple[GraphPass, ...] = (
@@ -40,7 +42,7 @@ PASSES: dict[str, GraphPass] = {step.name: step for step in (*SIMPLIFY, *LOWERIN
 
 
 def run_passes(model: ir.Model, passes: Sequence[GraphPass]) -> list[tuple[str, PassResult]]:
-    """Runs passes in order, in place; returns each one's name and result."""
+    """Runs passes in order, in place. Returns each pass's name and result."""
     results = []
     for step in passes:
         result = step(model)

@@ -1,7 +1,7 @@
-"""Finding cached attention in the canonical decoder graph, for the passes that replace
+"""Finds cached attention in the canonical decoder graph, for the passes that replace
 it.
 
-Per layer it is Attention(RotaryEmbedding(q), ScatterElements(cache, rows,
+In each layer it has the form Attention(RotaryEmbedding(q), ScatterElements(cache, rows,
 RotaryEmbedding(k)), ScatterElements(cache, rows, v), mask).
 """
 
@@ -16,8 +16,9 @@ __all__ = ["CachedAttention", "find_attention", "remove_unused", "take_over"]
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """One layer's attention: `query`, `key`, `value` [B,L,heads*D] as projected, caches
-    and updated caches [B,KV,C,D], `output` [B,L,heads*D].
+    """The attention of one layer. `query`, `key` and `value` [B,L,heads*D] are the
+    projections' outputs. Caches and updated caches are [B,KV,C,D], and `output` is
+    [B,L,heads*D].
 
     `tables` are cos and sin of every position [C,D/2].
     """
@@ -40,12 +41,12 @@ class CachedAttention:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of key/value heads."""
         return self._cache_shape()[0]
 
     @property
     def heads(self) -> int:
-        """Heads of queries."""
+        """Number of query heads."""
         assert self.query.shape is not None, "captured graphs carry shapes"
         return int(self.query.shape[2]) // self.head_dim  # type: ignore[arg-type]
 
@@ -55,8 +56,8 @@ class CachedAttention:
 
 
 def find_attention(model: ir.Model, step: str) -> tuple[list[CachedAttention], list[str]]:
-    """All cached attention of a graph, and why other Attention nodes are not it, for
-    the pass named `step`.
+    """Returns all cached attention of a graph, and the reasons why other Attention
+    nodes do not match. The reasons name the pass `step`.
     """
     found, refused = [], []
     for node in list(model.graph):
@@ -76,7 +77,9 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node:
 
 
 def _before_heads(value: ir.Value | None) -> ir.Value:
-    """From [B, heads, L, D] back to the projection's output [B, L, heads*D]."""
+    """Returns the projection's output [B, L, heads*D] that was split into `value` [B,
+    heads, L, D].
+    """
     merged = _producer(_producer(value, "Transpose").inputs[0], "Reshape").inputs[0]
     assert merged is not None, "Reshape has an input"
     return merged
@@ -118,7 +121,7 @@ def _match(attention: ir.Node) -> CachedAttention:
 def take_over(
     match: CachedAttention, output: ir.Value, key_out: ir.Value, value_out: ir.Value
 ) -> None:
-    """Puts new values in the place of a layer's output and updated caches, under their
+    """Replaces a layer's output and updated caches with new values, which get their
     names.
     """
     for old, new in zip(
@@ -130,7 +133,7 @@ def take_over(
 
 
 def remove_unused(graph: ir.Graph) -> None:
-    """Removes nodes nobody listens to."""
+    """Removes nodes whose outputs are unused."""
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):
         if not any(output.uses() or output in outputs for output in node.outputs):

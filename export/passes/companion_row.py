@@ -1,11 +1,10 @@
 """Gives every linear layer of the decoder at least two rows: the last row of a call is
-computed twice, and its copy thrown away.
+computed twice, and the copy is discarded.
 
 TensorRT's compiler multiplies 8-bit weights by half-precision rows inside one kernel
-only where there is more than one row; for a single row, which decoding has, it first
-writes all weights out in half precision, five times the traffic (docs/tensorrt.md).
-Attention never sees the copy, so it stays a matter of one query, and keys and values
-are written once.
+only for more than one row. Decoding has a single row. For that, it first writes all
+weights in half precision, which is five times the traffic (docs/tensorrt.md). Attention
+never sees the copy, so it still has one query, and keys and values are written once.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _add(model: ir.Model) -> PassResult:
         _with_last(model, match.output)
     _with_last(model, graph_input(model, INPUTS_EMBEDS))
     _doubled(model, gather)
-    for node in model.graph:  # what was L rows is L + 1 in most places now
+    for node in model.graph:  # most values that had L rows now have L + 1
         for output in node.outputs:
             if output.shape is not None and len(output.shape) == 3:
                 output.shape = ir.Shape([output.shape[0], None, output.shape[2]])
@@ -52,7 +51,7 @@ def _numbers(model: ir.Model, *names: str) -> list[ir.Value]:
 
 
 def _without_last(model: ir.Model, value_BLH: ir.Value) -> None:
-    """Its users see all rows but the last."""
+    """Removes the last row of a value for all nodes that use it."""
     uses = list(value_BLH.uses())
     (cut,) = insert(
         model, uses[0].node, "Slice", [value_BLH, *_numbers(model, "first", "last", "rows")], _FP32
@@ -63,7 +62,9 @@ def _without_last(model: ir.Model, value_BLH: ir.Value) -> None:
 
 
 def _with_last(model: ir.Model, value_BLH: ir.Value) -> None:
-    """Its users, but for those that ask for its shape, see the last row twice."""
+    """Repeats the last row of a value for all nodes that use it, except those that read
+    its shape.
+    """
     uses = [use for use in value_BLH.uses() if use.node.op_type != "Shape"]
     before = next(node for node in model.graph if any(use.node is node for use in uses))
     (last,) = insert(
@@ -76,7 +77,7 @@ def _with_last(model: ir.Model, value_BLH: ir.Value) -> None:
 
 
 def _doubled(model: ir.Model, gather: ir.Node) -> None:
-    """The head computes its rows twice."""
+    """Lets the head compute its rows twice, and keeps the first copy."""
     row = gather.outputs[0]
     (use,) = row.uses()
     head = use.node

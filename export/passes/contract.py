@@ -1,5 +1,5 @@
-"""The pass contract: a named step over a graph that counts what it changed and says
-what it refused and why.
+"""Defines the pass contract: a named step over a graph that counts what it changed, and
+reports what it refused and why.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FULL = "fp32"
 
 @dataclass(frozen=True)
 class PassResult:
-    """How many places a pass changed, and the places it declined, each with its reason."""
+    """How many places a pass changed, and the reason for each place it declined."""
 
     modified: int
     refused: tuple[str, ...] = ()
@@ -42,10 +42,10 @@ class PassResult:
 class GraphPass:
     """A step over an `onnx_ir.Model`, in place.
 
-    `requires` are operators (as "domain::Op") of which one at least must be present;
-    `ensures` are operators that must be there once it has changed anything, `removes`
-    those that may not be left when it reports no refusal. All are checked around the
-    call.
+    `requires` lists operators (as "domain::Op") of which at least one must be present.
+    `ensures` lists operators that must be present after the pass changed anything.
+    `removes` lists operators that must be gone if the pass reports no refusal. Every
+    call checks all three.
     """
 
     name: str
@@ -55,7 +55,7 @@ class GraphPass:
     removes: frozenset[str] = field(default_factory=frozenset)
 
     def __call__(self, model: ir.Model) -> PassResult:
-        """Applies the pass and checks its promises."""
+        """Applies the pass and checks `requires`, `ensures` and `removes`."""
         if self.requires and not self.requires & _operators(model):
             return PassResult(
                 0, (f"{self.name}: none of {', '.join(sorted(self.requires))} in the graph",)
@@ -92,7 +92,7 @@ def initializer(model: ir.Model, name: str, array: object) -> ir.Value:
 
 
 def constant(model: ir.Model, name: str, array: NDArray[np.generic]) -> ir.Value:
-    """The initializer of that name, added if it is not there."""
+    """Returns the initializer of that name, and adds it if it is missing."""
     known = model.graph.initializers
     return known[name] if name in known else initializer(model, name, array)
 
@@ -107,8 +107,8 @@ def insert(
     full: bool = False,
     **attributes: Any,
 ) -> list[ir.Value]:
-    """Puts one operator in front of a node and returns its outputs, typed; `full` keeps
-    it in fp32 where a graph computes in fp16.
+    """Inserts one operator before a node and returns its typed outputs. `full` keeps it
+    in fp32 where a graph computes in fp16.
     """
     node = ir.node(op_type, inputs, dict(attributes), domain=domain, num_outputs=len(dtypes))
     for output, dtype in zip(node.outputs, dtypes, strict=True):
@@ -125,7 +125,7 @@ def mark_full(node: ir.Node) -> None:
 
 
 def graph_input(model: ir.Model, name: str) -> ir.Value:
-    """The graph's input of that name."""
+    """Returns the graph's input of that name."""
     return next(value for value in model.graph.inputs if value.name == name)
 
 
@@ -137,7 +137,7 @@ def is_full(node: ir.Node) -> bool:
 def lazy_tensor(
     name: str, make: Callable[[], NDArray[np.generic]], dtype: ir.DataType, shape: Sequence[int]
 ) -> ir.LazyTensor:
-    """A tensor computed whenever it is read, and never kept."""
+    """Returns a tensor that is computed each time it is read, and never kept."""
     return ir.LazyTensor(
         lambda: ir.tensor(make(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name
     )
@@ -150,7 +150,7 @@ def lazy_initializer(
     dtype: ir.DataType,
     shape: Sequence[int],
 ) -> ir.Value:
-    """`initializer` for a tensor that is computed when the graph is written."""
+    """Adds an initializer whose tensor is computed when the graph is written."""
     return _register(model, lazy_tensor(name, make, dtype, shape))
 
 
@@ -166,7 +166,7 @@ def _register(model: ir.Model, tensor: ir.TensorProtocol) -> ir.Value:
 
 
 def replace_node(model: ir.Model, old: ir.Node, result: ir.Value) -> None:
-    """Puts `result` in the place of a node's only output, under its name and shape, and
+    """Replaces a node's only output with `result`, which gets its name and shape, and
     removes the node.
     """
     before = old.outputs[0]

@@ -1,10 +1,10 @@
-"""What ONNX Runtime's CUDA provider has kernels for, of the operators our graphs use:
-what has none is moved to the CPU, inside the network.
+"""Lists the kernels of ONNX Runtime's CUDA provider for the operators that our graphs
+use. An operator without a kernel would run on the CPU, inside the network.
 
 Source: docs/OperatorKernels.md of github.com/microsoft/onnxruntime at 001d12d2, section
-CUDAExecutionProvider. A kernel registered without a last version serves only graphs in
-which the operator's own version is its first: a newer opset that redefines the operator
-has no kernel until one is added, which is why the graphs are written at opset 20.
+CUDAExecutionProvider. A kernel registered without a last version serves only graphs
+whose operator version is the kernel's first. If a newer opset redefines the operator,
+it has no kernel until one is added. Therefore the graphs are written at opset 20.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["CUDA_KERNELS", "FOLDED", "Kernel"]
 _FLOATS = frozenset({"FLOAT", "FLOAT16"})
 _ANY = _FLOATS | {"INT64", "INT32"}
 FOLDED = frozenset({"::Constant"})
-"""Gone before anything runs."""
+"""Operators that are folded away before the graph runs."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Versions of an operator from `first` to `last` (None: `first` alone, see above),
-    and the types its first input may have.
+    """The versions of an operator from `first` to `last` (None: `first` alone, see
+    above), and the types that its first input may have.
     """
 
     first: int
@@ -30,8 +30,8 @@ class Kernel:
     types: frozenset[str] = _FLOATS
 
     def serves(self, since: int, dtype: str) -> bool:
-        """True for a node whose operator is defined since that version, with a first
-        input of that type.
+        """True for a node whose operator is defined since version `since`, and whose
+        first input has type `dtype`.
         """
         return dtype in self.types and (
             since == self.first or (self.last is not None and self.first <= since <= self.last)
@@ -40,7 +40,7 @@ class Kernel:
 
 _HALF = frozenset(
     {"FLOAT16"}
-)  # GroupQueryAttention knows fp16 and bf16, no fp32: there is no fp32 scheme for this target
+)  # GroupQueryAttention has fp16 and bf16 only, so this target has no fp32 scheme
 CUDA_KERNELS: dict[str, Kernel] = {
     "::Abs": Kernel(13),
     "::Add": Kernel(14),

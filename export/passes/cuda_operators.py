@@ -1,10 +1,10 @@
-"""Replaces newer operators by the ones ONNX Runtime's CUDA provider has had kernels for
-in every version we run on, at opset 20.
+"""Replaces newer operators with ones for which ONNX Runtime's CUDA provider has kernels
+in every supported version, at opset 20.
 
-RMSNormalization becomes SimplifiedLayerNormalization, which takes and gives half
-precision and adds up in fp32. The tower's Attention becomes
-`com.microsoft.MultiHeadAttention` (flash attention). The picture's batch dimension is
-fixed at one, so that no arithmetic on shapes is left, which would run on the CPU.
+RMSNormalization becomes SimplifiedLayerNormalization, which takes and returns half
+precision and sums in fp32. The tower's Attention becomes
+`com.microsoft.MultiHeadAttention` (flash attention). The image's batch dimension is
+fixed at one. This removes all arithmetic on shapes, which would run on the CPU.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def _norms(model: ir.Model) -> PassResult:
 
 
 def _split(value: ir.Value | None) -> tuple[ir.Value, int]:
-    """From [N, heads, T, D] back to the projection's output [N, T, heads*D], and how
-    many heads; raises `LookupError` if it is not made from one.
+    """Returns the projection's output [N, T, heads*D] that was split into `value` [N,
+    heads, T, D], and the number of heads. Raises `LookupError` if there is no such
+    projection.
     """
     turned = value.producer() if value is not None else None
     shaped = (
@@ -58,7 +59,9 @@ def _split(value: ir.Value | None) -> tuple[ir.Value, int]:
 
 
 def _merged(attention: ir.Node) -> ir.Node:
-    """The node that merges the heads again."""
+    """Returns the node that merges the heads again. Raises `LookupError` if there is
+    none.
+    """
     found = attention
     for expected in ("Transpose", "Reshape"):
         users = [use.node for use in found.outputs[0].uses()]
@@ -100,8 +103,8 @@ def _attention(model: ir.Model) -> PassResult:
 
 
 def _one_picture(model: ir.Model) -> PassResult:
-    """The class token stands in front of one picture's patches; nothing needs to be
-    repeated.
+    """Fixes the batch dimension at one. The class token then precedes the patches of a
+    single image and needs no repetition.
     """
     pixels, modified = model.graph.inputs[0], 0
     assert pixels.shape is not None, "captured graphs carry shapes"

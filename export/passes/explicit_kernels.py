@@ -1,9 +1,9 @@
-"""Linear layers as TensorRT's explicit quantisation: QuantizeLinear and
-DequantizeLinear around a float product, which its builder fuses.
+"""Expresses linear layers in TensorRT's explicit quantisation: QuantizeLinear and
+DequantizeLinear around a float product, which TensorRT's builder fuses.
 
-Everything is symmetric: signed bytes with zero at 0, one calibrated scale per tensor of
-activations, one per output channel of 8-bit weights; 4-bit weights have a scale per
-block of inputs.
+All quantisation is symmetric: signed 8-bit integers with zero at 0. Activations have
+one calibrated scale per tensor. 8-bit weights have one scale per output channel, and
+4-bit weights have one per block of inputs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from export.passes.quantise import Kernels, Layer
 __all__ = ["EXPLICIT_KERNELS"]
 
 _FP32, _I8, _I4 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT4
-_MIDDLE = 8  # level of zero among 4-bit levels as the calibration stores them, 0 to 15
+_MIDDLE = 8  # 4-bit level that means zero; the calibration stores levels 0 to 15
 
 
 def _signed(layer: Layer) -> None:
-    """Bytes times bytes."""
+    """Multiplies 8-bit activations by 8-bit weights."""
     key = (layer.x, SIGNED)
     if key not in layer.shared:
         module, low, high = layer.bounds()
@@ -36,12 +36,12 @@ def _signed(layer: Layer) -> None:
 
 
 def _weights(layer: Layer) -> None:
-    """Float times bytes, or times half bytes."""
+    """Multiplies float activations by 8-bit or 4-bit weights."""
     layer.finish(layer.insert("MatMul", [layer.x, _restored(layer)], _FP32)[0])
 
 
 def _restored(layer: Layer) -> ir.Value:
-    """The weight [K,N] in float, from levels and scales."""
+    """Returns the weight [K,N] in float, computed from levels and scales."""
     if layer.scheme.bits == 8:
         assert layer.scheme.block == 0, "8-bit weights have a scale per channel here"
         levels = layer.stored(

@@ -1,9 +1,9 @@
-"""Turns a graph's arithmetic from fp32 to fp16; fp32 stays where sums are long or
-ranges wide: norms, rotary angles, softmax, what is asked for.
+"""Converts a graph's arithmetic from fp32 to fp16. Norms, rotary angles, softmax and
+explicitly marked nodes stay fp32, because their sums are long or their ranges wide.
 
-Weights become fp16 when the graph is written; Casts stand where the two meet, one per
-value. Engines that take types literally (TensorRT's strongly typed networks) compute
-exactly this.
+Weights become fp16 when the graph is written. Casts stand where the two types meet, one
+per value. Engines that take types literally (TensorRT's strongly typed networks)
+compute exactly this.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["to_half"]
 
 _FP32, _FP16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _FULL_OPS = {"LayerNormalization", "RMSNormalization", "RotaryEmbedding", "Softmax"}
-_SCALE_ERROR = 5e-3  # of a scale in fp16; 1/2048 where it is no subnormal
-_BORDER = "fp32 | fp16"  # mark of the Casts made here
+_SCALE_ERROR = 5e-3  # largest relative error of a scale in fp16; 1/2048 unless it is subnormal
+_BORDER = "fp32 | fp16"  # marks the Casts that this pass inserts
 _OTHER_TYPES = {
     "Shape": ir.DataType.INT64,
     "LessOrEqual": ir.DataType.BOOL,
@@ -33,7 +33,7 @@ _OTHER_TYPES = {
 
 
 def to_half(full_values: Collection[str]) -> GraphPass:
-    """The pass. Graph inputs and outputs named in `full_values` stay fp32."""
+    """Returns the pass. Graph inputs and outputs named in `full_values` stay fp32."""
 
     def run(model: ir.Model) -> PassResult:
         _infer_types(model)
@@ -47,8 +47,8 @@ def to_half(full_values: Collection[str]) -> GraphPass:
 
 
 def _infer_types(model: ir.Model) -> None:
-    """Types of values the exporter left without: those of their first input, but for
-    few operators.
+    """Sets the types that the exporter left out: the type of the first input, except
+    for a few operators.
     """
     for node in model.graph:
         for output in node.outputs:
@@ -68,7 +68,7 @@ def _infer_types(model: ir.Model) -> None:
 
 
 class _Halves:
-    """Where each fp32 value's fp16 form is, and the other way round."""
+    """Maps each fp32 value to its fp16 form, and each fp16 value to its fp32 form."""
 
     def __init__(self, model: ir.Model, full_values: Collection[str]) -> None:
         self.model, self.modified = model, 0
@@ -83,7 +83,9 @@ class _Halves:
                 value.type = ir.TensorType(_FP16)
 
     def convert(self, node: ir.Node) -> None:
-        """Gives a node inputs of the type it computes in, and its outputs that type."""
+        """Casts a node's inputs to the type it computes in, and gives its outputs that
+        type.
+        """
         if node.meta.get(_BORDER):
             return
         full = is_full(node) or node.op_type in _FULL_OPS
@@ -103,7 +105,9 @@ class _Halves:
             node.attributes["to"] = ir.AttrInt64("to", _FP16)
 
     def finish(self) -> None:
-        """Outputs in the type the contract names; weights that are fp16 only now go."""
+        """Casts outputs to the types that the contract names, and removes fp32 weights
+        that are no longer used.
+        """
         graph = self.model.graph
         for index, value in enumerate(graph.outputs):
             wanted = _FP32 if value.name in self._full_values else _FP16
@@ -151,8 +155,8 @@ class _Halves:
 
 
 def _rounded(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
-    """The tensor in fp16; refused where that would make something infinite, or a scale
-    vanish.
+    """Returns the tensor in fp16. Raises `BuildError` if a value would become infinite,
+    or if a scale would lose too much precision.
     """
     full = tensor.numpy()
     with np.errstate(over="ignore", under="ignore"):

@@ -1,9 +1,10 @@
-"""Keys and values as 8-bit integers: a quarter of the cache's memory and of what a
-decoding step reads of it.
+"""Stores keys and values as 8-bit integers: a quarter of the cache's memory, and a
+quarter of the cache bytes that a decode step reads.
 
-One symmetric scale per head and channel, from the largest magnitude the calibration saw
-(of keys at any rotation, since that depends on the position), with headroom. Rows are
-rounded when they are written; attention computes in float over the restored rows.
+Each head and channel has one symmetric scale. It comes from the largest magnitude seen
+in calibration, with headroom. For keys this is the largest magnitude at any rotation,
+since rotation depends on the position. Rows are rounded when they are written.
+Attention computes in float over the dequantised rows.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from runtime.contract.errors import BuildError
 __all__ = ["int8_cache"]
 
 _LEVELS = 127.0
-_HEADROOM = 1.25  # pictures beyond the calibration set reach a little further
+_HEADROOM = 1.25  # images outside the calibration set reach slightly larger values
 _FLOOR = 1e-6
-_SCALES_AT = 12  # input of GroupQueryAttention
+_SCALES_AT = 12  # index of the first scale among GroupQueryAttention's inputs
 
 
 def int8_cache(calibrated: Calibrated) -> GraphPass:
-    """The pass that gives every GroupQueryAttention 8-bit caches with calibrated
-    scales.
+    """Returns the pass that gives every GroupQueryAttention 8-bit caches with
+    calibrated scales.
     """
 
     def run(model: ir.Model) -> PassResult:
@@ -57,7 +58,7 @@ def int8_cache(calibrated: Calibrated) -> GraphPass:
 
 
 def _scale(calibrated: Calibrated, layer: str, kind: str) -> NDArray[np.float32]:
-    """[KV heads * D]."""
+    """Returns the scales of a layer's keys or values [KV heads * D]."""
     peaks = calibrated.get(f"{layer}|{kind}")
     if peaks is None:
         raise BuildError(f"{layer} has no calibrated {kind}; build with --calib DATA")

@@ -1,5 +1,5 @@
-"""ONNX Runtime's fastest kernels for a linear layer in integers: products of bytes, and
-weights unpacked inside the kernel.
+"""Builds quantised linear layers from ONNX Runtime's fastest kernels: products of 8-bit
+integers, and products that unpack weights inside the kernel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FP32, _U8, _I8 = ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8
 @dataclass(frozen=True)
 class _Levels:
     """Quantised activations [..., K]: uint8 levels, their zero point (scalar), and a
-    scale, one per row [..., 1] or one in all.
+    scale. There is one scale per row [..., 1] or one for the whole tensor.
     """
 
     levels: ir.Value
@@ -35,22 +35,22 @@ class _Levels:
 
 
 def _weight(layer: Layer) -> tuple[ir.Value, ir.Value]:
-    """8-bit levels [K,N] and a scale per output channel [N]."""
+    """Returns 8-bit levels [K,N] and a scale per output channel [N]."""
     levels = layer.stored("int8", _fitted, _I8, (layer.k, layer.n))
     return levels, layer.stored("scale", lambda q: q.grid.scale.numpy()[:, 0], _FP32, (layer.n,))
 
 
 def _fitted(quantised: Quantised) -> NDArray[np.int8]:
-    """Levels as the kernel wants them. The manifest says that their products fit 16
-    bits, so they must (`calibration.linear.round_in_pairs`).
+    """Returns the levels in the kernel's layout. The manifest says that their products
+    fit 16 bits, so this is checked (`calibration.linear.round_in_pairs`).
     """
     assert fits(quantised), "8-bit weights for 8-bit activations are rounded in pairs"
     return np.ascontiguousarray(quantised.levels.numpy().T.astype(np.int8))
 
 
 def _per_row(layer: Layer) -> None:
-    """One symmetric scale per row around the zero point 128. The floor keeps an
-    all-zero row from dividing by zero.
+    """Quantises activations with one symmetric scale per row, around the zero point
+    128. The floor keeps an all-zero row from dividing by zero.
 
     Casting truncates, so adding 128.5 rounds to the nearest level.
     """
@@ -82,8 +82,8 @@ def _per_row(layer: Layer) -> None:
 
 
 def _per_tensor(layer: Layer) -> None:
-    """One scale and zero point for the whole tensor, from its range. Both scales are
-    multiplied first: ONNX Runtime fuses that form.
+    """Quantises activations with one scale and zero point for the whole tensor, from
+    its range. Both scales are multiplied first, because ONNX Runtime fuses that form.
     """
     key = (layer.x, "int8-tensor")
     if key not in layer.shared:
@@ -101,8 +101,8 @@ def _per_tensor(layer: Layer) -> None:
 
 
 def _static(layer: Layer) -> None:
-    """Calibrated range: QuantizeLinear and DequantizeLinear around the product, which
-    engines fuse into one integer kernel.
+    """Quantises activations with a calibrated range: QuantizeLinear and
+    DequantizeLinear around the product, which engines fuse into one integer kernel.
     """
     key = (layer.x, "int8-static")
     if key not in layer.shared:
@@ -121,10 +121,10 @@ def _static(layer: Layer) -> None:
 
 
 def _weight_only(layer: Layer, accuracy: int = _BYTES) -> None:
-    """Weights in blocks, unpacked inside the kernel; activations stay float to the
-    graph.
+    """Multiplies by weights in blocks, which the kernel unpacks. In the graph,
+    activations stay float.
 
-    `accuracy` `_BYTES` lets the kernel round them to 8 bit per block of a row.
+    With `accuracy` `_BYTES`, the kernel may round them to 8 bits per block of a row.
     """
     bits, block = layer.scheme.bits, layer.scheme.kernel_block(layer.k)
     count = -(-layer.k // block)
@@ -142,7 +142,7 @@ def _weight_only(layer: Layer, accuracy: int = _BYTES) -> None:
     zero = None
     if (
         bits == 4 and not layer.scheme.symmetric
-    ):  # the kernel's own zero is the middle of the range, and faster
+    ):  # without zero points, the kernel uses the middle of the range, which is faster
         zero = layer.stored(
             "zero",
             lambda q: _packed(_per_block(q.grid.zero, count), count, 4)[:, 0],
@@ -164,15 +164,15 @@ def _weight_only(layer: Layer, accuracy: int = _BYTES) -> None:
 
 
 def _per_block(values: Tensor, count: int) -> NDArray[Any]:
-    """[N, blocks] of a grid as the kernel wants them; a scale per channel serves all
-    its blocks.
+    """Returns the values of a grid as [N, blocks] in the kernel's layout. A value per
+    channel is repeated for all its blocks.
     """
     return np.ascontiguousarray(np.broadcast_to(values.numpy(), (values.shape[0], count)))
 
 
 def _packed(levels: NDArray[np.integer], block: int, bits: int) -> NDArray[np.uint8]:
-    """[N, K] levels to [N, blocks, bytes], zeros behind the end; of two 4-bit levels
-    the earlier one is the low half.
+    """Packs levels [N, K] into bytes [N, blocks, bytes], with zeros after the end. The
+    earlier of two 4-bit levels is the low half of a byte.
     """
     n, k = levels.shape
     padded = np.zeros((n, -(-k // block), block + (block % 2 if bits == 4 else 0)), np.uint8)
@@ -189,6 +189,6 @@ INTEGER_KERNELS: Kernels = {
     "float": _weight_only,
 }
 BLOCK_KERNELS: Kernels = {"float": partial(_weight_only, accuracy=_UNROUNDED)}
-"""Of GPUs: weights alone are quantised. Their kernels never round activations, and
-neither may the CPU when it stands in for them.
+"""Kernels for GPUs, which quantise only weights. GPU kernels never round activations,
+so the CPU must not round them when it replaces a GPU.
 """

@@ -1,9 +1,9 @@
 """Lets the caller choose how many of the last positions get logits: one for usual
-decoding, several where drafted tokens are checked at once.
+decoding, several when drafted tokens are verified together.
 
-The captured decoder takes the last position in front of its head. Here it takes the
-last n, n being a graph input, as rows of one matrix: for n = 1 the head computes what
-it did before.
+The captured decoder selects the last position in front of its head. This pass selects
+the last n positions as rows of one matrix, where n is a graph input. For n = 1 the head
+computes the same as before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _END = np.iinfo(np.int64).max
 
 
 def _takes_last_position(node: ir.Node) -> bool:
-    """Gather(x [B,L,H], -1, axis=1)."""
+    """True for Gather(x [B,L,H], -1, axis=1)."""
     if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 1:
         return False
     index = node.inputs[1].const_value if node.inputs[1] is not None else None
@@ -29,8 +29,8 @@ def _takes_last_position(node: ir.Node) -> bool:
 
 
 def last_position(model: ir.Model, step: str) -> tuple[ir.Node | None, str]:
-    """The node that takes the last position in front of the head; None and the reason,
-    for the pass named `step`, if there is not just one.
+    """Returns the node that selects the last position in front of the head. If there is
+    not exactly one, returns None and the reason, which names the pass `step`.
     """
     found = [node for node in model.graph if _takes_last_position(node)]
     return (

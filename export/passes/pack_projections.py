@@ -1,10 +1,10 @@
-"""One product for the decoder's layers that share an input: queries, keys and values,
-and the two halves of the gated MLP.
+"""Merges the decoder's layers that share an input into one product: queries, keys and
+values, and the two halves of the gated MLP.
 
-A decoding step is many small products, each of which wakes the threads and rounds its
-input; packed there are four in a layer instead of seven. Columns of the packed weight
-are those of its parts, so numbers stay what they were. Queries, keys and values go
-packed into the attention operator.
+A decode step has many small products, and each of them wakes the threads and rounds its
+input. Packing leaves four products in a layer instead of seven. The columns of a packed
+weight are those of its parts, so the results stay the same. Packed queries, keys and
+values go directly into the attention operator.
 """
 
 from __future__ import annotations
@@ -23,18 +23,20 @@ from export.passes.contract import GraphPass, PassResult, initializer, is_weight
 __all__ = ["PACKED", "pack_projections", "parts_of"]
 
 PACKED = "+"
-"""Between the parameters' names in a packed weight's."""
+"""Separates the parameters' names in the name of a packed weight."""
 
 _ATTENTION = "GroupQueryAttention"
 
 
 def parts_of(name: str) -> list[str]:
-    """The parameters a weight is made of."""
+    """Returns the names of the parameters that a weight is made of."""
     return name.split(PACKED)
 
 
 def pack_projections(scheme_of: Callable[[str], LinearScheme]) -> GraphPass:
-    """The pass that packs products of one input whose weights go the same way."""
+    """Returns the pass that packs products of one input whose weights have the same
+    scheme.
+    """
 
     def run(model: ir.Model) -> PassResult:
         groups: dict[tuple[ir.Value, LinearScheme], list[ir.Node]] = defaultdict(list)

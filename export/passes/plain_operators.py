@@ -1,8 +1,8 @@
-"""Replaces operators that older engines lack, or fuse wrongly, by the plain ones they
-stand for: RMSNormalization, Gelu, the tower's Attention.
+"""Replaces operators that older engines lack or fuse wrongly with equivalent plain
+operators: RMSNormalization, Gelu, the tower's Attention.
 
-TensorRT 10.3 (JetPack 6.2) parses none of the first and last. Sums of norms and softmax
-are marked to stay in fp32.
+TensorRT 10.3 (JetPack 6.2) parses neither RMSNormalization nor Attention. Sums of norms
+and softmax stay in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LAST = np.array([-1], np.int64)
 
 
 def _norms(model: ir.Model) -> PassResult:
-    """x / sqrt(mean(x^2) + epsilon) * weight."""
+    """Replaces RMSNormalization with x / sqrt(mean(x^2) + epsilon) * weight."""
     modified = 0
     for node in list(model.graph):
         if node.op_type != "RMSNormalization":
@@ -52,7 +52,7 @@ def _norms(model: ir.Model) -> PassResult:
 
 
 def _gelu(model: ir.Model) -> PassResult:
-    """x/2 * (1 + erf(x / sqrt 2)), the exact one."""
+    """Replaces the exact Gelu with x/2 * (1 + erf(x / sqrt 2))."""
     modified, refused = 0, []
     for node in list(model.graph):
         if node.op_type != "Gelu":
@@ -93,8 +93,8 @@ def _gelu(model: ir.Model) -> PassResult:
 
 
 def attended(model: ir.Model, node: ir.Node, scores: ir.Value, mask: ir.Value | None) -> ir.Value:
-    """Softmax of scores over the last axis, where `mask` is True, in fp32; the
-    operators go in front of `node`.
+    """Inserts a softmax of scores over the last axis in fp32 in front of `node`, and
+    returns its output. Only entries where `mask` is True count.
     """
     if mask is not None:
         (scores,) = insert(
@@ -110,7 +110,9 @@ def attended(model: ir.Model, node: ir.Node, scores: ir.Value, mask: ir.Value | 
 
 
 def is_bare(attention: ir.Node) -> bool:
-    """True for Attention(q, k, v) without a mask, at the usual scale: a tower's."""
+    """True for Attention(q, k, v) without a mask and with the usual scale, as in the
+    tower.
+    """
     given = [value for value in attention.inputs if value is not None]
     return (
         len(given) == 3
@@ -120,8 +122,9 @@ def is_bare(attention: ir.Node) -> bool:
 
 
 def _attention(model: ir.Model) -> PassResult:
-    """softmax(q k^T / sqrt D) v for Attention(q, k, v), all [N,heads,L,D]. The scale's
-    root goes to q and to k, so that fp16 holds the products.
+    """Replaces Attention(q, k, v), all [N,heads,L,D], with softmax(q k^T / sqrt D) v.
+    The square root of the scale is applied to q and to k, so that fp16 holds the
+    products.
     """
     modified, refused = 0, []
     for node in list(model.graph):

@@ -1,8 +1,8 @@
-"""Applying a scheme to a graph's linear layers, each as the target's fastest kernel for
-its numbers.
+"""Applies a scheme to a graph's linear layers. Each gets the target's fastest kernel
+for its precision.
 
 Every quantised tensor is computed when the graph is written, from a checkpoint that
-stays on disk; the pass itself only rewires.
+stays on disk. The pass itself only rewires the graph.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ __all__ = ["Kernels", "Layer", "quantise_linears", "store_half"]
 
 SchemeOf = Callable[[str], LinearScheme]
 Kernels = Mapping[str, Callable[["Layer"], None]]
-"""Per kind of activation: rewires one layer."""
+"""Maps a kind of activation to the function that rewires one layer."""
 
 _MIN_ROWS = 16  # smaller weights cost more in quantisation than they save
 _FP32 = ir.DataType.FLOAT
 
 
 def store_half(chosen: Callable[[str, int], bool]) -> GraphPass:
-    """The pass that stores the tensors `chosen` by name and number of dimensions in
-    fp16, with a Cast behind them that engines fold as they load.
+    """Returns the pass that stores tensors in fp16, with a Cast behind them that
+    engines fold as they load. `chosen` selects them by name and number of dimensions.
     """
 
     def run(model: ir.Model) -> PassResult:
@@ -83,15 +83,15 @@ def _as_half(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
 
 
 def quantise_linears(scheme_of: SchemeOf, calibrated: Calibrated, kernels: Kernels) -> GraphPass:
-    """The pass that gives every linear layer with integer weights its kernel, one of
-    the target's `kernels` by kind of activation.
+    """Returns the pass that gives every linear layer with integer weights a kernel.
+    `kernels` are the target's kernels by kind of activation.
     """
 
     def run(model: ir.Model) -> PassResult:
         modified, refused = 0, []
         quantised = lru_cache(maxsize=1)(
             partial(_quantised, calibrated)
-        )  # levels, scales and zero points are written one after the other
+        )  # cached, because levels, scales and zero points are written one after the other
         shared: dict[tuple[ir.Value, str], Any] = {}
         for node in list(model.graph):
             weight = node.inputs[1] if node.op_type == "MatMul" else None
@@ -129,7 +129,7 @@ def quantise_linears(scheme_of: SchemeOf, calibrated: Calibrated, kernels: Kerne
 
 
 def _quantised(calibrated: Calibrated, name: str, scheme: LinearScheme) -> Quantised:
-    """A weight on its grid; a packed one's rows are those of its parts."""
+    """Returns a quantised weight. The rows of a packed weight are those of its parts."""
     parts = [calibrated.quantised(part, scheme) for part in parts_of(name)]
     scale, zero = (
         torch.cat([part.grid.scale for part in parts]),
@@ -142,8 +142,8 @@ def _quantised(calibrated: Calibrated, name: str, scheme: LinearScheme) -> Quant
 
 @dataclass(frozen=True)
 class Layer:
-    """A MatMul(x, weight [K,N]) on its way to another kernel. `shared` holds quantised
-    inputs that several layers use.
+    """A MatMul(x, weight [K,N]) that another kernel will replace. `shared` holds
+    quantised inputs that several layers use.
     """
 
     model: ir.Model
@@ -170,7 +170,7 @@ class Layer:
         domain: str = "",
         **attributes: Any,
     ) -> list[ir.Value]:
-        """Puts one operator before the MatMul and returns its outputs, typed."""
+        """Inserts one operator before the MatMul and returns its typed outputs."""
         return insert(self.model, self.node, op_type, inputs, *dtypes, domain=domain, **attributes)
 
     def stored(
@@ -180,7 +180,9 @@ class Layer:
         dtype: ir.DataType,
         shape: tuple[int, ...],
     ) -> ir.Value:
-        """An initializer made from the quantised weight when it is written."""
+        """Adds an initializer that is computed from the quantised weight when the graph
+        is written.
+        """
         return lazy_initializer(
             self.model,
             f"{self.name}.{suffix}",
@@ -196,8 +198,8 @@ class Layer:
         replace_node(self.model, self.node, result)
 
     def bounds(self) -> tuple[str, float, float]:
-        """The module whose calibrated input range this layer has (packed layers share
-        it), and that range.
+        """Returns the module whose calibrated input range applies to this layer (packed
+        layers share it), and that range.
         """
         module = parts_of(self.name)[0].removesuffix(".weight")
         found = self.calibrated.get(f"{module}|range")

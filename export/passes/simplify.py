@@ -1,10 +1,10 @@
-"""Simplification of the canonical graphs: well-kept optimisers do the general work, one
-pass of ours keeps weights recognisable.
+"""Simplifies the canonical graphs. Well-maintained optimisers do the general work, and
+one pass of this project keeps weights recognisable.
 
-onnxscript folds constants and rewrites, onnx_ir removes what is unused or repeated.
-Each is a counted pass. Weights are never read: a transpose is applied when the graph is
-written. (onnxsim used to have a last look. It changed nothing after these, and needs
-the whole model in one message.)
+onnxscript folds constants and rewrites. onnx_ir removes nodes that are unused or
+repeated. Each is a counted pass. Weights are never read: a transpose is applied when
+the graph is written. (onnxsim once ran last and was removed. It changed nothing after
+these passes, and it needs the whole model in one message.)
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from export.passes.contract import GraphPass, PassResult, is_weight, lazy_tensor
 
 __all__ = ["CLEAN", "FOLD_CONSTANTS", "FOLD_TRANSPOSES", "INLINE", "REWRITE"]
 
-_FOLD_LIMIT = 8192  # elements; larger results stay computed, weights are never touched
+_FOLD_LIMIT = 8192  # elements; larger results are not folded, and weights are never touched
 
 
 def _fold_transposes(model: ir.Model) -> PassResult:
-    """MatMul(x, Transpose(weight)) becomes MatMul(x, weight transposed once), under the
-    parameter's own name.
+    """Replaces MatMul(x, Transpose(weight)) with MatMul(x, weight), where the weight is
+    transposed once and keeps the parameter's name.
     """
     modified = 0
     for node in list(model.graph):
@@ -64,8 +64,8 @@ def _transposed(weight: ir.Value) -> ir.Value:
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
-    """Gemm(x, weight, transB=1) of a weight nobody else uses: a linear layer without
-    bias.
+    """True for Gemm(x, weight, transB=1) with a weight that no other node uses: a
+    linear layer without bias.
     """
     if node.op_type != "Gemm" or len(node.inputs) != 2 or not is_weight(node.inputs[1]):
         return False
@@ -80,7 +80,7 @@ def _is_plain_gemm(node: ir.Node) -> bool:
 
 
 def _run(model: ir.Model, *passes: ir.passes.InPlacePass) -> PassResult:
-    """Applies onnx_ir passes; counts the nodes that went away (or 1 if only their
+    """Applies onnx_ir passes. Counts the nodes that were removed (or 1 if only their
     content changed).
     """
     before = sum(1 for _ in model.graph.all_nodes())

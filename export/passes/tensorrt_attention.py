@@ -1,14 +1,14 @@
-"""Lowers cached attention for TensorRT, in two forms over the same weights.
+"""Lowers cached attention for TensorRT, in two forms that use the same weights.
 
 Plain: standard operators that every TensorRT from 10.3 on parses. Caches are inputs
-only; the rows of this call come out as `present.*` [B,KV,L,D] and the engine puts them
-into the caches. Scores over the cache and over this call's own rows are computed apart,
-so no cache is ever copied.
+only. The rows of a call are returned as `present.*` [B,KV,L,D], and the engine writes
+them into the caches. Scores over the cache and over the call's own rows are computed
+separately, so no cache is ever copied.
 
 Fused: TensorScatter (IKVCacheUpdateLayer: the output is the cache's own memory) and a
-single-output Attention, for versions that have them. Their caches have a fixed length.
+single-output Attention, for versions that have them. The caches have a fixed length.
 
-Rotary angles and the scale are applied in fp32 in both.
+Both forms apply rotary angles and the scale in fp32.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _ints(model: ir.Model, *values: int) -> ir.Value:
 
 
 def _heads(model: ir.Model, node: ir.Node, x_BLE: ir.Value, heads: int, head_dim: int) -> ir.Value:
-    """[B,L,heads*D] to [B,heads,L,D]."""
+    """Reshapes [B,L,heads*D] to [B,heads,L,D]."""
     (split,) = insert(model, node, "Reshape", [x_BLE, _ints(model, 0, 0, heads, head_dim)], _FP32)
     (turned,) = insert(model, node, "Transpose", [split], _FP32, perm=[0, 2, 1, 3])
     return turned
@@ -47,7 +47,9 @@ def _rotated(
     shared: Shared,
     scale: float | None = None,
 ) -> ir.Value:
-    """Rotary positions in LLaMA's half-split layout (and a scale), in fp32."""
+    """Applies rotary positions in LLaMA's half-split layout (and a scale, if given), in
+    fp32.
+    """
     node, half = match.attention, match.head_dim // 2
     for name, table in zip(("cos", "sin"), match.tables, strict=True):
         if name not in shared:
@@ -82,7 +84,9 @@ def _rotated(
 
 
 def _positions(model: ir.Model, node: ir.Node, shared: Shared) -> None:
-    """`query` [B,1,L,1]: positions of this call; `start` [B,1]: the first of them."""
+    """Adds two values to `shared`: `query` [B,1,L,1], the positions of this call, and
+    `start` [B,1], the first of them.
+    """
     if "query" in shared:
         return
     positions = graph_input(model, POSITION_IDS)
@@ -93,7 +97,7 @@ def _positions(model: ir.Model, node: ir.Node, shared: Shared) -> None:
 
 
 def _row_numbers(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.Value:
-    """0 to C-1, [1,1,1,C]."""
+    """Returns the row numbers 0 to C-1 as [1,1,1,C]."""
     node = match.attention
     (shape,) = insert(model, node, "Shape", [match.key_cache], _INT64, start=2, end=3)
     (capacity,) = insert(model, node, "Squeeze", [shape], _INT64)
@@ -113,8 +117,8 @@ def _row_numbers(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.
 
 
 def _plain_mask(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.Value:
-    """True where a query [B,1,L,.] sees a key: cache rows before this call's first,
-    then this call's own up to itself; [B,1,L,C+L].
+    """Returns a mask [B,1,L,C+L] that is True where a query sees a key. A query sees
+    the cache rows before this call's first row, and this call's rows up to its own.
     """
     node = match.attention
     if "mask" not in shared:
@@ -138,7 +142,7 @@ def _plain_mask(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.V
 
 
 def _fused_mask(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.Value:
-    """True for cache rows up to the query's own; [B,1,L,C]."""
+    """Returns a mask [B,1,L,C] that is True for cache rows up to the query's own."""
     if "mask" not in shared:
         _positions(model, match.attention, shared)
         rows = _row_numbers(model, match, shared)
@@ -149,8 +153,9 @@ def _fused_mask(model: ir.Model, match: CachedAttention, shared: Shared) -> ir.V
 
 
 def _plain(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
-    """Groups of query heads that share keys are columns of one product: keys and values
-    are never repeated, and read as they lie in the cache.
+    """Replaces attention with the plain form. Query heads that share keys are columns
+    of one product, so keys and values are never repeated and are read in the cache's
+    layout.
     """
     node, kv, dim = match.attention, match.kv_heads, match.head_dim
     _plain_shapes(model, match, shared)
@@ -183,8 +188,8 @@ def _plain(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
 
 
 def _plain_shapes(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
-    """What tensors are reshaped to, once for all layers: C and L are known only when
-    the graph runs.
+    """Adds the shapes for reshaping tensors to `shared`, once for all layers. C and L
+    are known only when the graph runs.
     """
     if "capacity" in shared:
         return
@@ -209,8 +214,8 @@ def _plain_shapes(model: ir.Model, match: CachedAttention, shared: Shared) -> No
 def _merge(
     model: ir.Model, match: CachedAttention, attended_BHLD: ir.Value, key: ir.Value, value: ir.Value
 ) -> None:
-    """[B,heads,L,D] to [B,L,heads*D], in the old output's place; `key` and `value`
-    become the graph's outputs.
+    """Merges [B,heads,L,D] to [B,L,heads*D] and replaces the old output. `key` and
+    `value` become the graph's outputs.
     """
     (turned,) = insert(
         model, match.attention, "Transpose", [attended_BHLD], _FP32, perm=[0, 2, 1, 3]
@@ -278,7 +283,9 @@ def _lower_fused(model: ir.Model) -> PassResult:
 
 
 def fixed_capacity(rows: int) -> GraphPass:
-    """The pass that gives caches a fixed length, which the cache update layer asks for."""
+    """Returns the pass that gives caches a fixed length, which TensorRT's cache update
+    layer requires.
+    """
 
     def run(model: ir.Model) -> PassResult:
         found = [

@@ -1,8 +1,8 @@
-"""Gives a decoder what a GPU's loop needs: logits of chosen rows, the likeliest token
-of each, and a number that is finite only if all logits are.
+"""Adds the decoder outputs that a GPU's decode loop needs: logits of chosen rows, the
+most likely token of each, and a number that is finite only if all logits are.
 
-With them a decoding step brings a token id and one number across to the host instead of
-the whole vocabulary.
+With them, a decode step copies a token id and one number to the host instead of logits
+for the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -47,14 +47,15 @@ def _outputs(model: ir.Model, first: bool) -> PassResult:
 def _summaries(
     model: ir.Model, logits: ir.Value, hidden: ir.Value, first: bool
 ) -> tuple[ir.Value, ir.Value]:
-    """`next_token` [n] int64 and `logits_mass` [n].
+    """Returns `next_token` [n] int64 and `logits_mass` [n].
 
-    The mass takes in the hidden rows [B,L,H] of the whole call: 8-bit layers turn what
-    is not finite into numbers, but the residual stream keeps it.
+    The mass includes the hidden rows [B,L,H] of the whole call. 8-bit layers can turn
+    non-finite values into finite ones, but the residual stream keeps them.
 
-    With `first`, of equal logits the lowest id wins, as on the CPU, whatever order the
-    engine has for ArgMax: the ids of all that equal the largest are compared (as
-    floats, which hold them exactly, since reductions of integers are young).
+    With `first`, the lowest id wins among equal logits, as on the CPU, whatever order
+    the engine uses for ArgMax. For this, the ids of all logits that equal the largest
+    are compared. The comparison uses floats, which hold the ids exactly, because
+    reductions of integers are a recent feature.
     """
     assert logits.shape is not None, "captured graphs carry shapes"
     axis = constant(model, "last_axis", np.array([-1], np.int64))

@@ -1,5 +1,5 @@
-"""Devices a plan can be made for: memory, bandwidth, and peak rates, from their makers'
-data sheets, or measured, or from a file.
+"""Describes the devices that a plan can be made for: memory, bandwidth and peak rates,
+from their makers' data sheets, a measurement or a file.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from runtime.contract.errors import UsageError
 
 __all__ = ["DEVICES", "Device", "find_device", "this_machine"]
 
-_REACHED = 0.6  # the share of peak arithmetic that good kernels reach; of bandwidth 0.85
+_REACHED = 0.6  # share of peak arithmetic that good kernels reach; _BANDWIDTH: of peak bandwidth
 _BANDWIDTH = 0.85
 _PROBE_BYTES, _PROBE_SIZE = 256 << 20, 1536
 
 
 @dataclass(frozen=True)
 class Device:
-    """Memory for a process in GB, bandwidth in GB/s, dense arithmetic in TFLOP/s or
-    TOP/s; all reachable values, not peaks, once in a plan.
+    """A device: memory for a process in GB, bandwidth in GB/s, dense arithmetic in
+    TFLOP/s or TOP/s. All rates are those that kernels can reach, not peak rates.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Device:
     source: str = ""
 
     def rate(self, scheme: LinearScheme) -> float:
-        """TFLOP/s (TOP/s) of a linear layer with many rows."""
+        """Returns the rate of a linear layer with many rows in TFLOP/s (or TOP/s)."""
         return (
             self.int8_tops
             if scheme.quantised and scheme.activation != "float"
@@ -83,8 +83,8 @@ DEVICES: dict[str, Device] = {
 
 
 def find_device(text: str | None) -> Device:
-    """A device by name, from a JSON file with `Device`'s fields, or (None) this
-    machine. Raises `UsageError`.
+    """Returns a device by name, from a JSON file with the fields of `Device`, or this
+    machine for None. Raises `UsageError`.
     """
     if text is None:
         return this_machine()
@@ -111,8 +111,8 @@ def find_device(text: str | None) -> Device:
 
 
 def this_machine() -> Device:
-    """Memory of this machine, and its rates as a second of measuring finds them:
-    reading, and float products; 8-bit products as a usual multiple.
+    """Measures this machine for about a second: its memory, its reading bandwidth and
+    its rate of float products. The rate of 8-bit products is a usual multiple of that.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     block = np.ones(_PROBE_BYTES // 4, np.float32)

@@ -1,9 +1,9 @@
-"""What a build and a bundle will cost, from the spec alone: disk, memory of building
-and of running, visual tokens, and a roofline of latency.
+"""Predicts what a build and a bundle will cost from the spec alone: disk, memory of
+building and running, visual tokens, and a roofline estimate of latency.
 
-Bytes follow the formats exactly. Memory adds what was measured of the tools around them
-(docs/benchmarks.md has predictions beside measurements). Latency is a bound: work over
-the device's peak rates, with the share of them that good kernels reach.
+Bytes follow the formats exactly. Memory includes the measured overhead of the tools
+(docs/benchmarks.md has predictions beside measurements). Latency is a bound: the work
+divided by the share of the device's peak rates that good kernels reach.
 """
 
 from __future__ import annotations
@@ -44,19 +44,21 @@ _PACKED = {
     "fp16": 2.6,
     "int8": 1.3,
     "int4": 1.3,
-}  # resident bytes per stored byte: the kernels' own copy, and what is still mapped
-_SHARED, _TWICE = 1.05, 2.0  # as TensorRT-RTX compiles them; see docs/tensorrt.md
+}  # resident bytes per stored byte: the kernels' copy and the part of the file still mapped
+_SHARED, _TWICE = 1.05, 2.0  # resident bytes per stored byte in TensorRT-RTX; see docs/tensorrt.md
 _ROUNDING = 4.0  # float copies of a weight while it is rounded
-_BLOCK_COPIES = 4.7  # of the largest block's float weights while it is read, checked and run
-_ACTIVATIONS = 2.5  # what the engine reserves for them, against what they take
-_TEXT_TOKENS, _ANSWER = 16, 5  # of a usual question and answer
-LARGE_BYTES = 2 << 30  # of weights, above which a build does not load its bundle whole
-PIECE_BYTES = 1 << 29  # of weights in memory at once then
+_BLOCK_COPIES = 4.7  # copies of the largest block's float weights while it is read, checked and run
+_ACTIVATIONS = 2.5  # memory the engine reserves for activations, relative to their size
+_TEXT_TOKENS, _ANSWER = 16, 5  # tokens of a usual question, and of its answer
+LARGE_BYTES = 2 << 30  # bytes of weights above which a build does not load its bundle whole
+PIECE_BYTES = 1 << 29  # bytes of weights in memory at once in that case
 
 
 @lru_cache(maxsize=8)
 def linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of every linear layer that schemes speak of, by parameter name."""
+    """Returns (outputs, inputs) of every linear layer that schemes apply to, by
+    parameter name.
+    """
     model = StreamedModel(spec, lambda name: torch.empty(0))
     names = [
         f"{name}.weight"
@@ -69,8 +71,8 @@ def linears(spec: ModelSpec) -> dict[str, tuple[int, int]]:
 
 
 def linear_bytes(outputs: int, inputs: int, scheme: LinearScheme, scale: int = 4) -> int:
-    """Stored bytes of a weight under a scheme, scales (of `scale` bytes) and zero
-    points included.
+    """Returns the stored bytes of a weight under a scheme, including scales (of `scale`
+    bytes) and zero points.
     """
     if not scheme.quantised:
         return outputs * inputs * scheme.bits // 8
@@ -83,7 +85,7 @@ def linear_bytes(outputs: int, inputs: int, scheme: LinearScheme, scale: int = 4
 
 
 def part_bytes(spec: ModelSpec, scheme: Scheme) -> dict[str, int]:
-    """Bytes of weights in each graph."""
+    """Returns the bytes of weights in each graph."""
     half = 2 if scheme.embeddings == "fp16" else 4
     scale = 2 if scheme.compute == "fp16" else 4
     shapes = linears(spec)
@@ -99,7 +101,7 @@ def part_bytes(spec: ModelSpec, scheme: Scheme) -> dict[str, int]:
     )
     wide = (
         3 * tower.patch_size**2 * tower.width + (tower.grid**2 + 2) * tower.width
-    )  # more than two dimensions
+    )  # tensors of more than two dimensions
     found = {
         "vision": sum(linear_bytes(*shapes[name], scheme.linear(name), scale) for name in in_tower)
         + 4 * (others - decoder_norms - wide)
@@ -131,7 +133,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """The whole bundle."""
+        """Bytes of the whole bundle."""
         return sum(self.disk.values())
 
     @property
@@ -141,7 +143,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has that much memory."""
+        """True if the device has enough memory to run the bundle."""
         return self.run_bytes <= self.device.memory_gb * 1e9
 
     def to_json(self) -> dict[str, Any]:
@@ -161,11 +163,11 @@ def make_plan(
     samples: int = 32,
     questions: bool = True,
 ) -> Plan:
-    """Predicts everything for one model, scheme and device; `context` is the number of
-    cache rows (default: the model's).
+    """Predicts disk, memory and latency for one model, scheme and device. `context` is
+    the number of cache rows (default: the model's).
 
-    `questions` tells whether the build asks PyTorch too, for which small models are
-    loaded whole.
+    `questions` tells whether the build also asks PyTorch questions, for which small
+    models are loaded whole.
     """
     context = min(context or spec.decoder.context, spec.decoder.context)
     weights = part_bytes(spec, scheme)
@@ -204,7 +206,7 @@ def _disk(spec: ModelSpec, scheme: Scheme, weights: dict[str, int]) -> dict[str,
 
 
 def _cache_row(spec: ModelSpec, scheme: Scheme) -> int:
-    """Bytes of keys and values of one position, all layers."""
+    """Returns the bytes of keys and values of one position, over all layers."""
     decoder = spec.decoder
     return (
         2
@@ -237,8 +239,9 @@ def _run_memory(
 
 
 def _packed_on_gpu(linear: LinearScheme) -> float:
-    """Bytes of a decoder's engine per stored byte: two profiles share weights that are
-    unpacked as they are read, and no others.
+    """Returns the resident bytes of a decoder's engine per stored byte. The engine's
+    two profiles share weights that are unpacked as they are read, and hold two copies
+    of all others.
     """
     return _SHARED if linear.quantised and linear.activation == "float" else _TWICE
 
@@ -246,8 +249,8 @@ def _packed_on_gpu(linear: LinearScheme) -> float:
 def _build_peak(
     spec: ModelSpec, scheme: Scheme, weights: dict[str, int], samples: int, questions: bool
 ) -> int:
-    """The largest of three: a block being calibrated, a weight being rounded, the
-    bundle (or a part of it) being replayed.
+    """Returns the exporter's own memory plus the largest of three phases: calibrating a
+    block, rounding a weight, and replaying the bundle (or a part of it).
     """
     shapes = linears(spec)
     names = [name for name, shape in shapes.items()]
@@ -281,13 +284,13 @@ def _build_peak(
     )
     total = sum(weights.values())
     if scheme.compute == "fp16":
-        replayed = int(1.1 * total) + 4 * table  # whole, through the reference
+        replayed = int(1.1 * total) + 4 * table  # the CPU reference loads the bundle whole
     elif total > LARGE_BYTES:
         replayed = int(2 * max(PIECE_BYTES + 4 * table, weights["vision"]))
     else:
         whole = (
             4 * spec.parameters if questions and spec.parameters <= 500_000_000 else 0
-        )  # answers are compared with the model in memory
+        )  # the whole model is in memory while answers are compared
         replayed = _run_memory(spec, scheme, weights, spec.decoder.context)["weights"] + 2 * whole
     return _EXPORTER + max(block + states, rounding, replayed)
 
@@ -295,8 +298,9 @@ def _build_peak(
 def _latency(
     spec: ModelSpec, scheme: Scheme, weights: dict[str, int], device: Device
 ) -> dict[str, float]:
-    """Milliseconds at the device's reachable rates: the tower and prefill by arithmetic
-    or bandwidth, decoding by what it reads.
+    """Returns milliseconds (and tokens per second) at the device's reachable rates. The
+    tower and prefill are bound by arithmetic or bandwidth, decoding by the bytes it
+    reads.
     """
     tower = spec.vision
     patches, length = tower.grid**2 + 1, spec.pool_sizes[0] ** 2 + _TEXT_TOKENS

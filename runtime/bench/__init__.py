@@ -1,3 +1,3 @@
-"""The latency report: measuring answers on this machine, keeping the raw times, showing
-them, and comparing two reports.
+"""The latency report: measures answers on this machine, stores the raw times, shows
+them, and compares two reports.
 """

@@ -1,5 +1,5 @@
-"""`infmllm-bench`: measures a bundle's latency on this machine and writes the report;
-`infmllm-bench diff A B` compares two reports, for CI too.
+"""`infmllm-bench`: measures a bundle's latency on this machine and writes the report.
+`infmllm-bench diff A B` compares two reports, also in CI.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["main"]
 app = command_app("Measure a bundle's latency.")
 diff_app = command_app("Compare two latency reports.")
 _HEAD = ("metric", "unit", "before", "after", "change", "noise", "")
-_TABLE_WIDTH = 112  # a pipe or a log has no width of its own
+_TABLE_WIDTH = 112  # used for pipes and logs, which have no terminal width
 _EXAMPLES = """
 Examples:
 
@@ -170,7 +170,7 @@ def _print_table(cells: list[tuple[str, ...]]) -> None:
 
 
 def _write(path: Path | None, text: Callable[[], str]) -> None:
-    """Writes a file if it was asked for. Raises `UsageError` if the disk refuses."""
+    """Writes the file if a path was given. Raises `UsageError` if it cannot be written."""
     if path is None:
         return
     try:
@@ -181,12 +181,12 @@ def _write(path: Path | None, text: Callable[[], str]) -> None:
 
 
 def _compare() -> object:
-    """`diff` with what follows it."""
+    """Runs `diff` with the arguments that follow it."""
     return diff_app(args=sys.argv[2:], prog_name="infmllm-bench diff", standalone_mode=False)
 
 
 def main() -> None:
-    """Entry point of `infmllm-bench`. A bundle in a folder called diff is measured as
-    ./diff.
+    """Entry point of `infmllm-bench`. The first argument `diff` compares reports, so a
+    bundle folder called diff must be given as ./diff.
     """
     run_command(_compare if sys.argv[1:2] == ["diff"] else app)

@@ -1,9 +1,9 @@
-"""Two reports against each other: every metric with its change and whether that is more
-than noise, and limits that make a build fail.
+"""Compares two reports: every metric with its change, whether the change is larger than
+the noise, and limits that fail a build.
 
-A limit is written `METRIC>+5%` (a change relative to the first report), `METRIC>+50` (a
-change in the metric's unit) or `METRIC>20` (the second report's value itself); `<`
-likewise.
+A limit is written `METRIC>+5%` (change relative to the first report), `METRIC>+50`
+(change in the metric's unit) or `METRIC>20` (the value in the second report). `<` works
+the same way.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from runtime.contract.errors import UsageError
 __all__ = ["Change", "Limit", "changes", "different_conditions", "parse_limit", "rows"]
 
 _LIMIT = re.compile(r"\s*(\w+)\s*([<>])\s*([+-]?)(\d+(?:\.\d+)?)\s*(%?)\s*")
-# What must agree for a comparison to say something about the software; versions may differ,
-# being what is usually compared.
+# Conditions that must agree for a meaningful comparison of software. Versions may differ, because
+# they are usually the subject of the comparison.
 _MUST_AGREE = (
     "cpu",
     "board",
@@ -39,8 +39,8 @@ _MUST_AGREE = (
 
 @dataclass(frozen=True)
 class Change:
-    """One metric in both reports. `percent` is relative to the first; below `noise`
-    percent a change says nothing (None: unknown).
+    """One metric in both reports. `percent` is relative to the first report. A change
+    of at most `noise` percent is not significant; None means the noise is unknown.
     """
 
     name: str
@@ -54,8 +54,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Limit:
-    """A parsed limit: which metric, above or below, what number, and of what (the
-    change in percent, the change, the value).
+    """A parsed limit: the metric, the direction (`above` or below), the number, and
+    `of`, the quantity it applies to ("percent", "change" or "value").
     """
 
     text: str
@@ -65,7 +65,7 @@ class Limit:
     of: str
 
     def broken(self, found: Sequence[Change]) -> str:
-        """Words for how these changes break this limit, empty if they do not. Raises
+        """Describes how these changes break this limit; empty if they do not. Raises
         `UsageError` if a report lacks the metric.
         """
         change = next((change for change in found if change.name == self.metric), None)
@@ -91,8 +91,8 @@ class Limit:
 
 
 def parse_limit(text: str) -> Limit:
-    """Reads one `--fail-if`. Raises `UsageError` saying how it is written or which
-    metrics there are.
+    """Parses one `--fail-if`. Raises `UsageError` that explains the syntax or lists the
+    metrics.
     """
     match = _LIMIT.fullmatch(text)
     if match is None:
@@ -123,7 +123,7 @@ def parse_limit(text: str) -> Limit:
 
 
 def changes(before: Report, after: Report) -> list[Change]:
-    """Every metric that either report has, in the order of the table of metrics."""
+    """Returns every metric that either report has, in the order of `METRICS`."""
     found = []
     for name, metric in METRICS.items():
         old, new = metric.value(before), metric.value(after)
@@ -161,7 +161,9 @@ def _verdict(percent: float | None, noise: float | None, higher_is_better: bool)
 
 
 def different_conditions(before: Report, after: Report) -> list[str]:
-    """Conditions that make the reports incomparable, as "threads 1 and 2"."""
+    """Returns the conditions that make the reports incomparable, such as "threads 1 and
+    2".
+    """
     old, new = asdict(before.conditions), asdict(after.conditions)
     pairs: list[tuple[str, Any, Any]] = [
         ("model", before.bundle.model, after.bundle.model),
@@ -174,7 +176,7 @@ def different_conditions(before: Report, after: Report) -> list[str]:
 
 
 def rows(found: Sequence[Change]) -> list[tuple[str, ...]]:
-    """The table's cells: metric, unit, both values, change, noise, verdict."""
+    """Returns the table's cells: metric, unit, both values, change, noise, verdict."""
     return [
         (
             change.name,

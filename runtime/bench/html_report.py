@@ -1,5 +1,5 @@
-"""A latency report as one HTML page: the figures that matter most, plots, every table,
-and the conditions; nothing is fetched and no script runs.
+"""A latency report as one self-contained HTML page without scripts: the main figures,
+plots, all tables and the conditions.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ul { padding-left: 1.2rem; } li { margin: .15rem 0; overflow-wrap: anywhere; }
 
 
 def report_page(report: Report) -> str:
-    """The page's text."""
+    """Builds the page."""
     title = f"Latency of {report.bundle.name}"
     verdict = (
         ""

@@ -1,8 +1,8 @@
-"""How fast this machine reads memory and multiplies matrices, measured by the very
-engine and number of threads that answers are computed with.
+"""Measures how fast this machine reads memory and multiplies matrices, with the same
+engine and number of threads that compute the answers.
 
-Each probe is an ONNX graph of one node, made in memory; best of several runs, because a
-limit is what the machine can do, not what it usually does.
+Each probe is an ONNX graph of one node, built in memory. The best of several runs
+counts, because a limit is the most that the machine can do.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from runtime.hardware.probe_model import one_node_model
 
 __all__ = ["measure_limits"]
 
-_SECONDS = 0.25  # per probe; three probes, before and after, are less than two seconds
+_SECONDS = 0.25  # per probe; three probes before and three after take less than two seconds
 _LEAST_RUNS = 3
-_SIZE = 1024  # of the square matrices: enough rows for full kernels, and still in cache blocks
+_SIZE = 1024  # side of the square matrices: fills the kernels but still fits cache blocks
 _ROW = 4096
-_LEAST_MB, _MOST_MB, _CACHES = 64, 512, 4  # memory read per run: several times the last cache
+_LEAST_MB, _MOST_MB, _CACHES = 64, 512, 4  # memory read per run: several times the last-level cache
 
 
 def measure_limits(threads: int, last_cache_mb: float | None) -> Limits:
-    """Reading in GB/s, float32 and 8-bit products in GFLOP/s and GOP/s, with `threads`
-    threads; about 0.8 s.
+    """Measures reading in GB/s and float32 and 8-bit products in GFLOP/s and GOP/s,
+    with `threads` threads; takes about 0.8 s.
     """
     size = int(min(_MOST_MB, max(_LEAST_MB, _CACHES * (last_cache_mb or 0))) * 1e6)
     return Limits(
@@ -39,7 +39,7 @@ def measure_limits(threads: int, last_cache_mb: float | None) -> Limits:
 
 
 def _read_rate(threads: int, size: int) -> float:
-    """GB/s of one row times a matrix of `size` bytes: what a decode step does."""
+    """Returns the GB/s of one row times a matrix of `size` bytes, as in a decode step."""
     matrix = np.ones((_ROW, size // 4 // _ROW), np.float32)
     row = np.ones((1, _ROW), np.float32)
     session = _open(
@@ -53,8 +53,8 @@ def _read_rate(threads: int, size: int) -> float:
 
 
 def _product_rate(threads: int, operator: str, dtype: type[np.generic]) -> float:
-    """10^9 operations a second of a square product with constant weights, 2 for each
-    multiplication.
+    """Returns 10^9 operations per second of a square product with constant weights;
+    each multiplication counts as 2 operations.
     """
     left = np.ones((_SIZE, _SIZE), dtype)
     right = np.ones((_SIZE, _SIZE), np.int8 if dtype is np.uint8 else dtype)
@@ -73,7 +73,7 @@ def _open(model: bytes, threads: int) -> ort.InferenceSession:
 
 
 def _best(work: Callable[[], object]) -> float:
-    """The shortest of repeated runs, in seconds, after one to warm up."""
+    """Returns the shortest of repeated runs in seconds, after one warm-up run."""
     work()
     times: list[float] = []
     until = time.perf_counter() + _SECONDS

@@ -1,8 +1,8 @@
-"""Measuring a bundle: load it, answer the same question about the same picture again
-and again, and keep every time with its conditions.
+"""Measures a bundle: loads it, answers the same question about the same image
+repeatedly, and stores every time with its conditions.
 
-The order matters: limits of the machine, load, warm-up, timed answers, memory, then
-energy in answers of its own, then the limits once more.
+The order matters: machine limits, load, warm-up, timed answers, memory, then energy in
+separate answers, then the machine limits again.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ __all__ = ["BenchOptions", "answer_once", "bundle_work", "measure", "sample_jpeg
 _SIZE = (640, 480)
 _PROMPT, _TASK = "describe", "caption"
 _MIB_IN_MB = (1 << 20) / 1e6
-_CACHE_BYTES = {"int8": 1, "fp16": 2}  # of a number; bundles before there was a choice have fp32
+_CACHE_BYTES = {"int8": 1, "fp16": 2}  # bytes per number; older bundles lack it and use fp32
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure: `image` None is a made picture of 640x480, `visual_tokens` None
-    the model's best, `threads` None all cores.
+    """The options of a measurement. None means a generated 640x480 image for `image`,
+    the model's default for `visual_tokens`, and all cores for `threads`.
     """
 
     bundle: Path
@@ -63,8 +63,8 @@ class BenchOptions:
 
 
 def sample_jpeg() -> bytes:
-    """A deterministic 640x480 JPEG, so that decoding and preprocessing are measured on
-    a usual photograph's size.
+    """Generates a deterministic JPEG of 640x480, so that decoding and preprocessing are
+    measured on a common photo size.
     """
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)
@@ -78,8 +78,8 @@ def sample_jpeg() -> bytes:
 def answer_once(
     session: Session, picture: bytes, visual_tokens: int | None, new_tokens: int
 ) -> tuple[AnswerTimes, Answer]:
-    """One answer with nothing cached and nothing drafted, and its times: the only place
-    that knows how a session is asked.
+    """Gives one answer and its times, with empty caches and without speculative
+    decoding. Only this function depends on how a session is asked.
     """
     session.clear_caches()
     started = time.perf_counter()
@@ -95,15 +95,15 @@ def answer_once(
 
 
 def measure(options: BenchOptions) -> Report:
-    """Measures as `options` say; about two seconds more than its answers take, and some
-    more where power can be measured.
+    """Measures as `options` say. This takes about two seconds more than the answers,
+    and longer if power can be measured.
     """
     from runtime.session import load
 
     machine, threads = read_machine(), options.threads or available_cores()
     picture = read_image_bytes(options.image) if options.image else sample_jpeg()
     size = open_image(picture).size
-    # What the probe takes must not count as the bundle's memory.
+    # The probe's memory must not count as the bundle's.
     limits = [measure_limits(threads, machine.last_cache_mb)] if reset_peak_memory() else []
     reset_peak_memory()
     started = time.perf_counter()
@@ -127,7 +127,7 @@ def measure(options: BenchOptions) -> Report:
         cores=available_cores(),
         threads=threads,
         python=platform.python_version(),
-        onnxruntime=ort.__version__,  # its package may be called onnxruntime-gpu
+        onnxruntime=ort.__version__,  # from the module, because the package may be onnxruntime-gpu
         infmllm=__version__,
         picture=f"{options.image.name if options.image else 'made JPEG'} {size[0]}x{size[1]}",
         prompt=_PROMPT,
@@ -168,8 +168,9 @@ def _facts(bundle: Bundle) -> BundleFacts:
 
 
 def bundle_work(bundle: Bundle, prompt_tokens: int) -> Work:
-    """What a step reads and what tower and prefill multiply. Linear layers only: the
-    products of attention are left out, the head counts once.
+    """Returns the bytes that a decode step reads and the operations of vision tower and
+    prefill. Only linear layers count, without the products of attention. The output
+    head counts for one position only.
     """
     spec, decoder = bundle.spec, bundle.spec.decoder
     weights = Path(DECODER).with_suffix(".weights").name
@@ -195,7 +196,7 @@ def bundle_work(bundle: Bundle, prompt_tokens: int) -> Work:
 def _energy(
     session: Session, picture: bytes, options: BenchOptions, gpu: Nvidia | str
 ) -> tuple[Energy | None, str]:
-    """The energy of answers of their own, or why it cannot be measured."""
+    """Measures energy in separate answers, or returns the reason why it is impossible."""
     sources: list[Source] = []
     reasons: list[str] = []
     if isinstance(gpu, Nvidia) and gpu.counts_energy:

@@ -1,8 +1,8 @@
-"""The figures of a report, computed from its raw times: percentiles per stage, and the
-table of metrics that reports and differences speak of.
+"""Computes the figures of a report from its raw times: percentiles per stage, and the
+metrics that reports and comparisons use.
 
-A metric is a name, a unit, which way is better, its value, and what each answer alone
-says of it; from the last comes how far it can be trusted.
+A metric has a name, a unit, a better direction, a value, and usually one value per
+answer. The spread of the values per answer gives the metric's noise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 _DRIFT, _LEAST_ANSWERS = (
     10.0,
     8,
-)  # percent between quarters that is worth a word; fewer answers have no quarters
+)  # drift in percent that is reported; fewest answers that are split into quarters
 
 Values = Callable[[Report], float | None]
 Each = Callable[[AnswerTimes], float]
@@ -37,8 +37,8 @@ Each = Callable[[AnswerTimes], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure. `each` is what a single answer says of it, of which the figure is the
-    `percent`ile; None where it is measured once.
+    """One figure. `each` gives its value for a single answer, and `percent` is the
+    percentile over answers. `each` is None if the figure is measured only once.
     """
 
     name: str
@@ -59,8 +59,8 @@ def _percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def _other(answer: AnswerTimes) -> float:
-    """Of the time to first text: reading the token table, making text, and any step
-    whose token showed no text.
+    """Returns the rest of the time to first text: reading token embeddings, decoding
+    text, and steps whose token showed no text.
     """
     return max(0.0, answer.ttft_ms - sum(answer.stages_ms.values()))
 
@@ -117,8 +117,8 @@ def _images_per_s(report: Report) -> float | None:
 
 
 def _of_limit(work: Values, milliseconds: Values, limit: str) -> Values:
-    """Work per time as a share of the better of the limits measured before and after,
-    in percent. `work` in 10^9 bytes or operations.
+    """Builds a function that gives work per time as a percentage of a machine limit.
+    `work` is in 10^9 bytes or operations; the limit is the best of all measurements.
     """
 
     def value(report: Report) -> float | None:
@@ -133,8 +133,8 @@ def _of_limit(work: Values, milliseconds: Values, limit: str) -> Values:
 
 
 def _bytes_per_step(report: Report) -> float | None:
-    """10^9 bytes a decode step reads: weights, and the rows that the cache holds half
-    way through the answer.
+    """Returns the 10^9 bytes that a decode step reads: the weights, and the cache rows
+    that are filled half way through the answer.
     """
     rows = (
         report.conditions.prompt_tokens
@@ -265,8 +265,11 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _METRICS}
 
 
 def noise_percent(metric: Metric, report: Report) -> float | None:
-    """A metric is known to plus or minus this: the 95 % interval of a percentile by
-    ranks, or the difference between the halves if that is larger.
+    """Returns a metric's uncertainty in plus or minus percent.
+
+    It is half of the 95 % interval of the percentile, computed from ranks, or the
+    difference between the two halves of the answers if that is larger. None if the
+    metric has no value per answer or there are fewer than four answers.
     """
     if metric.each is None or len(report.answers) < 4:
         return None
@@ -289,8 +292,8 @@ def noise_percent(metric: Metric, report: Report) -> float | None:
 
 
 def quarters(report: Report) -> tuple[float, float] | None:
-    """Median whole-answer milliseconds of the first and the last quarter of answers;
-    None for fewer than 8.
+    """Returns the median milliseconds per answer in the first and the last quarter of
+    the answers; None for fewer than 8 answers.
     """
     totals = [answer.total_ms for answer in report.answers]
     size = len(totals) // 4
@@ -302,14 +305,16 @@ def quarters(report: Report) -> tuple[float, float] | None:
 
 
 def drift_percent(report: Report) -> float | None:
-    """How much slower the last quarter of answers is than the first."""
+    """Returns how much slower the last quarter of answers is than the first, in
+    percent.
+    """
     found = quarters(report)
     return 1e2 * (found[1] / found[0] - 1) if found and found[0] else None
 
 
 def throttling(report: Report) -> str:
-    """One sentence on whether the machine slowed down while it was measured, and how
-    that is known.
+    """Returns one sentence that says whether the machine slowed down during the
+    measurement, and the evidence.
     """
     thermal, drift = report.thermal, drift_percent(report)
     counted = (
@@ -339,8 +344,8 @@ def throttling(report: Report) -> str:
 
 
 def stage_times(report: Report) -> dict[str, dict[str, float]]:
-    """p50, p90, p99 and best milliseconds of every stage, in the order they happen;
-    `inter_token` only where there are steps.
+    """Returns p50, p90, p99 and best milliseconds of every stage, in the order of the
+    stages. `inter_token` is present only if there are decode steps.
     """
     rows: dict[str, list[float]] = {
         name: [answer.stages_ms[name] for answer in report.answers] for name in STAGES
@@ -358,8 +363,8 @@ def stage_times(report: Report) -> dict[str, dict[str, float]]:
 
 
 def summary(report: Report) -> dict[str, object]:
-    """Every figure, for readers of the JSON file who do not want to compute: stages,
-    metrics (null where not measured), and throttling in words.
+    """Returns every figure, for readers of the JSON file who do not want to compute
+    them: stages, metrics (null if not measured) and a sentence on throttling.
     """
     return {
         "stages_ms": stage_times(report),

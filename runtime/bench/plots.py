@@ -1,8 +1,8 @@
 """The plots of a latency report as inline SVG: stages of the time to first text, times
-between tokens, and answers in the order they were given.
+between tokens, and answers in order.
 
-Colours are the page's and CSS classes of its own, so that light and dark both read;
-numbers stand as text beside every mark that matters.
+Colours come from the page and from CSS classes defined here, so that plots are readable
+on light and dark screens. Important marks have their number as text beside them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PARTS = (*STAGES, "other")
 
 
 def _ticks(top: float) -> list[float]:
-    """Round numbers from 0 to at least `top`."""
+    """Returns round numbers from 0 to at least `top`."""
     rough = max(top, 1e-9) / 4
     scale = 10 ** math.floor(math.log10(rough))
     step = next(scale * nice for nice in (1, 2, 2.5, 5, 10) if scale * nice >= rough * 0.999)
@@ -44,8 +44,8 @@ def _ticks(top: float) -> list[float]:
 
 
 class _Frame:
-    """A plot's axes: maps data to pixels, draws the grid and its labels. Both axes
-    start at 0 unless `low` says otherwise.
+    """A plot's axes: maps data to pixels and draws the grid with its labels. Both axes
+    start at 0, unless `low` sets another start of the x axis.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ def _whole_ticks(low: int, high: int) -> list[float]:
 
 
 def stages_plot(report: Report) -> str:
-    """Two stacked bars, the median of every stage and the slowest answer, with a key
-    that holds the numbers.
+    """Draws two stacked bars, the medians of all stages and the slowest answer, with a
+    legend that holds the numbers.
     """
     medians = {name: row["p50"] for name, row in stage_times(report).items() if name in _PARTS}
     slowest = max(report.answers, key=lambda answer: answer.ttft_ms)
@@ -155,8 +155,8 @@ def stages_plot(report: Report) -> str:
 
 
 def positions_plot(report: Report) -> str:
-    """Milliseconds of each decode step over its position: the median of answers, and
-    where eight of ten lie. Empty without steps.
+    """Plots the milliseconds of each decode step over its position: the median over
+    answers and the range from the 10th to the 90th percentile. Empty without steps.
     """
     longest = max(len(answer.step_ms) for answer in report.answers)
     if not longest:
@@ -186,8 +186,8 @@ def positions_plot(report: Report) -> str:
 
 
 def histogram_plot(report: Report) -> str:
-    """How often each time between tokens occurred, with lines at p50, p90 and p99; what
-    lies far beyond p99 is counted, not drawn.
+    """Draws a histogram of the times between tokens, with lines at p50, p90 and p99.
+    Values far beyond p99 are counted but not drawn. Empty without steps.
     """
     steps = np.array([step for answer in report.answers for step in answer.step_ms])
     if not len(steps):
@@ -221,8 +221,8 @@ def histogram_plot(report: Report) -> str:
 
 
 def answers_plot(report: Report) -> str:
-    """Every answer's total in the order they were given, with the medians of the first
-    and the last quarter: drift and throttling show here.
+    """Plots the total time of every answer in order, with the medians of the first and
+    the last quarter, which show drift and throttling.
     """
     totals = [answer.total_ms for answer in report.answers]
     frame = _Frame(len(totals) + 0.5, max(totals) * 1.05, "answer", "ms for the whole answer", 0.5)
@@ -249,8 +249,8 @@ def answers_plot(report: Report) -> str:
 
 
 def clock_plot(report: Report) -> str:
-    """The CPU's clock after each answer, with its highest; empty where the system does
-    not tell.
+    """Plots the CPU's clock after each answer, with its maximum; empty if the system
+    does not report the clock.
     """
     clocks, highest = report.thermal.clock_mhz, report.thermal.max_clock_mhz
     if not clocks:

@@ -1,8 +1,8 @@
-"""A latency report as data: raw times of every answer with the conditions they were
-taken under, written to and read from versioned JSON.
+"""A latency report as data: the raw times of every answer and their conditions, stored
+as versioned JSON.
 
 Everything shown (percentiles, rates, fractions, plots, differences) is computed from
-these values, so an old report can be shown and compared again.
+these values, so old reports can still be shown and compared.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ __all__ = [
 FORMAT, VERSION = "infmllm-bench", 1
 STAGES = ("decode_image", "preprocess", "vision", "prefill")
 _MAX_BYTES = 256 << 20
-_LARGEST = 1e18  # of any number in a report
+_LARGEST = 1e18  # upper bound of every number in a report
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class AnswerTimes:
-    """One answer: milliseconds of the stages before the first token, to first text, to
-    the end, and of every later decode step.
+    """The times of one answer in milliseconds: of each stage before the first token, to
+    the first text, to the end, and of every later decode step.
     """
 
     stages_ms: dict[str, float]
@@ -56,7 +56,7 @@ class AnswerTimes:
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """Which bundle was measured; `manifest_sha256` tells apart two of the same name."""
+    """The measured bundle; `manifest_sha256` distinguishes bundles of the same name."""
 
     name: str
     model: str
@@ -68,8 +68,8 @@ class BundleFacts:
 
 @dataclass(frozen=True)
 class Conditions(Machine):
-    """What the figures depend on: the machine, what ran on it, and what was asked;
-    `started` is UTC.
+    """The conditions that the figures depend on: the machine, the software and the
+    question. `started` is in UTC.
     """
 
     cores: int
@@ -89,8 +89,8 @@ class Conditions(Machine):
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine reaches with the same threads: reading memory in GB/s, products
-    of matrices in GFLOP/s (float32) and GOP/s (8-bit).
+    """The limits of this machine with the same threads: reading memory in GB/s, matrix
+    products in GFLOP/s (float32) and GOP/s (8-bit).
     """
 
     read_gbs: float
@@ -100,8 +100,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """What the model has to do: bytes a decode step reads (weights, and per cache row),
-    operations of the tower and of prefill (2 a product).
+    """The work of the model: bytes that a decode step reads (weights, and per cache
+    row), and operations of vision tower and prefill (2 per multiplication).
     """
 
     decoder_weight_bytes: int
@@ -112,8 +112,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Report:
-    """One measurement. `limits` were measured before and after it; `missing` says, for
-    every absent part, why it is absent.
+    """One measurement. `limits` were measured before and after it. `missing` holds the
+    reason for every absent part.
     """
 
     bundle: BundleFacts
@@ -130,8 +130,8 @@ class Report:
 
 
 def to_json(report: Report, summary: Mapping[str, Any]) -> str:
-    """The file's text. `summary` is for readers who want figures without computing;
-    reading ignores it.
+    """Formats the report as JSON text. `summary` is for readers who want figures
+    without computing them; reading a report ignores it.
     """
     return (
         json.dumps(
@@ -142,8 +142,8 @@ def to_json(report: Report, summary: Mapping[str, Any]) -> str:
 
 
 def read_report(path: Path) -> Report:
-    """Reads a report strictly. Raises `DataError` naming the first field that is
-    missing, unknown, of another type or not finite.
+    """Reads a report strictly. Raises `DataError` that names the first field that is
+    missing, unknown, of the wrong type, out of range or not finite.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -161,7 +161,9 @@ def read_report(path: Path) -> Report:
 
 
 def parse_report(data: object, where: str) -> Report:
-    """A report from parsed JSON; `where` names the file in errors. Raises `DataError`."""
+    """Builds a report from parsed JSON; `where` names the file in errors. Raises
+    `DataError`.
+    """
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise DataError(
             f'{where}: "format" is not "{FORMAT}"; give a file written by infmllm-bench --json'
@@ -190,7 +192,7 @@ def parse_report(data: object, where: str) -> Report:
 
 
 def _object(cls: type[T], value: object, where: str) -> T:
-    """A dataclass from exactly its fields."""
+    """Builds a dataclass from an object that has exactly its fields."""
     if not isinstance(value, dict):
         raise DataError(f"{where} is {type(value).__name__}, expected an object; measure again")
     hints, names = get_type_hints(cls), {f.name for f in fields(cls)}  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
-"""A report as text for a terminal, as CSV for spreadsheets, and as Markdown for notes
-and pull requests.
+"""Formats a report as text for a terminal, as CSV for spreadsheets, and as Markdown for
+notes and pull requests.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SHARES = (
 
 
 def figure(value: float | None) -> str:
-    """A number with about three digits that matter; a dash where there is none."""
+    """Formats a number with two or three significant digits; None becomes a dash."""
     if value is None:
         return "–"
     return (
@@ -56,8 +56,8 @@ def figure(value: float | None) -> str:
 
 
 def csv_table(report: Report) -> str:
-    """Stages in milliseconds, then the metrics that are no stage, with `p50` their
-    value; empty where not measured.
+    """Formats the stages in milliseconds, then all metrics with value, unit and noise;
+    values that were not measured are empty.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -82,7 +82,7 @@ def csv_table(report: Report) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; a bar inside a cell stays a character."""
+    """Builds a Markdown table; vertical bars inside cells are escaped."""
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
     return "".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
@@ -97,7 +97,7 @@ def _stage_rows(report: Report) -> list[tuple[str, ...]]:
 
 
 def markdown_tables(report: Report) -> str:
-    """Stages, metrics, conditions."""
+    """Formats stages, metrics and conditions as Markdown."""
     metrics = [
         (f"`{name}`", figure(metric.value(report)), metric.unit, metric.help)
         for name, metric in METRICS.items()
@@ -110,7 +110,9 @@ def markdown_tables(report: Report) -> str:
 
 
 def condition_lines(report: Report) -> Iterator[str]:
-    """What the figures hold for, and what could not be measured, a sentence each."""
+    """Yields one sentence for each condition of the figures and for each part that
+    could not be measured.
+    """
     given, limits = report.conditions, report.limits
     schemes = ", ".join(f"{part} {scheme}" for part, scheme in report.bundle.schemes.items())
     yield (
@@ -150,8 +152,8 @@ def condition_lines(report: Report) -> Iterator[str]:
 
 
 def print_report(report: Report) -> None:
-    """The table on standard output, with one line of rates and one of shares of the
-    machine's limits.
+    """Prints the table on standard output, then one line of rates and one line of
+    percentages of the machine's limits.
     """
     from rich.console import Console
     from rich.table import Table
@@ -171,8 +173,8 @@ def print_report(report: Report) -> None:
 
 
 def _words(name: str, value: float) -> str:
-    """ "load 41 ms", "decode of read limit 8.1 %"; the unit is left out where the name
-    says it.
+    """Formats a metric in words, such as "load 41 ms" or "decode of read limit 8.1 %".
+    Units other than ms and % are left out, because the name states them.
     """
     unit = METRICS[name].unit if METRICS[name].unit in ("ms", "%") else ""
     return f"{name.replace('_', ' ')} {figure(value)} {unit}".rstrip()

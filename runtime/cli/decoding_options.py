@@ -1,4 +1,4 @@
-"""The command line's options of `Decoding`: each a flag of the same name."""
+"""Command-line options for the settings of `Decoding`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NUMBERS: dict[str, tuple[type, str]] = {
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    """Adds a group of options to a parser."""
+    """Adds the decoding options to a parser, as a group."""
     group = parser.add_argument_group("decoding")
     group.add_argument(
         "--beams",
@@ -66,7 +66,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_of(given: argparse.Namespace, prompt: str) -> Decoding:
-    """The `Decoding` a command line describes. Raises `UsageError`."""
+    """Builds the `Decoding` that a command line describes. Raises `UsageError`."""
     from runtime.contract.prompt import TASKS, detect_task
     from runtime.generation.decoding import Decoding
 

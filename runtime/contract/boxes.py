@@ -1,9 +1,9 @@
-"""Boxes as text: `x1,y1 x2,y2`, four numbers in [0, 1] of the displayed picture's width
+"""Boxes as text: `x1,y1 x2,y2`, four numbers in [0, 1] of the displayed image's width
 and height.
 
-The reader is strict: exactly four numbers, each 0, 1 or a decimal fraction. It orders
-the corners and clamps nothing silently: numbers above 1 are no box. What cannot be read
-is None, and callers keep the raw text (the original code turned failures into a zero
+The parser is strict: exactly four numbers, each 0, 1 or a decimal fraction. It orders
+the corners but never clamps, so text with numbers above 1 is not a box. Unreadable text
+gives None and callers keep the raw text (the original code turned failures into a zero
 box).
 """
 
@@ -45,8 +45,8 @@ def _ordered(values: Sequence[float]) -> Box:
 
 
 def format_box(box: Sequence[float], width: float = 1.0, height: float = 1.0) -> str:
-    """Writes a pixel box of a width x height picture (or a box in [0, 1]) as text,
-    corners ordered and clamped to the picture.
+    """Formats a pixel box of a width x height image (or a box in [0, 1]) as text, with
+    the corners ordered and clamped to the image.
     """
     x1, y1, x2, y2 = _ordered(to_unit_box(box, width, height))
     return (
@@ -55,35 +55,35 @@ def format_box(box: Sequence[float], width: float = 1.0, height: float = 1.0) ->
 
 
 def find_boxes(text: str) -> list[Box]:
-    """Every box in `text`, in order, in [0, 1]."""
+    """Returns every box in `text`, in order, in [0, 1]."""
     return [_ordered([float(v) for v in match.groups()]) for match in _BOX.finditer(text)]
 
 
 def parse_box(text: str) -> Box | None:
-    """The one box `text` consists of (white space and a final full stop allowed), or
-    None.
+    """Parses text that is exactly one box (white space and a final full stop are
+    allowed). Returns None for anything else.
     """
     match = _BOX.fullmatch(text.strip().removesuffix("."))
     return _ordered([float(v) for v in match.groups()]) if match else None
 
 
 def box_ends(text: str) -> bool:
-    """True if `text` is one box as models are taught to write it: `x1,y1 x2,y2` with at
-    most four decimals.
+    """Checks whether `text` is one complete box in the form models are trained to
+    write: `x1,y1 x2,y2` with at most four decimals.
     """
     match = _WHOLE.fullmatch(text)
     return match is not None and parse_box(text) is not None
 
 
 def box_continues(text: str) -> bool:
-    """True if `text` begins such a box, or is one: something can be appended, possibly
-    nothing, that makes `box_ends` true.
-    """
+    """Checks whether `text` is a prefix of such a box, or already a complete one."""
     return any(box_ends(text + rest) for rest in _completions(text))
 
 
 def _completions(text: str) -> list[str]:
-    """What completes the number being written, and then the box, if anything does."""
+    """Returns candidate endings that would turn `text` into a complete box: one that
+    keeps the current number as it is, one that first adds a digit to it.
+    """
     wanted = ",0 0,0"  # a separator, a number, and so on
     done = sum(text.count(mark) for mark in ", ")
     rest = wanted[2 * done :]
@@ -91,14 +91,12 @@ def _completions(text: str) -> list[str]:
 
 
 def to_pixel_box(box: Box, width: int, height: int) -> Box:
-    """Scales a box in [0, 1] to pixels of a width x height picture."""
+    """Scales a box in [0, 1] to pixels of a width x height image."""
     return (box[0] * width, box[1] * height, box[2] * width, box[3] * height)
 
 
 def to_unit_box(box: Sequence[float], width: float, height: float) -> Box:
-    """Scales a box in pixels of a width x height picture to [0, 1], clamped to the
-    picture.
-    """
+    """Scales a box in pixels of a width x height image to [0, 1], clamped to the image."""
     x1, y1, x2, y2 = (
         min(1.0, max(0.0, value / side))
         for value, side in zip(box, (width, height, width, height), strict=True)
@@ -107,8 +105,8 @@ def to_unit_box(box: Sequence[float], width: float, height: float) -> Box:
 
 
 def check_inside(box: Sequence[float], width: int, height: int, what: str) -> None:
-    """Raises `DataError` unless a pixel box has an area and lies inside a width x
-    height picture; `what` names it.
+    """Raises `DataError` unless a pixel box has a positive area and lies inside a width
+    x height image. `what` names the box in the message.
     """
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
@@ -118,7 +116,9 @@ def check_inside(box: Sequence[float], width: int, height: int, what: str) -> No
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes in the same unit; 0 when both are empty."""
+    """Returns the intersection over union of two boxes in the same unit; 0 when both
+    are empty.
+    """
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     inside = max(0.0, width) * max(0.0, height)

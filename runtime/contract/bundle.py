@@ -1,10 +1,10 @@
-"""The bundle: a folder with `manifest.json`, graphs, weights, token table, tokenizer
-and goldens, all named and hashed by the manifest.
+"""The bundle: a folder with `manifest.json`, graphs, weights, token embeddings,
+tokenizer and goldens. The manifest lists every file with its size and hash.
 
-`read_bundle` checks names, kinds and sizes before anything is allocated; `verify`
-checks every byte, and where graphs point before an ONNX parser sees them. A full check
-runs the first time a bundle is used on a machine and is remembered under the files'
-identity; later loads only compare that.
+`read_bundle` checks names, kinds and sizes before anything is allocated. `verify`
+hashes every file and rejects graphs that refer to data outside the bundle, before an
+ONNX parser reads them. `verify_once` runs this full check when a bundle is first used
+on a machine and stores a mark for these files; later loads only look for the mark.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS = (
     "goldens.npz",
 )
 PREFILL = "prefill.onnx"  # optional: a second decoder graph for calls of more than one token
-# tensorrt target: the same graphs over the same weights, with operators only newer versions have.
+# tensorrt target: the same graphs over the same weights, with operators of newer TensorRT only.
 VISION_FUSED, DECODER_FUSED = "vision-fused.onnx", "decoder-fused.onnx"
 GRAPHS = (VISION, DECODER, PREFILL, VISION_FUSED, DECODER_FUSED)
 REQUIRED = (VISION, DECODER, EMBEDDINGS, TOKENIZER, GOLDENS)
@@ -66,7 +66,7 @@ VERIFIED, UNVERIFIED = "VERIFIED", "UNVERIFIED"
 ROW_INDEPENDENT = "row_independent"  # a decoder row does not depend on the call's other rows
 SATURATION_SAFE = "saturation_safe"  # two 8-bit products always add up within 16 bits
 _OLDER = {ROW_INDEPENDENT: ("rows", "alone"), SATURATION_SAFE: ("products", "fit 16 bits")}
-CAPACITY = "capacity"  # cache rows, as decimal text, of graphs whose caches have a fixed length
+CAPACITY = "capacity"  # fixed cache length of the graphs in rows, as decimal text
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -76,19 +76,19 @@ _FIELDS = {"format", "version", "spec", "target", "schemes", "files", "provenanc
 
 
 def graph_file(graph: str) -> str:
-    """The file of a graph called "vision", "decoder", ..."""
+    """Returns the file name of a graph such as "vision" or "decoder"."""
     return f"{graph}.onnx"
 
 
 def weights_file(graph: str) -> str:
-    """The file of its weights, where it has its own."""
+    """Returns the file name of a graph's weights, for graphs that have their own."""
     return f"{graph}.weights"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A read manifest. `files` maps plain names to (bytes, SHA-256); `parity` is the
-    verdict with its figures.
+    """A parsed manifest. `files` maps plain file names to (bytes, SHA-256). `parity`
+    holds the parity verdict and the measured errors.
     """
 
     path: Path
@@ -100,7 +100,7 @@ class Bundle:
     parity: Mapping[str, Any] = field(default_factory=dict)
 
     def file(self, name: str) -> Path:
-        """Path of a listed file; raises `BundleError` if the manifest does not list it."""
+        """Returns the path of a listed file; raises `BundleError` if it is not listed."""
         if name not in self.files:
             raise BundleError(f"{self.path / MANIFEST} does not list {name}; re-export the bundle")
         return self.path / name
@@ -112,7 +112,9 @@ class Bundle:
 
     @property
     def capacity(self) -> int:
-        """Rows of the longest key/value caches its graphs can have."""
+        """The longest key/value cache, in rows, that the graphs support. Raises
+        `BundleError` if the manifest's value is invalid.
+        """
         text, most = self.schemes.get(CAPACITY), self.spec.decoder.context
         if text is None:
             return most
@@ -143,27 +145,29 @@ class Bundle:
 
     @property
     def verdict(self) -> str:
-        """ "VERIFIED" if the build proved the graphs equal to PyTorch, else
-        "UNVERIFIED".
+        """The parity verdict: "VERIFIED" if the build showed that the graphs match
+        PyTorch, else "UNVERIFIED".
         """
         return VERIFIED if self.parity.get("verdict") == VERIFIED else UNVERIFIED
 
     @property
     def tolerance(self) -> Mapping[str, float]:
-        """Bounds of the parity stages; empty if the build stored none, so that nothing
-        passes.
+        """The tolerance of each parity stage. It is empty if the build stored none, and
+        then no stage passes.
         """
         tolerance: Mapping[str, float] = self.parity.get("tolerance", {})
         return tolerance
 
     @property
     def identity(self) -> str:
-        """SHA-256 of the manifest, and so of every file it lists."""
+        """SHA-256 of the manifest. It covers every listed file, because the manifest
+        holds their hashes.
+        """
         return sha256_file(self.path / MANIFEST)
 
     def verify(self) -> None:
-        """Hashes every file and checks that graphs refer to no data outside. Raises
-        `BundleError` naming the first that fails.
+        """Hashes every file and checks that graphs refer to no data outside the bundle.
+        Raises `BundleError` that names the first file that fails.
         """
         for name, (_, expected) in self.files.items():
             found = sha256_file(self.path / name)
@@ -181,8 +185,8 @@ class Bundle:
                 )
 
     def verify_once(self) -> None:
-        """`verify`, unless these very files (inode, size, time) already passed on this
-        machine.
+        """Runs `verify`, unless exactly these files (same inode, size and times) have
+        already passed on this machine.
         """
         identity = hashlib.sha256((self.path / MANIFEST).read_bytes())
         for name in sorted(self.files):
@@ -201,15 +205,15 @@ class Bundle:
                 old.unlink(missing_ok=True)
             mark.touch()
         except OSError:
-            pass  # a read-only home costs a full check every time, nothing else
+            pass  # without a writable cache folder every load repeats the full check
 
 
 _MAX_MARKS = 256
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps what can be made again: $INFMLLM_CACHE, else the user's
-    cache.
+    """Returns the folder for files that can be regenerated: $INFMLLM_CACHE, else
+    `infmllm` in the user's cache folder.
     """
     return Path(
         os.environ.get("INFMLLM_CACHE")
@@ -218,8 +222,8 @@ def cache_folder() -> Path:
 
 
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
-    """Reads and checks a bundle's manifest and the presence, kind and size of its
-    files. Raises `BundleError`.
+    """Reads and checks a bundle's manifest, and checks that its files exist and have
+    the right kind and size. Raises `BundleError`.
     """
     folder = Path(path)
     manifest = folder / MANIFEST
@@ -244,7 +248,9 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 def _is_file(path: Path) -> bool:
-    """False also for paths the system refuses to look at (too long, forbidden)."""
+    """Checks for a regular file; returns False also if the system rejects the path (too
+    long or forbidden).
+    """
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -342,7 +348,9 @@ def write_manifest(
     provenance: Mapping[str, Any],
     parity: Mapping[str, Any],
 ) -> None:
-    """Hashes everything in `folder` and writes `manifest.json`, last, flushed to disk."""
+    """Hashes every file in `folder`, then writes `manifest.json` and flushes it to
+    disk.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}

@@ -1,9 +1,9 @@
-"""The errors a user can meet. Each carries one line: what, where, found, expected, what
-to do.
+"""The errors a user can see. Each message is one line that names the problem, its
+place, the expected value and the fix.
 
-Everything the toolchain raises on bad input derives from `InfMLLMError`; the command
-lines print its one line and exit with its `exit_code`. Anything else that escapes is a
-bug of ours.
+Every error that the toolchain raises on bad input derives from `InfMLLMError`. The
+command lines print its message and exit with its `exit_code`. Any other exception that
+reaches the user is a bug in the toolchain.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = [
 
 
 class InfMLLMError(Exception):
-    """Base of every error caused by input, files or the machine. `exit_code` is the
-    process exit status a command returns for it.
+    """Base class of every error caused by input, files or the machine. A command that
+    fails with it exits with the status `exit_code`.
     """
 
     exit_code = 1
@@ -52,15 +52,15 @@ class ImageError(InfMLLMError):
 
 
 class PromptError(InfMLLMError):
-    """A prompt is empty, not valid Unicode, or of an unknown task."""
+    """A prompt is empty, is not valid Unicode, or belongs to an unknown task."""
 
 
 class ContextError(InfMLLMError):
-    """Prompt, visual and new tokens do not fit the key/value cache."""
+    """The prompt, visual and new tokens together do not fit the key/value cache."""
 
 
 class DataError(InfMLLMError):
-    """A data set line, image or box is wrong; the message names file and line."""
+    """A data set line, image or box is invalid; the message names the file and line."""
 
 
 class CheckpointError(InfMLLMError):
@@ -68,7 +68,7 @@ class CheckpointError(InfMLLMError):
 
 
 class BundleError(InfMLLMError):
-    """A bundle is missing, damaged, unsafe or of another format version."""
+    """A bundle is missing, damaged, unsafe or has another format version."""
 
 
 class EngineError(InfMLLMError):
@@ -76,7 +76,7 @@ class EngineError(InfMLLMError):
 
 
 class NonFiniteError(InfMLLMError):
-    """The network produced NaN or infinity; no token is taken from it."""
+    """The network produced NaN or infinity; no token is sampled from such logits."""
 
 
 class BuildError(InfMLLMError):
@@ -92,4 +92,4 @@ class ParityError(BuildError):
 
 
 class RegressionError(InfMLLMError):
-    """A latency report breaks a limit it was compared under."""
+    """A latency report exceeds a limit that was set for its comparison."""

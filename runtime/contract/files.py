@@ -1,8 +1,8 @@
-"""Writing folders so that a reader never sees half of one: stage beside the target,
-flush to disk, then swap names in one step.
+"""Writes folders atomically: files are staged in a folder beside the target, flushed to
+disk, and then swapped in by renaming.
 
-A process killed at any point leaves the previous folder exactly as it was; what it left
-behind in the staging folder is cleared by the next writer.
+A reader never sees a half-written folder. If the process is killed at any point, the
+previous content survives, and the next writer removes the abandoned staging folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RENAME_EXCHANGE = 2
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
+    """Returns the hexadecimal SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -36,7 +36,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Flushes a file or folder to the disk."""
+    """Flushes a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,13 +46,13 @@ def sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def staged_folder(target: Path, marker: str) -> Iterator[Path]:
-    """Yields an empty folder beside `target`; on a clean exit it becomes `target`, on
-    an error `target` is untouched.
+    """Yields an empty folder beside `target`. On a clean exit it becomes `target`; on
+    an error `target` is unchanged.
 
-    An existing `target` is replaced only if it is empty or holds the file `marker`, the
-    sign that we wrote it; a link is followed. Raises `BusyError` when another process
-    stages the same target, `BuildError` when the target is not ours or the disk refuses
-    (full, read-only).
+    An existing `target` is replaced only if it is empty or holds the file `marker`,
+    which shows that this toolchain wrote it. A symbolic link is followed. Raises
+    `BusyError` when another process stages the same target. Raises `BuildError` when
+    the target holds other files or the disk refuses the write (full, read-only).
     """
     target = Path(os.path.realpath(target))
     staging = target.parent / f".{target.name}.staging"
@@ -88,8 +88,10 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Holds `.NAME.lock` beside the target, or raises `BusyError`. The file goes away
-    with the lock; who opened it earlier finds another inode.
+    """Holds the lock file `.NAME.lock` beside the target, or raises `BusyError`.
+
+    The lock file is deleted on release. A process that had opened it earlier notices
+    this, because the path is then missing or has another inode.
     """
     path = target.parent / f".{target.name}.lock"
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -113,8 +115,8 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def check_target(target: Path, marker: str) -> None:
-    """Raises `BuildError` if `target` exists and is not a folder of ours (one that
-    holds `marker`) or an empty one.
+    """Raises `BuildError` if `target` exists, unless it is an empty folder or one that
+    holds the file `marker`.
     """
     if target.exists() and not target.is_dir():
         raise BuildError(f"{target} exists and is not a folder; choose another output folder")
@@ -137,16 +139,16 @@ def _aside(target: Path) -> Path:
 
 
 def _restore(target: Path) -> None:
-    """Brings back a folder that a killed writer had moved aside (only where names
-    cannot be exchanged in one step).
+    """Restores a folder that a killed writer had moved aside. This happens only where
+    the system cannot exchange two names in one step.
     """
     if _aside(target).is_dir() and not target.exists():
         os.rename(_aside(target), target)
 
 
 def _swap(staging: Path, target: Path) -> None:
-    """Gives `staging` the name `target`; a previous `target` takes the staging name.
-    One atomic step where the file system can.
+    """Renames `staging` to `target`. A previous `target` is exchanged with it in one
+    atomic step, or moved aside and removed where the system cannot exchange names.
     """
     if not target.exists():
         os.rename(staging, target)
@@ -162,8 +164,8 @@ def _swap(staging: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two names with renameat2(2); False where the system or file system has no
-    such call.
+    """Swaps two names with renameat2(2). Returns False if the system or the file system
+    does not support it.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:

@@ -1,11 +1,12 @@
-"""The only image preprocessing: a file or bytes become an RGB picture, a picture
-becomes `pixels`.
+"""The only image preprocessing: reads a file or bytes as an RGB image and turns an
+image into `pixels`.
 
-Reading is defensive (allow-listed formats by content, sizes checked from the header
-before decoding, truncation refused) and defined for every pixel mode: EXIF orientation
-applied, alpha and palettes laid over the mean colour, CMYK converted, 16 bit scaled.
-Trainer and runtime share `to_pixels`, so what a model saw in training is bit for bit
-what it sees on the device.
+Reading is defensive: the format is allow-listed by content, the size is checked in the
+header before decoding, and truncated files are refused. Every pixel mode has a defined
+result: EXIF orientation is applied, alpha and palettes are composed over the mean
+colour, CMYK is converted and 16-bit values are scaled to 8 bit. Training and inference
+share `to_pixels`, so the device sees bit for bit the pixels that the model saw in
+training.
 """
 
 from __future__ import annotations
@@ -30,15 +31,14 @@ __all__ = ["MEAN_COLOUR", "image_size", "open_image", "read_image_bytes", "to_pi
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MEAN_COLOUR = (122, 116, 104)
-"""Background under transparency and around padded images (RGB, the mean above in 8
-bit).
+"""Background behind transparency and around padded images: the mean above as 8-bit RGB.
 """
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_BYTES = 64 << 20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 4
-_ORIENTATION, _QUARTER_TURNS = 0x0112, 5  # EXIF tag; values from 5 on exchange width and height
+_ORIENTATION, _QUARTER_TURNS = 0x0112, 5  # EXIF tag; values of 5 or more swap width and height
 
 # (value / 255 - mean) / std for every byte value and channel: [3, 256] float32.
 _NORMALISE = (
@@ -48,9 +48,7 @@ _LOOKUP: NDArray[np.float32] = _NORMALISE.astype(np.float32)
 
 
 def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file of at most 64 MiB. Raises `ImageError` for anything
-    else.
-    """
+    """Reads a regular file of at most 64 MiB. Raises `ImageError` for anything else."""
     where = Path(path)
     try:
         descriptor = os.open(where, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
@@ -79,10 +77,10 @@ def read_image_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def open_image(source: str | os.PathLike[str] | bytes, name: str = "") -> Image.Image:
-    """Reads a picture as displayed: RGB, 8 bit, EXIF orientation applied. First frame
-    of animations.
+    """Reads an image as displayed: 8-bit RGB with the EXIF orientation applied.
+    Animations give their first frame.
 
-    `source` is a path or the file's bytes, `name` what errors call it. Raises
+    `source` is a path or the file's bytes; `name` is what errors call the bytes. Raises
     `ImageError`.
     """
     data = source if isinstance(source, bytes) else read_image_bytes(source)
@@ -95,7 +93,7 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str = "") -> Image.
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
-            )  # bombs are checked below; damaged metadata is nothing a user must read
+            )  # sizes are checked below; warnings about damaged metadata would not help the user
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image.size, where)
             image.load()
@@ -155,8 +153,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _padded(image: Image.Image) -> Image.Image:
-    """Centred on a square of the mean colour. Extremely long pictures are shrunk first,
-    so that the square stays within the pixel limit.
+    """Pads an image to a square of the mean colour, with the image centred. Extremely
+    long images are shrunk first, so that the square stays within the pixel limit.
     """
     longest = math.isqrt(MAX_PIXELS)
     if max(image.size) > longest:
@@ -172,14 +170,14 @@ def _padded(image: Image.Image) -> Image.Image:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) as displayed, from the file's header alone. Raises `ImageError`."""
+    """Returns (width, height) as displayed, from the header only. Raises `ImageError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS) as image:
                 width, height = image.size
                 turned = image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNS
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+    except Exception as error:  # Pillow raises many exception types on damaged files
         raise ImageError(
             f"image {path} is damaged or no JPEG, PNG, WebP or BMP image ({error}); copy or "
             f"convert it again"
@@ -188,8 +186,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def to_square(image: Image.Image, spec: ModelSpec) -> Image.Image:
-    """The picture at S x S: stretched, or first centred on a square of the mean colour
-    (mode "pad"). Bicubic with antialiasing.
+    """Resizes an image to S x S: stretched, or in mode "pad" first centred on a square
+    of the mean colour. The filter is bicubic with antialiasing.
     """
     size = spec.vision.image_size
     if spec.image_mode == "pad" and image.width != image.height:
@@ -202,8 +200,8 @@ def to_square(image: Image.Image, spec: ModelSpec) -> Image.Image:
 
 
 def to_pixels(image: Image.Image, spec: ModelSpec) -> NDArray[np.float32]:
-    """An RGB picture as the vision graph's `pixels`: [1, 3, S, S] float32, made square
-    and normalised with the CLIP mean and deviation.
+    """Converts an RGB image to the vision graph's input `pixels`: [1, 3, S, S] float32,
+    made square and normalised with the CLIP mean and standard deviation.
     """
     size = spec.vision.image_size
     bytes_HWC = np.asarray(to_square(image, spec))

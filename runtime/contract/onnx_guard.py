@@ -1,8 +1,9 @@
-"""Checks an ONNX file for references outside its bundle before any ONNX parser sees it.
+"""Finds an ONNX file's references to external data before any ONNX parser reads the
+file.
 
-Only the protobuf framing is read: tensors are found wherever they nest (initializers,
-attributes, subgraphs, functions) and the locations of their external data are returned.
-No ONNX package is needed, so the runtime stays light.
+Only the protobuf framing is read. Tensors are found wherever they can be nested
+(initializers, attributes, subgraphs, functions), and the locations of their external
+data are returned. The runtime needs no ONNX package for this.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from runtime.contract.errors import BundleError
 
 __all__ = ["external_locations"]
 
-# Field numbers of onnx.proto that lead to tensors: message -> {field: message of its content}.
+# Field numbers in onnx.proto on the way to tensors: message -> {field: type of its content}.
 _FIELDS: dict[str, dict[int, str]] = {
     "Model": {7: "Graph", 25: "Function"},
     "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
@@ -37,8 +38,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def external_locations(path: Path) -> set[str]:
-    """The `location` of every tensor stored outside `path`. Raises `BundleError` if the
-    file is no well-formed protobuf.
+    """Returns the `location` of every tensor stored outside `path`. Raises
+    `BundleError` if the file is not well-formed protobuf.
     """
     if path.stat().st_size == 0:
         raise BundleError(f"{path} is empty; re-export the bundle")
@@ -64,10 +65,12 @@ def _varint(data: mmap.mmap, at: int, end: int) -> tuple[int, int]:
 
 
 def _fields(data: mmap.mmap, at: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """(field number, start, end) of every length-delimited field; others are skipped."""
+    """Yields (field number, start, end) of every length-delimited field and skips
+    others.
+    """
     while at < end:
         key, at = _varint(data, at, end)
-        if key >= 1 << 32 or key < 8:  # readers differ in what they make of such tags
+        if key >= 1 << 32 or key < 8:  # parsers disagree on such tags, so they are refused
             raise ValueError("malformed tag")
         number, kind = key >> 3, key & 7
         if kind == _VARINT:

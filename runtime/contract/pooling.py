@@ -1,5 +1,5 @@
-"""The pooling matrix: average pooling of an s x s patch grid to p x p cells, written as
-a matrix so that the engine takes any p.
+"""The pooling matrix: average pooling of an s x s patch grid to p x p cells. It is a
+graph input, so one vision graph works for every p.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ __all__ = ["pool_matrix"]
 
 
 def pool_matrix(s: int, p: int) -> NDArray[np.float32]:
-    """[p*p, s*s] float32: row t averages the patches of cell t, both grids row-major.
-    Raises `SpecError` unless p divides s.
+    """Returns the pooling matrix, [p*p, s*s] float32. Row t averages the patches of
+    cell t; both grids are row-major. Raises `SpecError` unless p divides s.
     """
     if p <= 0 or s % p:
         raise SpecError(f"pool size {p} does not divide the {s}x{s} patch grid")

@@ -1,9 +1,9 @@
-"""The only prompt templates: text before the image, text after it, for each of the four
+"""The only prompt templates: the text before and after the image for each of the four
 tasks.
 
-Training, export and runtime all render through `render`; the image slot is structural
-(a gap between two strings), so nothing a user types can move it. Settings per task
-(beams, lengths) are the published ones and live in the same table.
+Training, export and runtime all use `render`. The image position is a gap between two
+strings, so user text cannot move it. The same table holds the published decoding
+settings of each task (beams and lengths).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Prompt:
-    """Plain text on both sides of the visual embeddings. `has_image` is False for
-    text-only chat (then all text is in `after`).
+    """The plain text before and after the visual embeddings. `has_image` is False for
+    text-only chat, and then all text is in `after`.
     """
 
     before: str
@@ -78,10 +78,10 @@ def _chat(text: str) -> Prompt:
 
 
 def render_chat(messages: Sequence[Message], has_image: bool = True) -> Prompt:
-    """Renders a conversation that ends with a user turn, Vicuna v1 style; the image
-    stays in the first turn.
+    """Renders a conversation that ends with a user turn, in Vicuna v1 style. The image
+    belongs to the first turn.
 
-    Raises `PromptError` when turns do not alternate from user to user.
+    Raises `PromptError` unless the turns alternate, starting and ending with the user.
     """
     roles = [message.role for message in messages]
     if (
@@ -106,14 +106,14 @@ def render_chat(messages: Sequence[Message], has_image: bool = True) -> Prompt:
 
 
 def next_turn(user: Message) -> str:
-    """What a user's turn adds behind an answer."""
+    """Returns the text that a user's turn appends after an answer."""
     return f"</s>USER: {user.content} ASSISTANT:"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: how its text becomes a prompt, and the published decoding settings.
-    `answer_prefix` separates prompt and answer in training.
+    """One task: how its text becomes a prompt, and the published decoding settings. In
+    training, `answer_prefix` is the text between prompt and answer.
     """
 
     name: str
@@ -149,12 +149,12 @@ _QUESTION = re.compile(
 
 
 def detect_task(text: str) -> tuple[str, str]:
-    """Chooses the task for free user text: (task name, the text to render with it).
+    """Chooses the task for free user text and returns (task name, text to render).
 
-    "where is the red circle?" gives ("ground", "red circle"); "describe ..." a caption;
-    a question VQA; anything else chat.
+    "where is the red circle?" gives ("ground", "red circle"), "describe ..." gives a
+    caption, a question gives VQA, and anything else gives chat.
     """
-    folded = " ".join(text.split())  # also keeps the patterns linear
+    folded = " ".join(text.split())  # also keeps the regular expressions linear in time
     if match := _LOCATE.match(folded):
         return "ground", match.group(1)
     if _DESCRIBE.match(folded):
@@ -166,7 +166,7 @@ def detect_task(text: str) -> tuple[str, str]:
 
 def render(task: str, text: str) -> Prompt:
     """Renders user text for a task. Raises `PromptError` for an unknown task, empty
-    text or text that is not valid Unicode.
+    text or invalid Unicode.
     """
     if task not in TASKS:
         raise PromptError(f"unknown task {task!r}; choose one of: {', '.join(TASKS)}")
@@ -174,8 +174,8 @@ def render(task: str, text: str) -> Prompt:
 
 
 def checked_text(text: str) -> str:
-    """What a user typed, without white space around it. Raises `PromptError` if nothing
-    is left or it is not valid Unicode.
+    """Returns user text without surrounding white space. Raises `PromptError` if
+    nothing is left or the text is not valid Unicode.
     """
     if not text.strip():
         raise PromptError('the prompt is empty; say what to do, for example "describe"')

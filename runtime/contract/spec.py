@@ -1,9 +1,8 @@
-"""What a model is: `ModelSpec`, the frozen description saved with every checkpoint and
-bundle, and the names of both graphs.
+"""The model specification: `ModelSpec`, the frozen description saved with every
+checkpoint and bundle, and the input and output names of the graphs.
 
-A spec is read from JSON by `ModelSpec.from_json`, which accepts exactly the known
-fields with their types and bounds, so that a hostile or stale file ends in one
-`SpecError` and never in a crash later on.
+`ModelSpec.from_json` accepts only the known fields with valid types and bounds. A
+hostile or outdated file therefore raises one `SpecError` instead of a crash later.
 """
 
 from __future__ import annotations
@@ -42,9 +41,7 @@ def _positive(spec: Any, *names: str) -> None:
 
 
 def _read(cls: type[T], data: object, where: str) -> T:
-    """Builds a flat dataclass from a JSON object: exactly its fields, exactly their
-    types.
-    """
+    """Builds a flat dataclass from a JSON object that has exactly its fields and types."""
     if not isinstance(data, Mapping):
         raise SpecError(f"model spec: {where} is {type(data).__name__}, expected an object")
     hints = get_type_hints(cls)
@@ -108,7 +105,7 @@ class VisionSpec:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the tower holds."""
+        """Number of parameters of the vision tower."""
         w, block = (
             self.width,
             4 * self.width**2 + 2 * self.width * self.mlp_width + self.mlp_width + 8 * self.width,
@@ -158,8 +155,8 @@ class DecoderSpec:
 
     @property
     def cache_names(self) -> tuple[str, ...]:
-        """The graph inputs that hold keys and values, in graph order: keys, then values
-        of each layer.
+        """Names of the graph inputs that hold keys and values, in graph order: keys,
+        then values, layer by layer.
         """
         return tuple(
             name for layer in range(self.layers) for name in (key_cache(layer), value_cache(layer))
@@ -167,7 +164,9 @@ class DecoderSpec:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the decoder holds, both vocabulary tables included."""
+        """Number of parameters of the decoder, including token embeddings and output
+        head.
+        """
         h, kv = self.hidden, self.kv_heads * self.head_dim
         return (
             2 * self.vocab_size * h
@@ -178,10 +177,11 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A whole InfMLLM: tower, pool sizes, decoder, preprocessing mode and special ids.
+    """A complete InfMLLM: vision tower, pool sizes, decoder, preprocessing mode and
+    special token ids.
 
-    `pool_sizes` are the p (side of the pooled grid) the model was trained for, the
-    default first; each gives p*p visual tokens.
+    `pool_sizes` lists each pooled grid side p that the model was trained for, the
+    default first. A side p gives p*p visual tokens.
     """
 
     name: str
@@ -210,7 +210,7 @@ class ModelSpec:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the whole model holds."""
+        """Number of parameters of the whole model."""
         adapter = (
             self.vision.width * self.decoder.hidden
             + self.decoder.hidden**2
@@ -224,8 +224,8 @@ class ModelSpec:
         _require(0 < p <= s and s % p == 0, f"pool size {p} does not divide the {s}x{s} patch grid")
 
     def pool_size_for(self, visual_tokens: int | None) -> int:
-        """The p that gives `visual_tokens` (p*p) embeddings; the default p for None.
-        Raises `SpecError` naming the choices.
+        """Returns the p that gives `visual_tokens` (p*p) embeddings, or the default p
+        for None. Raises `SpecError` that lists the choices.
         """
         if visual_tokens is None:
             return self.pool_sizes[0]
@@ -238,12 +238,12 @@ class ModelSpec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict, the inverse of `from_json`."""
+        """Returns a JSON-ready dict, the inverse of `from_json`."""
         return asdict(self) | {"pool_sizes": list(self.pool_sizes)}
 
     @classmethod
     def from_json(cls, data: object) -> ModelSpec:
-        """Reads a spec strictly; raises `SpecError` on any unknown, missing, mistyped
+        """Reads a spec strictly. Raises `SpecError` on any unknown, missing, mistyped
         or out-of-bounds field.
         """
         if not isinstance(data, Mapping):
@@ -255,7 +255,7 @@ class ModelSpec:
 
     @classmethod
     def from_text(cls, text: str | bytes, where: str) -> ModelSpec:
-        """Parses JSON text; `where` names the file in errors."""
+        """Parses JSON text; `where` names the file in error messages."""
         try:
             return cls.from_json(json.loads(text))
         except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""Text to token ids and back, through `tokenizer.json`.
+"""Converts text to token ids and back with `tokenizer.json`.
 
-User text is always encoded as plain text: a typed `</s>` or `<image>` is characters,
-never a control token. Decoding streams whole code points.
+User text is always encoded as plain text: a typed `</s>` or `<image>` never becomes a
+control token. Streamed decoding yields only complete Unicode code points.
 """
 
 from __future__ import annotations
@@ -22,24 +22,25 @@ _MAX_BYTES = 64 << 20
 
 
 class Tokenizer:
-    """A `tokenizer.json` bound to a model's special ids."""
+    """A `tokenizer.json` combined with a model's special token ids."""
 
     def __init__(self, inner: _Tokenizer, spec: ModelSpec) -> None:
-        inner.encode_special_tokens = True  # special strings in text stay text
+        inner.encode_special_tokens = True  # encode special strings in user text as plain text
         inner.no_padding()
         inner.no_truncation()
         self._inner = inner
         self._special = {spec.bos_id, spec.eos_id, spec.pad_id}
         self.bos_id, self.eos_id = spec.bos_id, spec.eos_id
         self.length = lru_cache(maxsize=4096)(lambda ids: len(self.decode(ids)))
-        """Characters of a tuple of ids by themselves; remembered, for streams ask it of
-        every token.
+        """Returns how many characters a tuple of ids decodes to on its own. It is
+        cached, because streams need it for every token.
         """
 
     @classmethod
     def load(cls, path: Path, spec: ModelSpec) -> Tokenizer:
-        """Reads `tokenizer.json`; raises `BundleError` if it is missing, damaged or
-        larger than the model's vocabulary.
+        """Reads `tokenizer.json`. Raises `BundleError` if it is missing or damaged, if
+        its ids exceed the model's vocabulary, or if it has added tokens that user text
+        could match.
         """
         try:
             if path.stat().st_size > _MAX_BYTES:
@@ -73,7 +74,7 @@ class Tokenizer:
         return cls(inner, spec)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, no control tokens added."""
+        """Encodes plain text as token ids and adds no control tokens."""
         try:
             return list(self._inner.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # the tokenizers library raises bare Exception
@@ -83,7 +84,7 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, control tokens left out."""
+        """Decodes token ids to text and leaves out control tokens."""
         return str(
             self._inner.decode(
                 [i for i in ids if i not in self._special], skip_special_tokens=False
@@ -91,14 +92,14 @@ class Tokenizer:
         )
 
     def encode_prompt(self, prompt: Prompt) -> tuple[list[int], list[int]]:
-        """Ids before and after the visual embeddings; the beginning-of-sequence id
-        comes first.
+        """Returns the ids before and after the visual embeddings. The first list starts
+        with the beginning-of-sequence id.
         """
         return [self.bos_id, *self.encode(prompt.before)], self.encode(prompt.after)
 
     def pieces(self) -> dict[int, str]:
-        """The text of every token that stands for the same plain ASCII text wherever it
-        occurs (control tokens and parts of characters do not).
+        """Returns the text of every token that decodes to the same plain ASCII text in
+        any position. Control tokens and parts of characters are left out.
         """
         spaces = str.maketrans(
             {"\u2581": " ", "\u0120": " "}
@@ -114,30 +115,34 @@ class Tokenizer:
         }
 
     def to_json(self) -> str:
-        """The `tokenizer.json`, for libraries that read one."""
+        """Returns the content of `tokenizer.json`, for other libraries that read it."""
         return str(self._inner.to_str())
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens known to the tokenizer (at most the model's vocabulary)."""
+        """Number of tokens in the tokenizer, at most the size of the model's
+        vocabulary.
+        """
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
 
 class TextStream:
-    """Turns ids that arrive one by one into pieces of text made of whole code points.
+    """Turns ids that arrive one by one into pieces of text made of complete code
+    points.
 
-    Only the ids since the last whole piece are decoded, behind those of the piece
-    before: what a token reads as depends on its neighbour at most.
+    A token's text can depend on the token before it, but on no earlier one. Each call
+    therefore decodes only the ids since the last emitted piece, preceded by the ids of
+    that piece.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._known = 0  # of `_ids`, those whose text was shown
-        self._behind = 0  # characters of their text
+        self._known = 0  # number of `_ids` whose text was already returned
+        self._behind = 0  # number of characters in that text
 
     def push(self, token: int) -> str:
-        """Adds one id and returns the text that became certain, possibly empty."""
+        """Adds one id and returns the text that became complete, possibly empty."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
         if text.endswith("\ufffd"):
@@ -145,7 +150,7 @@ class TextStream:
         return self._shown(text)
 
     def finish(self) -> str:
-        """The remaining text; an incomplete code point appears as U+FFFD."""
+        """Returns the remaining text; an incomplete code point appears as U+FFFD."""
         return self._shown(self._tokenizer.decode(self._ids))
 
     def _shown(self, text: str) -> str:

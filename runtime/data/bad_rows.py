@@ -1,5 +1,5 @@
-"""Counting bad rows of data sets: the first one is an error, or, when the user says so,
-each is left out and counted.
+"""Handles bad rows of data sets: by default the first one raises an error; with `skip`
+each bad row is left out and counted.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ _ADVICE = "; repair it, or leave out bad rows with --skip-bad"
 
 
 class Faults:
-    """What was wrong with a data set's rows. With `skip` a bad row is counted; without,
-    it raises `DataError`.
+    """Collects the bad rows of a data set. With `skip`, a bad row is counted; without
+    it, a bad row raises `DataError`.
     """
 
     def __init__(self, skip: bool = False) -> None:
@@ -27,8 +27,8 @@ class Faults:
 
     @contextmanager
     def row(self, where: str) -> Iterator[None]:
-        """Runs the reading of one row; `where` names file and line (or entry) in
-        messages.
+        """Wraps the reading of one row. `where` names the file and the line (or entry)
+        in error messages.
         """
         try:
             yield
@@ -51,15 +51,15 @@ class Faults:
             self.first = [*self.first, message][:_SHOWN]
 
     def summary(self) -> str:
-        """One line for the person; empty when nothing was left out."""
+        """Returns one line for the user; empty when no row was left out."""
         return (
             f"left out {self.count} bad rows, such as {'; '.join(self.first)}" if self.count else ""
         )
 
 
 def field(row: object, key: str, kind: type | tuple[type, ...]) -> Any:
-    """`row[key]`, checked to be of a type (bool is no number); raises `ValueError`
-    saying what was found.
+    """Returns `row[key]` after checking its type; a bool never passes and neither does
+    blank text. Raises `ValueError` that shows the value.
     """
     if not isinstance(row, dict):
         raise ValueError(f"found {type(row).__name__}, expected an object")

@@ -1,4 +1,4 @@
-"""How data sets are named on the command line: `NAME:PATH,option=value,...`, or just
+"""Parses data set arguments of the command line: `NAME:PATH,option=value,...`, or just
 the path of a .jsonl file.
 """
 
@@ -17,8 +17,8 @@ OWN = "jsonl"
 
 @dataclass(frozen=True)
 class DataSource:
-    """A parsed data argument: which reader, what it reads, and its options. `text` is
-    the argument as given.
+    """A parsed data argument: the reader's name, the path it reads, and its options.
+    `text` is the argument as given.
     """
 
     name: str
@@ -28,15 +28,17 @@ class DataSource:
 
     @property
     def path(self) -> Path:
-        """The argument as a path."""
+        """The reader's argument as a path."""
         return Path(self.argument)
 
     def folder(self, option: str) -> Path:
-        """The folder an option names; that of the file itself by default."""
+        """Returns the folder that an option names; by default the folder of the data
+        file.
+        """
         return Path(self.options[option]) if option in self.options else self.path.parent
 
     def check_options(self, allowed: Collection[str]) -> None:
-        """Raises `UsageError` for an option the reader does not know."""
+        """Raises `UsageError` for an option that the reader does not support."""
         unknown = sorted(set(self.options) - set(allowed))
         if unknown:
             raise UsageError(
@@ -46,8 +48,8 @@ class DataSource:
 
 
 def parse_source(text: str, names: Collection[str]) -> DataSource:
-    """Reads a data argument; `names` are the known readers. What names none of them is
-    the path of a jsonl file. Raises `UsageError`.
+    """Parses a data argument; `names` are the known readers. Text that starts with no
+    reader's name is the path of a jsonl file. Raises `UsageError`.
     """
     first, *rest = text.split(",")
     name, _, argument = first.partition(":")

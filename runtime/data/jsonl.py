@@ -1,5 +1,5 @@
-"""Our own data format: one JSON object a line next to the images. Every fault is
-reported with file and line number.
+"""The project's own data format: one JSON object per line, with image paths relative to
+the file. Every error names the file and the line number.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ _READERS: dict[str, Callable[[dict[str, Any]], Sample]] = {
 
 
 def read_jsonl(path: Path, faults: Faults | None = None) -> list[Example]:
-    """Examples in file order, one per line; images are opened later. Raises `DataError`
-    at the first bad line, unless `faults` says to go on.
+    """Reads one example per line, in file order; images are opened later. Raises
+    `DataError` at the first bad line, unless `faults` is set to skip bad rows.
     """
     faults = faults or Faults()
     try:

@@ -1,4 +1,4 @@
-"""`Sample`, the one form every question about a picture takes, and `Example`, a picture
+"""`Sample`, the common form of every question about an image, and `Example`, an image
 with its samples. Training and evaluation share both.
 """
 
@@ -18,14 +18,14 @@ __all__ = ["Example", "Sample"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One question on one picture.
+    """One question about one image.
 
-    `text` is the prompt, question, phrase or instruction; `answer` the expected text
-    (for grounding the box as text); `box` is in [0, 1] of the displayed picture. For a
-    conversation `messages` holds all turns but the last answer, and `text` repeats its
-    last user turn. `kind` names a finer class for reports. `pixel_box` stands in for
-    `box` until the picture's size is known. `references` are several people's answers,
-    where a data set has them; `answer` is then the one trained on.
+    `text` is the prompt, question, phrase or instruction. `answer` is the expected
+    text; for grounding it is the box as text. `box` is in [0, 1] of the displayed
+    image. `pixel_box` replaces `box` until the image size is known. For a conversation,
+    `messages` holds all turns except the last answer, and `text` repeats its last user
+    turn. `kind` names a finer class for reports. `references` holds the answers of
+    several people if the data set has them; `answer` is then the one used in training.
     """
 
     task: str
@@ -38,20 +38,20 @@ class Sample:
     references: tuple[str, ...] = ()
 
     def prompt(self) -> Prompt:
-        """The rendered prompt."""
+        """Renders the prompt."""
         return render_chat(self.messages) if self.messages else render(self.task, self.text)
 
     def checked(self) -> Sample:
-        """Itself, if its prompt renders and its texts are valid Unicode; raises
-        `PromptError` or `ValueError`.
+        """Returns the sample if its prompt renders and its texts are valid Unicode.
+        Raises `PromptError` or `ValueError`.
         """
         prompt = self.prompt()
         (prompt.before + prompt.after + self.answer).encode("utf-8")
         return self
 
     def placed(self, width: int, height: int, where: str) -> Sample:
-        """With `box` and `answer` set from `pixel_box`; raises `DataError` when it lies
-        outside a width x height picture.
+        """Returns a sample with `box` and `answer` computed from `pixel_box`. Raises
+        `DataError` if the box is not inside a width x height image.
         """
         if self.pixel_box is None:
             return self
@@ -62,7 +62,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (RGB, or the path of one) with the samples asked about it; `dense`
+    """An image (RGB, or the path of one) with the samples that ask about it. `dense`
     optionally holds labels per patch for the warm-up stage.
     """
 
@@ -72,8 +72,8 @@ class Example:
     dense: object | None = field(default=None, repr=False)
 
     def load(self) -> tuple[Image.Image, tuple[Sample, ...]]:
-        """The opened picture and its samples, boxes in [0, 1]. Raises `ImageError` or
-        `DataError`.
+        """Opens the image and returns it with its samples, whose boxes are in [0, 1].
+        Raises `ImageError` or `DataError`.
         """
         image = self.picture if isinstance(self.picture, Image.Image) else open_image(self.picture)
         return image, tuple(sample.placed(*image.size, self.name) for sample in self.samples)

@@ -1,3 +1,3 @@
-"""What this machine has, whether it can run a target, and for everything that does not
-fit its cause and its fix. Torch-free.
+"""Diagnoses this machine: its hardware and software, which targets it can run, and the
+cause and fix of every problem. Torch-free.
 """

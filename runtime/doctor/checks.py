@@ -1,5 +1,5 @@
-"""The table of all checks, and a diagnosis: every check asked, and which answers matter
-to the targets wanted.
+"""The table of all checks, and the diagnosis: runs every check and separates the
+results that matter to the wanted targets.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ CHECKS: tuple[Check, ...] = (*host.CHECKS, *gpu.CHECKS, *libraries.CHECKS, *jets
 
 @dataclass(frozen=True)
 class Result:
-    """A check's answer. Where it matters to none of the targets wanted (`aside`), it is
-    a note at most.
+    """A check's result. If it matters to none of the wanted targets, `aside` is True
+    and its level is lowered to at most "note".
     """
 
     check: str
@@ -31,20 +31,20 @@ class Result:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All answers, for these targets."""
+    """All results for the given targets."""
 
     targets: tuple[str, ...]
     results: tuple[Result, ...]
 
     @property
     def problems(self) -> tuple[Result, ...]:
-        """What keeps a wanted target from running."""
+        """The results that keep a wanted target from running."""
         return tuple(result for result in self.results if result.finding.level == "problem")
 
 
 def choose_targets(facts: Facts, wanted: str | None) -> tuple[str, ...]:
-    """The target asked for, or (None) the CPU and those that could be meant here: a
-    Jetson's, and those whose packages are installed.
+    """Returns the wanted target. For None, returns the CPU and the targets that are
+    likely here: a Jetson's, and those whose packages are installed.
     """
     if wanted is not None:
         if wanted not in WANTED:
@@ -60,7 +60,7 @@ def choose_targets(facts: Facts, wanted: str | None) -> tuple[str, ...]:
 
 
 def diagnose(facts: Facts, targets: Sequence[str]) -> Diagnosis:
-    """Asks every check of the table."""
+    """Runs every check of the table."""
     results = []
     for check in CHECKS:
         if (finding := check.run(facts)) is not None:

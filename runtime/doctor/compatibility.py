@@ -1,5 +1,5 @@
-"""What is known about versions that fit each other: drivers, CUDA, TensorRT and
-JetPack. Every number names its source.
+"""Known version requirements of drivers, CUDA, TensorRT and JetPack. Each number has a
+source.
 """
 
 from __future__ import annotations
@@ -27,31 +27,35 @@ DRIVER_FOR_CUDA = {11: "450", 12: "525", 13: "580"}
 """
 
 OLDEST_ONNXRUNTIME = (1, 24)
-"""As `pyproject.toml` asks; the TensorRT-RTX plugin asks the same
+"""The minimum in `pyproject.toml`; the TensorRT-RTX plugin has the same minimum
 (https://nvidia.github.io/TensorRT-RTX-EP-ABI/installation.html).
 """
 
 OLDEST_TENSORRT = (10, 3)
-"""The oldest whose parser takes our plain decoder; JetPack 6.1 and 6.2 have it."""
+"""The oldest version whose parser accepts the plain decoder. JetPack 6.1 and 6.2 have
+it.
+"""
 
 FUSED_TENSORRT = (10, 15)
-"""The first with `IKVCacheUpdateLayer` (its class reference; TensorRT 10.15.1 release
-notes), which the fused decoder needs.
+"""The first version with `IKVCacheUpdateLayer`, which the fused decoder needs (the
+class reference; TensorRT 10.15.1 release notes).
 """
 
 LEAST_CAPABILITY = (7, 5)
-"""Turing, the oldest GPU of TensorRT 11 and in the support matrices of TensorRT-RTX."""
+"""Turing: the oldest GPU that TensorRT 11 and the support matrices of TensorRT-RTX
+list.
+"""
 
 RTX_CAPABILITIES = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
-"""GPUs of TensorRT-RTX 1.5's support matrix, without Turing: the plugin asks for Ampere
-or later.
+"""The GPUs in TensorRT-RTX 1.5's support matrix, except Turing, because the plugin
+requires Ampere or later.
 """
 
 
 @dataclass(frozen=True)
 class Jetpack:
-    """A JetPack release: its Jetson Linux (L4T), and the CUDA, TensorRT and system
-    Python it has.
+    """A JetPack release with the versions of its Jetson Linux (L4T), CUDA, TensorRT and
+    system Python.
     """
 
     name: str
@@ -61,8 +65,8 @@ class Jetpack:
     python: str
 
 
-# The longest `l4t` that begins the machine's version counts. docs/jetson.md names the sources
-# of the rows from 6.1 on.
+# The row with the longest `l4t` that is a prefix of the machine's version is used. docs/jetson.md
+# names the sources of the rows from 6.1 on.
 JETPACKS = (
     Jetpack("4", "32", "10.2", "8.2", "3.6"),
     Jetpack("5", "35", "11.4", "8.5", "3.8"),
@@ -81,19 +85,19 @@ JETPACKS = (
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "10.3.0.26" to (10, 3, 0, 26), "1.31.1+cu13" to
-    (1, 31, 1); () of anything else.
+    """Returns the leading numbers of a version: "10.3.0.26" gives (10, 3, 0, 26),
+    "1.31.1+cu13" gives (1, 31, 1), and text without them gives ().
     """
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in found[0].split(".")) if found else ()
 
 
 def release(version: str) -> tuple[int, ...]:
-    """Major and minor number, by which libraries differ."""
+    """Returns the major and minor number, by which library releases are compared."""
     return numbers(version)[:2]
 
 
 def find_jetpack(l4t: str) -> Jetpack | None:
-    """The JetPack of a Jetson Linux version such as "36.4.3", None if it is not known."""
+    """Returns the JetPack of a Jetson Linux version such as "36.4.3"; None if unknown."""
     fits = [row for row in JETPACKS if numbers(l4t)[: len(numbers(row.l4t))] == numbers(row.l4t)]
     return max(fits, key=lambda row: len(numbers(row.l4t)), default=None)

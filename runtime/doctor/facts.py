@@ -1,5 +1,5 @@
-"""Everything the checks look at, gathered once: the machine, its Python, its way to a
-GPU, packages, and what libraries say.
+"""Gathers everything that the checks need, once: machine, Python, GPU access, packages,
+and the answers of library probes.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Interpreter:
-    """Python's version ("3.12"), whether it is a virtual environment, and whether it
-    sees the packages of the system's Python.
+    """The Python interpreter: its version ("3.12"), whether it is a virtual
+    environment, and whether it sees the packages of the system's Python.
     """
 
     version: str
@@ -57,7 +57,9 @@ class Interpreter:
 
 @dataclass(frozen=True)
 class GpuDevice:
-    """A GPU as CUDA's driver names it: compute capability, memory in MB (10^6 bytes)."""
+    """A GPU as CUDA's driver reports it: name, compute capability, and memory in MB
+    (10^6 bytes).
+    """
 
     name: str
     capability: tuple[int, int]
@@ -66,8 +68,8 @@ class GpuDevice:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a machine has. `cache` is the engine cache's folder, `free_mb` the space
-    left there.
+    """All facts about a machine. `cache` is the engine cache's folder and `free_mb` the
+    free disk space there.
     """
 
     machine: Machine
@@ -95,7 +97,9 @@ class Facts:
 
     @property
     def driver_cuda(self) -> str:
-        """The newest CUDA this driver runs, such as "12.6"; empty without a driver."""
+        """The newest CUDA version that this driver supports, such as "12.6"; empty
+        without a driver.
+        """
         return str(self.probes["driver"].values.get("cuda", ""))
 
     @property
@@ -105,8 +109,8 @@ class Facts:
 
     @property
     def tensorrt_cuda(self) -> int | None:
-        """The CUDA major TensorRT is built for: of the package, else of JetPack. None
-        if there is nothing to tell it by.
+        """The CUDA major version that TensorRT is built for, from its package, else
+        from JetPack; None if neither tells.
         """
         for major in (13, 12):
             if any(name.startswith(f"tensorrt-cu{major}") for name in self.packages):
@@ -115,7 +119,7 @@ class Facts:
 
     @property
     def plugin(self) -> str:
-        """The installed package of the TensorRT-RTX plugin, empty if there is none."""
+        """Name of the installed TensorRT-RTX plugin package; empty if there is none."""
         return next(
             (
                 name
@@ -132,7 +136,7 @@ def gather(
     packages: Mapping[str, str] | None = None,
     python: Interpreter | None = None,
 ) -> Facts:
-    """Reads the machine below `root` and asks every library; takes a few seconds."""
+    """Reads the machine below `root` and probes every library; takes a few seconds."""
     found = installed_packages() if packages is None else packages
     asked = {
         name: probe(name)
@@ -155,7 +159,7 @@ def gather(
 
 
 def installed_packages() -> dict[str, str]:
-    """Versions of those packages that matter here, of any engine."""
+    """Returns the versions of the installed packages that any engine needs."""
     found: dict[str, str] = {}
     for name in _PACKAGES:
         try:
@@ -166,8 +170,8 @@ def installed_packages() -> dict[str, str]:
 
 
 def this_interpreter() -> Interpreter:
-    """The Python that runs this. A virtual environment says in its pyvenv.cfg whether
-    it sees the system's packages.
+    """Describes the Python that runs this code. The pyvenv.cfg of a virtual environment
+    says whether it sees the system's packages.
     """
     virtual = sys.prefix != sys.base_prefix
     shared = (

@@ -1,5 +1,5 @@
-"""What a check says: a level, what was found, and where something does not fit, its
-cause and its fix.
+"""The result of a check: a level, the observation and, for anything wrong, its cause
+and its fix.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 LEVELS = ("ok", "note", "warning", "problem")
-"""From harmless to fatal: `note` is good to know, `warning` costs speed or comfort,
-`problem` keeps a target from running.
+"""Levels from harmless to fatal. A `note` is useful to know, a `warning` costs speed or
+comfort, and a `problem` keeps a target from running.
 """
 
 CPU, CUDA, TENSORRT, RTX = "cpu", "cuda", "tensorrt", "rtx"
@@ -36,12 +36,12 @@ WANTED = {
     TENSORRT: "TensorRT on a Jetson, PC or server",
     RTX: "the TensorRT-RTX plugin of ONNX Runtime on a desktop RTX GPU",
 }
-"""What a person may want to run, and what it is."""
+"""The targets that a user may want to run, each with a description."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A check's result. `cause` and `fix` are empty where there is nothing to do."""
+    """A check's result. `cause` and `fix` are empty if there is nothing to do."""
 
     level: str
     found: str
@@ -57,8 +57,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """A question, the targets its answer matters to, and the function that answers it;
-    None where the question does not arise.
+    """A named check, the targets that its result matters to, and its function. The
+    function returns None if the check does not apply.
     """
 
     name: str
@@ -67,20 +67,20 @@ class Check:
 
 
 def ok(found: str) -> Finding:
-    """As it should be."""
+    """Returns a finding that everything is as it should be."""
     return Finding("ok", found)
 
 
 def note(found: str, cause: str = "", fix: str = "") -> Finding:
-    """Good to know."""
+    """Returns a finding that is useful to know."""
     return Finding("note", found, cause, fix)
 
 
 def warning(found: str, cause: str, fix: str) -> Finding:
-    """It runs, but slower or less comfortably than it could."""
+    """Returns a finding that the target runs, but slower or less comfortably."""
     return Finding("warning", found, cause, fix)
 
 
 def problem(found: str, cause: str, fix: str) -> Finding:
-    """It will not run."""
+    """Returns a finding that the target will not run."""
     return Finding("problem", found, cause, fix)

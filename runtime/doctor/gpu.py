@@ -1,5 +1,5 @@
-"""Checks of the way to an NVIDIA GPU: device files, container, driver, and whether the
-driver is new enough for each library.
+"""Checks of the access to an NVIDIA GPU: device files, container, driver, and whether
+the driver is new enough for each library.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _gpu(facts: Facts) -> Finding:
 
 
 def _driver(facts: Facts) -> str:
-    """Its name; a Jetson's has no version of its own."""
+    """Returns the driver's name; a Jetson's driver has no version number of its own."""
     return f"driver {facts.access.driver}" if facts.access.driver else "the driver"
 
 
@@ -65,8 +65,8 @@ def _hidden(facts: Facts) -> tuple[str, str] | None:
 
 
 def _forbidden(facts: Facts) -> tuple[str, str] | None:
-    """A Jetson's /dev/nvmap belongs to root:video
-    (github.com/NVIDIA/NemoClaw/pull/5018).
+    """Reports device files that this user may not open. On a Jetson, /dev/nvmap belongs
+    to root:video (github.com/NVIDIA/NemoClaw/pull/5018).
     """
     if not facts.access.closed:
         return None
@@ -81,8 +81,8 @@ def _forbidden(facts: Facts) -> tuple[str, str] | None:
 
 
 def _init(facts: Facts) -> tuple[str, str] | None:
-    """Results of cuInit that say more than that there is no device. NVIDIA's CUDA
-    images have forward-compatibility libraries.
+    """Explains two error codes of cuInit that are more specific than a missing device.
+    NVIDIA's CUDA images contain the forward-compatibility libraries.
     """
     code = int(facts.probes["driver"].values.get("code", 0))
     if code not in (_MISMATCH, _NO_COMPAT):
@@ -101,8 +101,9 @@ def _init(facts: Facts) -> tuple[str, str] | None:
 
 
 def _contained(facts: Facts) -> tuple[str, str] | None:
-    """Jetsons need the runtime named; alone it adds devices only if
-    NVIDIA_VISIBLE_DEVICES is set (github.com/mudler/vllm.cpp/pull/422).
+    """Reports a container without a GPU. Jetsons need `--runtime nvidia`, which alone
+    adds devices only if NVIDIA_VISIBLE_DEVICES is set
+    (github.com/mudler/vllm.cpp/pull/422).
     """
     if not facts.access.container:
         return None
@@ -133,8 +134,8 @@ def _driverless(facts: Facts) -> tuple[str, str] | None:
 
 
 def _unused(facts: Facts) -> Finding | None:
-    """A GPU is there and nothing that would use it; a Jetson's missing TensorRT is told
-    by the check of that.
+    """Reports a GPU that no installed engine would use. A Jetson without TensorRT is
+    left to the TensorRT check.
     """
     engines = {"onnxruntime-gpu", "tensorrt", facts.plugin} - {""}
     if (
@@ -152,8 +153,8 @@ def _unused(facts: Facts) -> Finding | None:
 
 
 def driver_runs(facts: Facts, library: str, major: int | None) -> Finding | None:
-    """Whether the driver is new enough for a library built for a CUDA major; an older
-    major always runs on a newer driver.
+    """Checks whether the driver is new enough for a library built for a CUDA major
+    version. A newer driver always runs an older major version.
     """
     if not facts.driver_cuda or not major:
         return None
@@ -172,8 +173,8 @@ def driver_runs(facts: Facts, library: str, major: int | None) -> Finding | None
 
 
 def _capability(facts: Facts) -> Finding | None:
-    """TensorRT 10.1 still took 7.0 (its support matrix), so a Volta with an older 10.x
-    gets the benefit of the doubt.
+    """Checks the compute capability for TensorRT. The support matrix of TensorRT 10.1
+    still lists 7.0, so a Volta with TensorRT 10.x gets only a warning.
     """
     if not facts.devices or max(gpu.capability for gpu in facts.devices) >= LEAST_CAPABILITY:
         return None
@@ -207,7 +208,9 @@ def _rtx_capability(facts: Facts) -> Finding | None:
 
 
 def _nvml(facts: Facts) -> Finding | None:
-    """A Jetson's power comes from its rails instead."""
+    """Checks for nvidia-ml-py. Jetsons do not need it, because their power is read from
+    the power rails.
+    """
     if not facts.devices or facts.jetson or "nvidia-ml-py" in facts.packages:
         return None
     return warning(

@@ -29,8 +29,8 @@ _ALL = tuple(WANTED)
 
 
 def _processor(facts: Facts) -> Finding:
-    """Without 8-bit product instructions int8 still runs, and still wins in memory:
-    docs/benchmarks.md measures such a machine.
+    """Reports instructions for 8-bit products and bf16. Without 8-bit instructions,
+    int8 still runs and still saves memory; docs/benchmarks.md measures such a machine.
     """
     features = set(facts.machine.isa)
     fast, bf16 = sorted(features & _FAST_8_BIT), sorted(features & _BF16)
@@ -114,8 +114,8 @@ def _onnxruntime(facts: Facts) -> Finding:
 
 
 def _one_onnxruntime(facts: Facts) -> Finding | None:
-    """Both packages install the module `onnxruntime`
-    (github.com/microsoft/onnxruntime/issues/26996).
+    """Checks that only one ONNX Runtime package is installed, because both install the
+    module `onnxruntime` (github.com/microsoft/onnxruntime/issues/26996).
     """
     if not {"onnxruntime", "onnxruntime-gpu"} <= set(facts.packages):
         return None

@@ -1,5 +1,5 @@
-"""Checks of a Jetson: its JetPack, whether the TensorRT installed may run on it, power
-mode, clocks, and memory for building engines.
+"""Checks of a Jetson: its JetPack, whether the installed TensorRT can run on it, its
+power mode and clocks, and the memory for building engines.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ __all__ = ["CHECKS"]
 _FASTEST = ("MAXN_SUPER", "MAXN")
 _SMALL_MB, _FREE_MB = 10_000, 3_000
 _TENSORRT_11 = (39, 2, 2)
-"""Jetson Linux of JetPack 7.2.2 (7.2 is 39.2.0, 7.2.1 is 39.2.1), from which TensorRT
-11.4 runs: NVIDIA's page "Migrating TensorRT from 10.x to 11.x on Jetson/JetPack",
-11.4.1.
+"""Jetson Linux version of JetPack 7.2.2, the first that runs TensorRT 11.4; JetPack 7.2
+is 39.2.0 and 7.2.1 is 39.2.1. Source: NVIDIA's page "Migrating TensorRT from 10.x to
+11.x on Jetson/JetPack", 11.4.1.
 """
 
 
@@ -107,7 +107,9 @@ def _clocks(facts: Facts) -> Finding | None:
 
 
 def _memory(facts: Facts) -> Finding | None:
-    """Builds of engines need more than runs, and memory is shared with the GPU."""
+    """Checks memory and swap. Building an engine needs more memory than running it, and
+    the GPU shares the memory.
+    """
     memory = facts.memory
     if facts.jetson is None or memory.total_mb > _SMALL_MB:
         return None

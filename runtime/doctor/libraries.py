@@ -1,5 +1,5 @@
 """Checks of the GPU engines' libraries: ONNX Runtime's CUDA provider, TensorRT with its
-bindings and cuda-python, the TensorRT-RTX plugin.
+bindings and cuda-python, and the TensorRT-RTX plugin.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ _LIBRARY = re.compile(r"(lib[\w+-]+)\.so(?:\.(\d+))?[\w.]*: cannot open shared o
 
 
 def _cuda_major(facts: Facts) -> int | None:
-    """What onnxruntime-gpu is built for, as it says itself: PyPI's is for CUDA 13 since
-    1.27 (github.com/microsoft/onnxruntime/issues/29032).
+    """Returns the CUDA major version that onnxruntime-gpu reports it is built for.
+    PyPI's package is built for CUDA 13 since 1.27
+    (github.com/microsoft/onnxruntime/issues/29032).
     """
     major = numbers(str(facts.probes["onnxruntime"].values.get("cuda", "")))
     return major[0] if major else None
@@ -42,7 +43,7 @@ def _cuda_provider(facts: Facts) -> Finding | None:
             "onnxruntime-gpu is not installed", "the CPU's onnxruntime has no CUDA provider", fix
         )
     if not facts.probes["onnxruntime"].works:
-        return None  # the check of onnxruntime tells why
+        return None  # the onnxruntime check reports the reason
     if "CUDAExecutionProvider" not in facts.probes["onnxruntime"].values["providers"]:
         found = "CUDAExecutionProvider is absent although onnxruntime-gpu is installed"
         return problem(found, "another onnxruntime overwrote its files", PIP_ONNXRUNTIME_GPU)
@@ -55,8 +56,8 @@ def _cuda_provider(facts: Facts) -> Finding | None:
 
 
 def _failed_provider(facts: Facts, error: str, log: str) -> Finding:
-    """Which library it did not find tells what is missing; without a driver that one is
-    libcuda, which the check of the GPU explains.
+    """Explains a failed CUDA provider by the library it did not find. Without a driver
+    that library is libcuda, which the GPU check explains.
     """
     missing = _LIBRARY.search(log)
     built = _cuda_major(facts)
@@ -164,8 +165,8 @@ def _no_bindings(facts: Facts) -> Finding:
 
 
 def _tensorrt_library(facts: Facts) -> Finding | None:
-    """Libraries before 10 number themselves in another way; the check of the version
-    speaks of those.
+    """Checks that the bindings and the library have the same version. Libraries before
+    10 number versions differently and are left to the version check.
     """
     values = facts.probes["tensorrt"].values
     bindings, library = str(values.get("version", "")), str(values.get("library", ""))
@@ -267,7 +268,9 @@ def _rtx(facts: Facts) -> Finding:
 
 
 def _rtx_packages(facts: Facts) -> Finding | None:
-    """NVIDIA's installation page says to uninstall onnxruntime-gpu first."""
+    """Warns if the plugin and onnxruntime-gpu are both installed. NVIDIA's installation
+    page says to uninstall onnxruntime-gpu first.
+    """
     if not facts.plugin or "onnxruntime-gpu" not in facts.packages:
         return None
     cause = (

@@ -1,5 +1,5 @@
-"""What libraries say of themselves, each asked in a process of its own: a broken
-installation may abort, hang or print, and none of it reaches us.
+"""Probes libraries, each in a separate process. A broken installation may abort, hang
+or print, and the process boundary keeps that away from the doctor.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ __all__ = ["PROBES", "Probe", "Question", "run_probe"]
 
 _SECONDS = 120.0
 _MARK = "infmllm-doctor:"
-_LONGEST = 400  # characters of an error
+_LONGEST = 400  # most characters of an error that are kept
 
 
 @dataclass(frozen=True)
 class Probe:
-    """An answer: whether the module is installed, what it said, and the error's last
-    line if it failed. `log` is what it printed as errors.
+    """The result of a probe. `installed` says whether the module exists, `values` what
+    the probe found, and `error` is the last line of the error if it failed. `log` is
+    its standard error output.
     """
 
     installed: bool
@@ -34,14 +35,14 @@ class Probe:
 
     @property
     def works(self) -> bool:
-        """It is installed and answered."""
+        """Whether the module is installed and the probe succeeded."""
         return self.installed and not self.error
 
 
 @dataclass(frozen=True)
 class Question:
-    """Code that fills `found`, and the module without which it is not asked ("" for
-    none).
+    """Probe code that fills `found`. It is run only if `module` is installed; "" means
+    that it always runs.
     """
 
     module: str
@@ -74,8 +75,8 @@ found["version"], found["package"] = ort.__version__, getattr(built, "package_na
 found["cuda"], found["providers"] = str(getattr(built, "cuda_version", "") or ""), ort.get_available_providers()
 """
 
-# A session with one product of matrices; onnxruntime falls back to the CPU by itself, and
-# prints why.
+# A session with one matrix product. If CUDA fails, onnxruntime falls back to the CPU and prints
+# the reason.
 _CUDA_PROVIDER = """
 import numpy, onnxruntime as ort
 from runtime.bench.limits import one_node_model
@@ -86,8 +87,8 @@ session = ort.InferenceSession(one_node_model("MatMul", left, (2, 2), kind, kind
 found["runs"] = session.get_providers()[0] == "CUDAExecutionProvider" and float(session.run(None, {"a": left})[0][0, 0]) == 2.0
 """
 
-# The library is asked, too: it may be another than the bindings were made for. Since TensorRT
-# 10 its version is 10000 x major + 100 x minor + patch.
+# The library is asked too, because its version can differ from that of the bindings. Since
+# TensorRT 10 its version number is 10000 x major + 100 x minor + patch.
 _TENSORRT = """
 import ctypes
 import tensorrt as trt
@@ -117,7 +118,7 @@ PROBES: dict[str, Question] = {
 def run_probe(
     name: str, seconds: float = _SECONDS, find: Callable[[str], object] = importlib.util.find_spec
 ) -> Probe:
-    """Asks one question of `PROBES`; whatever happens there comes back as an answer."""
+    """Runs one probe of `PROBES`; a crash or a timeout is returned as a failed probe."""
     question = PROBES[name]
     if question.module and find(question.module) is None:
         return Probe(installed=False)
@@ -144,6 +145,8 @@ def run_probe(
 
 
 def _failure(code: int, log: str) -> str:
-    """The error's last line, after the signal that ended the process, if one did."""
+    """Returns the last line of the error. If a signal ended the process, the signal is
+    named first.
+    """
     last = (log.splitlines() or ["no message"])[-1].strip()[:_LONGEST]
     return last if code >= 0 else f"ended by signal {-code} ({signal.strsignal(-code)}): {last}"

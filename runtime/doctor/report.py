@@ -1,4 +1,4 @@
-"""A diagnosis for people (text, or an HTML page) and for programs (JSON)."""
+"""Formats a diagnosis for people (text or an HTML page) and for programs (JSON)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ td:nth-child(-n+2) { white-space: nowrap; } .wide { overflow-x: auto; } code { b
 
 
 def verdict(diagnosis: Diagnosis) -> str:
-    """One line: what is well or how much is not."""
+    """Returns one line: that nothing keeps the targets from running, or the number and
+    names of the problems.
+    """
     targets = ", ".join(diagnosis.targets)
     if not diagnosis.problems:
         return f"nothing keeps {targets} from running here"
@@ -33,7 +35,9 @@ def verdict(diagnosis: Diagnosis) -> str:
 
 
 def _ordered(diagnosis: Diagnosis) -> list[Result]:
-    """What matters here before what matters to other targets, each as the table has it."""
+    """Sorts results for the wanted targets first; otherwise the order of the table
+    stays.
+    """
     return sorted(diagnosis.results, key=lambda result: result.aside)
 
 
@@ -50,8 +54,8 @@ def _machine(facts: Facts) -> str:
 
 
 def diagnosis_text(facts: Facts, diagnosis: Diagnosis, width: int = 110) -> str:
-    """A line for each finding, with cause and fix under it; what matters to other
-    targets only is kept to that line.
+    """Formats one line per finding, followed by its cause and fix. A finding for other
+    targets only gets just its one line.
     """
     lines, aside = [_machine(facts)], False
     for result in _ordered(diagnosis):
@@ -61,7 +65,7 @@ def diagnosis_text(facts: Facts, diagnosis: Diagnosis, width: int = 110) -> str:
         lines += _lines(result, width)
     return "\n".join(
         lines if diagnosis.problems else [*lines, verdict(diagnosis)]
-    )  # problems end in an error of one line
+    )  # with problems, the command's final error line says the same
 
 
 def _lines(result: Result, width: int) -> list[str]:
@@ -84,12 +88,12 @@ def _lines(result: Result, width: int) -> list[str]:
         )
         found.append(
             f"{'':9}{'fix':23} {result.finding.fix}"
-        )  # on one line: it is made to be copied
+        )  # never wrapped, so that it can be copied
     return found
 
 
 def diagnosis_json(facts: Facts, diagnosis: Diagnosis) -> str:
-    """Everything: facts, and findings with the targets they matter to."""
+    """Returns all facts as JSON, with the findings and the targets they matter to."""
     findings = [
         {"check": r.check, "targets": r.targets, "aside": r.aside, **asdict(r.finding)}
         for r in diagnosis.results
@@ -107,7 +111,7 @@ def diagnosis_json(facts: Facts, diagnosis: Diagnosis) -> str:
 
 
 def diagnosis_page(facts: Facts, diagnosis: Diagnosis) -> str:
-    """The page's text."""
+    """Builds the HTML page."""
     body = f"<h1>Doctor</h1><p>{escape(_machine(facts))}</p><p><b>{escape(verdict(diagnosis))}</b></p>{_table(_ordered(diagnosis))}"
     packages = (
         ", ".join(f"{name} {version}" for name, version in facts.packages.items())

@@ -1,7 +1,7 @@
-"""Inference engines behind one protocol, and the table of targets that names them.
+"""The protocol of inference engines, and the table of targets that selects one.
 
 An engine owns both graphs and the key/value cache buffers. Heavy imports live in each
-engine's own file and happen on `load_engine`.
+engine's own module and happen when `load_engine` is called.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
+    """Returns how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -43,9 +43,9 @@ class EngineOptions:
     """Settings of an engine: CPU threads (None: all cores this process may use) and
     cache rows (None: the model's context).
 
-    `engine_cache` lets it keep large weights on disk in the form its kernels want.
-    `workspace_mb` is what a GPU compiler may use while building (None:
-    $INFMLLM_WORKSPACE_MB, else half of the memory that is free).
+    `engine_cache` allows the engine to keep large weights on disk in the format its
+    kernels need. `workspace_mb` is the memory that a GPU compiler may use while
+    building (None: $INFMLLM_WORKSPACE_MB, else half of the free memory).
     """
 
     threads: int | None = None
@@ -55,8 +55,8 @@ class EngineOptions:
 
 
 class Batch(Protocol):
-    """Several sequences decoded together, each in a slot with cache rows of its own.
-    Holds copies: the engine's own cache is left alone.
+    """Several sequences decoded together, each in a slot with its own cache rows. The
+    slots hold copies, so the engine's own cache is not changed.
     """
 
     def fill(self, slot: int, rows: int) -> None:
@@ -66,27 +66,30 @@ class Batch(Protocol):
     def step(
         self, inputs_embeds: NDArray[np.float32], starts: NDArray[np.int32]
     ) -> NDArray[np.float32]:
-        """One token [n,1,H] for each of the first n slots, written to row starts[i]
-        [n]; logits [n,V], valid until the next call.
+        """Runs one decode step for the first n slots: embeddings [n,1,H] are written to
+        cache row starts[i] of slot i. Returns logits [n,V], valid until the next call.
         """
         ...
 
     def copy(self, sources: Sequence[int], start: int, end: int) -> None:
-        """Slot i takes rows start to end of slot sources[i], all at once."""
+        """Copies rows `start` to `end` of slot sources[i] to slot i, for all slots as
+        if at the same time.
+        """
         ...
 
 
 class Validation(Protocol):
-    """What an engine made on this machine must pass before it answers: the bundle's
-    goldens, replayed through it.
+    """Validation that an engine made on this machine must pass before it may answer:
+    the bundle's goldens are replayed through it.
     """
 
     def conclude(self, failed: Mapping[str, str]) -> None:
-        """Takes the outcome: the stages (vision, prefill, decode) out of tolerance, and
-        by how much.
+        """Receives the outcome: each stage (vision, prefill, decode) out of tolerance,
+        and by how much.
 
-        What failed is replaced by another form of the same graph, if the bundle has
-        one, and is on trial again. Raises `EngineError` if it has none.
+        A failed graph is replaced by another variant of the same graph, if the bundle
+        has one, which must then be validated too. Raises `EngineError` if there is
+        none.
         """
         ...
 
@@ -96,9 +99,9 @@ class Engine(Protocol):
 
     capacity: int
     version: str
-    """Of the engine's library: its results may change with it."""
+    """Version of the engine's library; results may change between versions."""
     verifies: bool
-    """True where `verify` works: the graph gives logits of more than one position."""
+    """True if `verify` works: the graph can return logits of several positions."""
 
     @property
     def validation(self) -> Validation | None:
@@ -110,30 +113,30 @@ class Engine(Protocol):
     def embed_image(
         self, pixels: NDArray[np.float32], pool: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """pixels [N,3,S,S] and pool [T,s*s] to image embeddings [N,T,H]."""
+        """Computes image embeddings [N,T,H] from pixels [N,3,S,S] and pool [T,s*s]."""
         ...
 
     def forward(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        """Writes cache rows start to start+L from inputs [1,L,H] and returns the last
-        position's logits [V], valid until the next call.
+        """Writes cache rows start to start+L from input embeddings [1,L,H]. Returns the
+        logits [V] of the last position, valid until the next call.
         """
         ...
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
-        """`forward` of one position [1,1,H] and its likeliest token, chosen where the
-        logits are. Raises `NonFiniteError`.
+        """Runs `forward` for one position [1,1,H] and returns the most likely token.
+        The choice is made on the device that holds the logits. Raises `NonFiniteError`.
         """
         ...
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        """`forward` of a few decoding steps at once, with the decoding graph: logits of
-        every position [L,V], valid until the next call.
+        """Runs several decode steps in one call of the decoder graph. Returns the
+        logits of every position [L,V], valid until the next call.
         """
         ...
 
     def batch(self, slots: int, rows: int) -> Batch:
-        """Room for `slots` sequences of up to `rows` rows. Raises `ContextError` if
-        there is no memory for it.
+        """Allocates memory for `slots` sequences of up to `rows` rows. Raises
+        `ContextError` if there is not enough memory.
         """
         ...
 
@@ -193,8 +196,8 @@ TARGETS: dict[str, Target] = {
 
 
 def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
-    """Creates the engine a bundle was built for. Raises `EngineError` if it is unknown
-    or not installed.
+    """Creates the engine a bundle was built for. Raises `EngineError` if the target is
+    unknown or its engine is not installed.
     """
     target = TARGETS.get(bundle.target)
     if target is None:

@@ -1,9 +1,10 @@
-"""What the engine caches share: where they are, how large they may grow, and how a
-folder of theirs is known to be the one its maker wrote.
+"""Shared parts of the engine caches on disk: location, size limit, and a check that a
+folder's files are the ones that were written.
 
-Each engine made for this machine lies in a folder named by a fingerprint of what it was
-made from and for, beside a mark that identifies its files. Folders are made under a
-staging name and renamed; the one used longest ago goes first when room is needed.
+Each engine made for this machine lies in a folder named by a fingerprint of its sources
+and its machine. A metadata file in the folder identifies the engine's files. Folders
+are built under a staging name and then renamed. When space is needed, the least
+recently used engine is removed first.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ __all__ = [
 
 MARK = "engine.json"
 ROOTS = ("engines", "engines-tensorrt")
-"""Folders of the cache that hold engines; one bound holds for all of them."""
+"""Cache folders that hold engines; one size limit applies to all of them together."""
 
 _DEFAULT_GB, _MOST_GB = 16.0, 1e6
 _MAX_MARK = 1 << 16
@@ -38,8 +39,8 @@ _STAGING = ".making"
 
 
 def engine_cache_bytes() -> int:
-    """How large the caches may grow: $INFMLLM_ENGINE_CACHE_GB (0: none), by default 16
-    GB.
+    """Returns the size limit of the caches in bytes: $INFMLLM_ENGINE_CACHE_GB (0: no
+    cache), by default 16 GB.
     """
     text = os.environ.get("INFMLLM_ENGINE_CACHE_GB", "")
     try:
@@ -52,18 +53,22 @@ def engine_cache_bytes() -> int:
 
 
 def staging_of(ready: Path) -> Path:
-    """Where a folder is made before it gets its name."""
+    """Returns the staging folder that is renamed to `ready` once it is complete."""
     return ready.parent / f".{ready.name}{_STAGING}"
 
 
 def identity(path: Path) -> list[int]:
-    """Inode, size and time of a file: they change with whatever is done to it."""
+    """Returns a file's inode, size and modification time, which change when the file is
+    modified or replaced.
+    """
     info = path.stat()
     return [info.st_ino, info.st_size, info.st_mtime_ns]
 
 
 def read_mark(folder: Path) -> dict[str, Any]:
-    """What the folder's maker noted; empty if there is no such note, or none of ours."""
+    """Returns the metadata stored with a folder's files; empty if the metadata file is
+    missing or invalid.
+    """
     try:
         if (folder / MARK).stat().st_size > _MAX_MARK:
             return {}
@@ -74,8 +79,8 @@ def read_mark(folder: Path) -> dict[str, Any]:
 
 
 def make_room(root: Path, limit: int, wanted: int) -> None:
-    """Removes engines used longest ago, of all kinds, until `wanted` bytes fit; raises
-    `OSError` if the disk has no room even so.
+    """Removes the least recently used engines, of all kinds, until `wanted` bytes fit.
+    Raises `OSError` if the disk still has too little free space.
     """
     engines = []
     for folder in _engines(root):
@@ -88,15 +93,15 @@ def make_room(root: Path, limit: int, wanted: int) -> None:
             break
         shutil.rmtree(
             folder, ignore_errors=True
-        )  # a process that has it mapped keeps it until it ends
+        )  # a process that has mapped the files can use them until it ends
         total -= size
     if shutil.disk_usage(root).free < wanted:
         raise OSError(f"{wanted >> 20} MiB of disk are needed at {root}")
 
 
 def _engines(root: Path) -> list[Path]:
-    """The folders of all caches beside `root`; what killed processes left of unfinished
-    ones is removed.
+    """Returns the engine folders of all caches beside `root`. Also removes staging
+    folders that killed processes left behind.
     """
     found = []
     for cache in (root.parent / name for name in ROOTS):

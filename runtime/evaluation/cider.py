@@ -1,5 +1,5 @@
-"""CIDEr-D, the consensus score of captions (arXiv 1411.5726): n-grams weighted by how
-rare they are among the references.
+"""CIDEr-D, the consensus score of captions (arXiv 1411.5726): n-grams are weighted by
+their rarity among the references.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def _ngrams(text: str) -> Ngrams:
 
 
 def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
-    """One score per caption, 0 to 10 (papers print the mean times 100); how rare an
-    n-gram is, is counted within these references.
+    """Returns one score per caption, 0 to 10 (papers print the mean times 100). The
+    rarity of n-grams is counted within the given references.
     """
     reference_grams = [[_ngrams(text) for text in texts] for texts in references]
     seen: Counter[tuple[str, ...]] = Counter()
@@ -48,7 +48,7 @@ def cider(answers: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
 
 
 def _length(grams: Ngrams) -> int:
-    """Number of bigrams, as the reference implementation measures length."""
+    """Returns the number of bigrams, which the reference implementation uses as length."""
     return sum(count for gram, count in grams.items() if len(gram) == 2)
 
 

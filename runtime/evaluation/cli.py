@@ -1,8 +1,8 @@
-"""`infmllm-eval MODEL DATA`: scores a bundle (torch-free) or a checkpoint on a jsonl
-file or on held-out synthetic scenes.
+"""`infmllm-eval MODEL DATA`: scores a bundle (torch-free) or a checkpoint on a data
+set, such as a jsonl file or held-out synthetic scenes.
 
-Checkpoints are answered by a package this one must not import; it registers itself as
-an entry point and is found by name.
+The package that runs checkpoints must not be imported here. It registers an entry
+point, and this module finds it by name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Examples:
 
 
 class BundleAnswerer:
-    """Answers with a bundle's session, opened here or given."""
+    """Answers with a bundle's session; opens the session if a path is given."""
 
     def __init__(self, bundle: Path | Session, threads: int | None = None) -> None:
         if isinstance(bundle, Path):
@@ -58,8 +58,8 @@ class BundleAnswerer:
 
 
 def open_answerer(path: Path) -> Answerer:
-    """A bundle's or a checkpoint's answerer, by what the folder holds. Raises
-    `UsageError` if it is neither.
+    """Opens the answerer of a bundle or a checkpoint, depending on the files in the
+    folder. Raises `UsageError` if the folder is neither.
     """
     if (path / MANIFEST).exists():
         return BundleAnswerer(path)
@@ -139,7 +139,7 @@ def run(
 
 
 def format_result(result: dict[str, Any]) -> str:
-    """Figures as a text table."""
+    """Formats the figures as a text table."""
     lines = []
     for task, figures in result["tasks"].items():
         extra = f", mean IoU {figures['mean_iou']:.3f}" if "mean_iou" in figures else ""

@@ -1,8 +1,8 @@
-"""Scoring answers over examples, and finding what other packages registered: things
-that answer, and data sets that can be made.
+"""Scores answers over examples, and finds the answerers and data sets that other
+packages register.
 
-Synthetic data and checkpoints come from packages the runtime must not import; they
-register entry points and are found by name.
+Synthetic data and checkpoints come from packages that the runtime must not import.
+These packages register entry points, which are found by name.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _THUMBNAIL, _RIGHT_PICTURED = 256, 400
 
 
 class Answerer(Protocol):
-    """Answers samples; both bundles and checkpoints do."""
+    """Answers samples; bundles and checkpoints both have an implementation."""
 
     def answer(self, image: Image.Image, sample: Sample, visual_tokens: int | None) -> str:
-        """The greedy answer's text."""
+        """Returns the text of the greedy answer."""
         ...
 
 
 def find_plugin(group: str, name: str) -> Any:
-    """Loads what an installed package registered; raises `UsageError` when it, or
-    something it needs, is not installed.
+    """Loads the object that an installed package registered. Raises `UsageError` if it,
+    or a package it needs, is not installed.
     """
     for entry in entry_points(group=group, name=name):
         try:
@@ -62,8 +62,8 @@ def find_plugin(group: str, name: str) -> Any:
 
 
 def open_examples(data: str, skip_bad: bool = False) -> list[Example]:
-    """Examples of a data argument (see `data_source`), read by whatever package
-    registered readers. Raises `DataError` or `UsageError`.
+    """Reads the examples of a data argument (see `runtime.data.data_argument`) with the
+    readers that another package registered. Raises `DataError` or `UsageError`.
     """
     examples: list[Example] = find_plugin(DATASETS, "readers")(data, skip_bad)
     return examples
@@ -71,8 +71,8 @@ def open_examples(data: str, skip_bad: bool = False) -> list[Example]:
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One scored answer with what a report shows of it; `thumbnail` is a JPEG with true
-    and found boxes drawn, where asked for.
+    """One scored answer with the data that a report shows. `thumbnail` is a JPEG with
+    the reference box and the predicted box; it is empty if none was made.
     """
 
     name: str
@@ -82,7 +82,7 @@ class AnswerRow:
     thumbnail: bytes = b""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """Returns a JSON-ready dict."""
         row: dict[str, Any] = {
             "name": self.name,
             "task": self.sample.task,
@@ -106,13 +106,14 @@ def evaluate(
     thumbnails: bool = False,
     faults: Faults | None = None,
 ) -> tuple[Scoreboard, Scoreboard, list[AnswerRow]]:
-    """Scores by task, scores of each kind within a task ("vqa/colour"), and one row per
-    answer.
+    """Returns scores by task, scores by kind within a task ("vqa/colour"), and one row
+    per answer.
 
-    `blank` shows a plain picture of the mean colour instead: what a model scores then
-    it knows from the questions alone. Thumbnails are made of all wrong answers and of
-    some right ones. A picture that cannot be used, or a prompt too long, goes to
-    `faults` (default: is an error).
+    With `blank`, the model sees a plain image of the mean colour, so the score shows
+    how much the questions alone reveal. `thumbnails` are made for all answers that are
+    not fully right and for the first fully right ones, up to a limit. An unusable image
+    or a prompt that is too long is reported to `faults`, which by default raises an
+    error.
     """
     tasks, kinds, rows = Scoreboard(), Scoreboard(), list[AnswerRow]()
     faults, right = faults or Faults(), 0

@@ -1,5 +1,5 @@
-"""The evaluation as one HTML page that needs nothing else: tables of figures, then
-every picture with its answer and boxes, worst first.
+"""The evaluation as one self-contained HTML page: tables of figures, then every image
+with its answer and boxes, worst first.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _figure(row: AnswerRow) -> str:
 
 
 def report_page(result: Mapping[str, Any], rows: Sequence[AnswerRow]) -> str:
-    """The page's text. `result` holds figures as `infmllm-eval --json` prints them; at
-    most 400 answers are shown, the worst first.
+    """Builds the page. `result` holds the figures that `infmllm-eval --json` prints.
+    The page shows at most 400 answers, the worst first.
     """
     ordered = sorted(
         rows,

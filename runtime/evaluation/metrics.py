@@ -1,5 +1,5 @@
-"""What counts as a right answer, for each task, and how sure a figure is. Trainer,
-compiler and runtime all score with these.
+"""Defines a right answer for each task, and the confidence interval of each figure.
+Trainer, compiler and runtime all score with these functions.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from runtime.evaluation.vqa_accuracy import vqa_accuracy
 __all__ = ["IOU_HIT", "METRIC_NAMES", "Scoreboard", "Scored", "caption_right", "score"]
 
 IOU_HIT = 0.5
-"""A predicted box counts when its IoU with the true one reaches this (RefCOCO
-convention).
+"""The least IoU with the reference box at which a predicted box counts as right
+(RefCOCO convention).
 """
 
 _SPACES = re.compile(r"\s+")
 _LIST = re.compile(r",\s*|\s+and\s+|\s+with\s+")
-_Z = 1.959964  # 95 % of a normal distribution
+_Z = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def _plain(text: str) -> str:
@@ -32,16 +32,17 @@ def _plain(text: str) -> str:
 
 
 def caption_right(answer: str, expected: str) -> bool:
-    """Names the same things with the same attributes: equal lists of phrases, in any
-    order.
+    """Checks whether two captions name the same things with the same attributes: equal
+    lists of phrases, in any order.
     """
     return Counter(_LIST.split(_plain(answer))) == Counter(_LIST.split(_plain(expected)))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One scored answer: `value` in [0, 1], for grounding the IoU and the box found,
-    for texts what they are compared with.
+    """One scored answer. `value` is in [0, 1]. For grounding, `iou` and `found` hold
+    the IoU and the predicted box. For captions and chat, `answer` and `references` hold
+    the texts that CIDEr-D compares.
     """
 
     value: float
@@ -52,7 +53,7 @@ class Scored:
 
 
 def score(sample: Sample, answer: str) -> Scored:
-    """Scores one answer. Grounding compares boxes in [0, 1]; an unreadable box has IoU
+    """Scores one answer. Grounding compares boxes in [0, 1]; an unreadable box gets IoU
     0.
     """
     references = sample.references or (sample.answer,)
@@ -75,7 +76,7 @@ def score(sample: Sample, answer: str) -> Scored:
 
 @dataclass
 class Scoreboard:
-    """Collects scores under names, such as tasks."""
+    """Collects scores by name, such as a task name."""
 
     scores: dict[str, list[Scored]] = field(default_factory=dict)
 
@@ -84,8 +85,9 @@ class Scoreboard:
         self.scores.setdefault(name, []).append(scored)
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Per name: count, accuracy in percent with its 95 % interval, for boxes mean
-        IoU with its interval, for captions and chat CIDEr-D.
+        """Returns figures per name: the count and the accuracy in percent with its 95 %
+        interval. Boxes add the mean IoU with its interval; captions and chat add
+        CIDEr-D.
         """
         return {name: _figures(rows) for name, rows in self.scores.items()}
 
@@ -106,13 +108,13 @@ def _figures(rows: Sequence[Scored]) -> dict[str, float]:
     texts = [row for row in rows if row.references]
     if texts:
         scores = cider([row.answer for row in texts], [row.references for row in texts])
-        figures["cider"] = 100 * sum(scores) / len(scores)  # as papers print it; 1000 is the most
+        figures["cider"] = 100 * sum(scores) / len(scores)  # the scale of papers; at most 1000
     return figures
 
 
 def proportion_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of values in [0, 1]: Wilson's for zeros and ones, else
-    the normal one.
+    """Returns the 95 % interval of the mean of values in [0, 1]: Wilson's interval if
+    all are zeros and ones, else the normal approximation.
     """
     if any(value not in (0.0, 1.0) for value in values):
         return mean_interval(values)
@@ -127,7 +129,7 @@ def proportion_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of values in [0, 1] by the normal approximation."""
+    """Returns the 95 % interval of the mean of values in [0, 1] (normal approximation)."""
     n = len(values)
     mean = sum(values) / n
     spread = _Z * math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, n - 1) / n)

@@ -37,7 +37,7 @@ _AMBIGUOUS = {
     "were",
     "well",
     "wed",
-}  # words of their own
+}  # without the apostrophe these are words themselves, so they stay
 _PUNCTUATION = re.compile(r"[;/\[\]\"{}()=+\\_\-<>@`?!]")
 _COMMA = re.compile(r"(?<=\d),(?=\d)")
 _FULL_STOP = re.compile(r"\.(?!\d)")
@@ -45,8 +45,8 @@ _LEAST_PEOPLE = 3
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, no punctuation or articles, number words as digits, contractions with
-    their apostrophe, single spaces.
+    """Normalises an answer: lower case, no punctuation or articles, number words as
+    digits, contractions with their apostrophe, single spaces.
     """
     text = " ".join(text.lower().split())
     text = _COMMA.sub("", text)
@@ -61,8 +61,11 @@ def normalise_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
-    """In [0, 1]: with several references the mean over leaving one out of min(1,
-    agreeing / 3), with one plain equality. All normalised.
+    """Returns the accuracy of an answer in [0, 1], after normalising all texts.
+
+    With four or more references, it is min(1, agreeing / 3), averaged over leaving out
+    each reference in turn. With fewer, it is 1 if the answer equals any of them, else
+    0.
     """
     found, given = (
         normalise_answer(answer),

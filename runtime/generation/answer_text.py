@@ -1,5 +1,5 @@
-"""The text of an answer while its tokens arrive: whole characters only, cut at the first
-stop text.
+"""The text of an answer while its tokens arrive: whole characters only, cut at the
+first stop text.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ __all__ = ["AnswerText"]
 class AnswerText:
     """Collects tokens as text, without the space that answers begin with.
 
-    Text that may turn out to be the beginning of a stop text is held back until the next
-    tokens decide.
+    Text that may turn out to be the beginning of a stop text is held back until the
+    next tokens decide.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:

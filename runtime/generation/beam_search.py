@@ -1,10 +1,10 @@
-"""Beam search: several sequences side by side, the likeliest kept, scored by log
-probability over length ** length penalty.
+"""Beam search: decodes several sequences side by side and keeps the most likely, scored
+by log probability over length ** length penalty.
 
-It follows `transformers`' rules (candidates twice the beams, ended ones compete with a
-score of their own, the search ends when no open beam can beat the worst ended one), and
-gives its tokens. The beams are decoded as a batch; when they change places, only rows
-behind the prompt are copied.
+It follows the rules of `transformers` and gives the same tokens. Each step takes twice
+as many candidates as beams, and ended candidates compete with a score of their own. The
+search ends when no open beam can beat the worst ended one. The beams are decoded as a
+batch; when they change slots, only rows after the prompt are copied.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Row = NDArray[np.float32]
 @dataclass(frozen=True)
 class _Beam:
     """An open or ended sequence. `score` is the sum of log probabilities; for ended
-    ones, divided by the length penalty. `parent` is its slot.
+    ones it is divided by length ** length penalty. `parent` is the slot of the beam it
+    extends. `ended_itself` means an end token or stop text, not the length limit.
     """
 
     tokens: tuple[int, ...]
@@ -61,7 +62,7 @@ class _Search:
         self._hopeful = True
 
     def advance(self, logits: Row) -> None:
-        """Takes the logits [n,V] of the n open beams one token further."""
+        """Extends the n open beams by one token, given their logits [n,V]."""
         check_finite(logits)
         following = self._candidates(logits)
         opened: list[_Beam] = []
@@ -95,8 +96,8 @@ class _Search:
             )
 
     def _candidates(self, logits: Row) -> list[tuple[_Beam, int]]:
-        """(the beam with its new score, token) of the best continuations, twice as many
-        as there are beams, the best first.
+        """Returns (beam with its new score, token) of the best continuations, best
+        first: at most twice as many as there are beams.
         """
         rows = []
         for index, beam in enumerate(self.open):
@@ -130,7 +131,9 @@ class _Search:
         return not self.open or not self._hopeful
 
     def best(self) -> _Beam:
-        """The winner; if none ended (the search was given up), the best open one."""
+        """Returns the best ended sequence; if none ended (the search was cancelled),
+        the best open one.
+        """
         return max(self._ended or self.open or [_Beam((), 0.0)], key=lambda beam: beam.score)
 
 
@@ -145,11 +148,11 @@ def beam_search(
     stopped: Callable[[Sequence[int]], bool] = lambda tokens: False,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Searches to the end; `progress` holds the best sequence. `logits` [V] are the
-    prompt's, whose `limits.rows` rows are in the engine's cache.
+    """Runs the search and stores the best sequence in `progress`. `logits` [V] belong
+    to the prompt, whose `limits.rows` rows are in the engine's cache.
 
-    `stopped` says whether a sequence ends in a stop text, `cancelled` whether to give
-    up. Raises `NonFiniteError`, `ContextError`.
+    `stopped` says whether a sequence ends with a stop text, `cancelled` whether to end
+    the search early. Raises `NonFiniteError` or `ContextError`.
     """
     search = _Search(decoding, limits, constraint, stopped)
     batch = engine.batch(decoding.beams, limits.rows + limits.new_tokens)

@@ -1,8 +1,8 @@
-"""What an answer may say, token by token: the box grammar, and JSON of a given schema.
+"""Constraints on the tokens of an answer: the box grammar, and JSON of a given schema.
 
 A constraint is a state machine over tokens without side effects, so that beams and
-drafted tokens can branch: `start` gives a state, `allowed` the tokens that may follow
-it, `after` the next state.
+drafted tokens can branch. `start` returns the first state, `allowed` the tokens that
+may follow a state, and `after` the next state.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ Mask = NDArray[np.bool_]
 
 
 class Constraint(Protocol):
-    """See the module. States are values: never changed by a call."""
+    """See the module docstring. States are values that no call changes."""
 
     def start(self) -> Any:
-        """The state before the first token."""
+        """Returns the state before the first token."""
         ...
 
     def allowed(self, state: Any) -> Mask:
-        """Which tokens may come next, [V]; the end of the answer among them where it
-        may end.
+        """Returns a mask [V] of the tokens that may come next. It includes the end
+        token where the answer may end.
         """
         ...
 
     def after(self, state: Any, token: int) -> Any:
-        """The state once an allowed token (not the end) was taken."""
+        """Returns the state after an allowed token (not the end token)."""
         ...
 
 
 class BoxGrammar:
-    """One box as `runtime.contract.boxes` reads it: `x1,y1 x2,y2`. States are the text
-    so far.
+    """One box in the format of `runtime.contract.boxes`: `x1,y1 x2,y2`. A state is the
+    text so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int) -> None:
@@ -80,7 +80,7 @@ class BoxGrammar:
 
 
 class JsonSchema:
-    """JSON of a schema, through llguidance. States are matchers."""
+    """JSON that follows a schema, through llguidance. States are its matchers."""
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, schema: str) -> None:
         try:
@@ -114,7 +114,7 @@ class JsonSchema:
         self._first = llguidance.LLMatcher(words, grammar, log_level=0)
         if self._first.is_error():
             raise _unusable(self._first.get_error())
-        self.allowed(self._first.deep_copy())  # a schema nothing can satisfy says so here
+        self.allowed(self._first.deep_copy())  # raises here if nothing can satisfy the schema
 
     def start(self) -> Any:
         """See `Constraint`."""

@@ -1,5 +1,5 @@
-"""How an answer is decoded: `Decoding`, one frozen description of everything that
-chooses tokens, checked on creation.
+"""Decoding options: `Decoding`, a frozen description of everything that affects the
+choice of tokens, checked on creation.
 
 Terms and order are those of `transformers`: repetition penalty, then temperature,
 top-k, top-p, min-p; beams with a length penalty.
@@ -21,17 +21,26 @@ _MAX_BEAMS, _MAX_STOPS, _MAX_SEED = 16, 16, 2**63
 class Decoding:
     """Options of one answer. The default is greedy: the most likely token each time.
 
-    `beams` > 1 searches that many sequences side by side, scored by log probability
-    over length ** `length_penalty`. `temperature` > 0 samples: `top_k` keeps that many
-    tokens (0: all), `top_p` the likeliest whose sum reaches it, `min_p` those at least
-    that likely relative to the likeliest; `seed` makes it repeatable.
-    `repetition_penalty` > 1 makes tokens of the answer less likely to come again.
-    `min_new_tokens` forbids an earlier end; `stop` are texts that end the answer and
-    are no part of it. `constrain` holds grounding answers to the box grammar; `schema`
-    (JSON Schema, as text) holds any answer to JSON of that form. `lookup` tokens at
-    most are drafted from the question and the answer so far and checked in one step (0:
-    never; None: where that cannot change a token): faster where text repeats, and the
-    same tokens. Raises `UsageError`.
+    Args:
+        beams: Above 1, searches that many sequences side by side, scored by log
+            probability over length ** `length_penalty`.
+        length_penalty: See `beams`.
+        min_new_tokens: Shortest answer in tokens; an earlier end is forbidden.
+        temperature: Above 0, samples tokens.
+        top_k: Samples from that many most likely tokens (0: all).
+        top_p: Samples from the most likely tokens whose probabilities sum up to this.
+        min_p: Samples from tokens at least this likely relative to the most likely.
+        repetition_penalty: Above 1, makes tokens of the answer less likely to recur.
+        seed: Makes sampling repeatable.
+        stop: Texts that end the answer and are not part of it.
+        constrain: Limits grounding answers to the box grammar.
+        schema: JSON Schema, as text; limits any answer to JSON of that form.
+        lookup: Drafts at most this many tokens from the question and the answer so far,
+            and checks them in one step (0: never; None: where that cannot change a
+            token). Faster where text repeats, with the same tokens.
+
+    Raises:
+        UsageError: An option is out of range, or options exclude each other.
     """
 
     beams: int = 1
@@ -100,13 +109,13 @@ class Decoding:
 
     @property
     def plain(self) -> bool:
-        """True if the token is simply the likeliest one that is allowed."""
+        """True if each token is simply the most likely one that is allowed."""
         return self.temperature == 0 and self.repetition_penalty == 1 and self.min_new_tokens == 0
 
     @classmethod
     def published(cls, task: str, **changes: object) -> Decoding:
-        """The published settings of a task (model-spec: beams, shortest answer, length
-        penalty), with changes.
+        """Returns the published settings of a task (model-spec: beams, shortest answer,
+        length penalty), with `changes` applied.
         """
         found = TASKS[task]
         settings = {

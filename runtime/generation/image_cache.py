@@ -42,8 +42,8 @@ class EmbeddedImage:
 
 
 class ImageEmbeddingCache:
-    """See the module. `identity` names the bundle; `disk` is the folder's bound in
-    bytes, 0 for none.
+    """See the module docstring. `identity` names the bundle; `disk` is the folder's
+    size limit in bytes, 0 for no disk cache.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ImageEmbeddingCache:
         return found
 
     def put(self, image: str, p: int, embedded: EmbeddedImage) -> None:
-        """Keeps embeddings. A disk that cannot be written to costs time next time,
-        nothing else.
+        """Stores embeddings. A failed write to disk is ignored, since it only costs
+        time later.
         """
         name = self._name(image, p)
         self._remember(name, embedded)
@@ -75,7 +75,7 @@ class ImageEmbeddingCache:
                 self._write(name, embedded)
 
     def clear(self) -> None:
-        """Empties the store in memory; what is on disk stays."""
+        """Empties the cache in memory; files on disk stay."""
         self._entries.clear()
 
     def _remember(self, name: str, embedded: EmbeddedImage) -> None:
@@ -125,7 +125,7 @@ class ImageEmbeddingCache:
         self._trim()
 
     def _trim(self) -> None:
-        """Removes files used longest ago; another process may be doing the same."""
+        """Removes the least recently used files; another process may be doing the same."""
         files = []
         for path in self._folder.iterdir():
             with contextlib.suppress(OSError):

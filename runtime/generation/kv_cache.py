@@ -1,10 +1,10 @@
-"""Bookkeeping of the key/value cache: whether a request fits before anything is
-computed, and which of its rows are there already.
+"""Bookkeeping of the key/value cache: checks whether a request fits before anything is
+computed, and tracks which rows are already in the cache.
 
-Prompts come in segments: the text before the image with the image, the text after it,
-then, in a conversation, each answer and each further turn. A segment is always computed
-by itself, so that a row is the same to the bit whether the ones before it were computed
-now or for an earlier question.
+Prompts are divided into segments: the text before the image together with the image,
+the text after it and, in a conversation, each answer and each further turn. A segment
+is always computed by itself. A row is therefore bit-identical whether the rows before
+it were computed now or for an earlier question.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = ["CacheBudget", "PrefixCache", "Segment"]
 
 @dataclass(frozen=True)
 class CacheBudget:
-    """The rows of one request: prompt text, visual tokens and new tokens against the
-    engine's capacity.
+    """The cache rows of one request: prompt text, visual tokens and new tokens,
+    compared with the engine's capacity.
     """
 
     capacity: int
@@ -34,12 +34,12 @@ class CacheBudget:
 
     @property
     def prompt_tokens(self) -> int:
-        """Rows filled by prefill."""
+        """Number of rows filled by prefill."""
         return self.text_tokens + self.visual_tokens
 
     def allow(self, wanted: int) -> int:
-        """How many new tokens can be generated, at most `wanted`; at least one must
-        fit. Raises `ContextError` with the counts.
+        """Returns how many new tokens can be generated, at most `wanted`. Raises a
+        `ContextError` with the counts if not even one fits.
         """
         # The last token is never fed back, so it needs no row.
         room = self.capacity - self.prompt_tokens + 1

@@ -66,8 +66,8 @@ class Runner:
         return stream
 
     def draft_length(self, decoding: Decoding) -> int:
-        """Returns how many tokens to draft. Raises `UsageError` where drafting could change
-        the answer.
+        """Returns how many tokens to draft. Raises `UsageError` where drafting could
+        change the answer.
         """
         if decoding.lookup is None:
             return _DRAFT_LENGTH if self._can_draft and decoding.beams == 1 else 0
@@ -90,8 +90,8 @@ class Runner:
         self.prefix_cache.clear()
 
     def prefill(self, request: Request, progress: Progress) -> tuple[NDArray[np.float32], int]:
-        """Returns the logits [V] of the prompt's last position, and how many of its rows
-        were in the cache already.
+        """Returns the logits [V] of the prompt's last position, and how many of its
+        rows were in the cache already.
         """
         # A conversation asks about the same image again, whose stages then take no time.
         timings = request.image.timings

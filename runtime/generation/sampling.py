@@ -1,5 +1,5 @@
-"""Choosing tokens from logits. A token is only ever taken from finite logits, and only
-an allowed one.
+"""Chooses tokens from logits. Tokens are chosen only from finite logits, and only among
+allowed tokens.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Row = NDArray[np.float32]
 
 
 def log_softmax(logits: Row) -> Row:
-    """Over the last axis."""
+    """Computes the logarithm of the softmax over the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     found: Row = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return found
 
 
 def scores(values_V: Row, decoding: Decoding, generated: Sequence[int], eos_id: int) -> Row:
-    """Logits or log probabilities with the repetition penalty applied, and too early an
-    end forbidden unless nothing else is allowed.
+    """Applies the repetition penalty to logits or log probabilities. Forbids an end
+    before `min_new_tokens` unless nothing else is allowed.
     """
     if decoding.repetition_penalty == 1 and len(generated) >= decoding.min_new_tokens:
         return values_V
@@ -41,14 +41,14 @@ def scores(values_V: Row, decoding: Decoding, generated: Sequence[int], eos_id: 
         values[eos_id] = -np.inf
         if not np.isfinite(
             values
-        ).any():  # nothing else is allowed: a form that is complete ends, short as it is
+        ).any():  # only the end is allowed: the constrained text is complete
             values[eos_id] = ends
     return values
 
 
 def distribution(logits_V: Row, decoding: Decoding) -> NDArray[np.float64]:
-    """Probabilities [V] after temperature, top-k, top-p and min-p, in that order; at
-    least the likeliest token stays.
+    """Returns probabilities [V] after temperature, top-k, top-p and min-p, in that
+    order. At least the most likely token is kept.
     """
     values = (logits_V.astype(np.float64) - float(logits_V.max())) / decoding.temperature
     if 0 < decoding.top_k < values.size:
@@ -70,8 +70,8 @@ def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 class Sampler:
-    """Chooses one sequence's tokens in order: greedily or by a seeded draw, within a
-    constraint where there is one.
+    """Chooses the tokens of one sequence in order: greedily or by sampling (seeded if a
+    seed is given), within a constraint if there is one.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class Sampler:
         self._random = np.random.default_rng(decoding.seed) if decoding.temperature > 0 else None
         self._generated: list[int] = []
         self.is_greedy = decoding.plain and constraint is None
-        """True if it does what `greedy` does."""
+        """True if it always chooses the same token as `greedy`."""
 
     def __call__(self, logits_V: Row) -> int:
-        """The next token. Raises `NonFiniteError`."""
+        """Chooses the next token. Raises `NonFiniteError`."""
         if self.is_greedy:
             return greedy(logits_V)
         check_finite(logits_V)

@@ -1,1 +1,1 @@
-"""Reads what machine this is: processor, memory, GPU, power and thermal sensors."""
+"""Reads the machine's hardware: processor, memory, GPU, power and thermal sensors."""

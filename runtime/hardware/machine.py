@@ -1,5 +1,5 @@
-"""What machine this is: processor, instruction sets that matter here, memory, caches
-and board, as the system tells it.
+"""Describes the machine from system files: processor, relevant instruction sets,
+memory, last cache level and board.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 __all__ = ["ROOT", "Machine", "read_machine", "read_number", "read_text", "reset_peak_memory"]
 
 ROOT = Path("/")
-# x86 flags and ARM features that decide which kernels run.
+# x86 flags and ARM features that determine which kernels run.
 _ISA = {
     *(
         "avx",
@@ -35,8 +35,8 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "": 1}
 
 @dataclass(frozen=True)
 class Machine:
-    """Processor, board (None unless the device tree names one), instruction sets,
-    memory and last cache level in MB (10^6 bytes).
+    """The machine: processor, board (None unless the device tree names one),
+    instruction sets, and memory and last-level cache in MB (10^6 bytes).
     """
 
     cpu: str
@@ -48,7 +48,7 @@ class Machine:
 
 
 def read_machine(root: Path = ROOT) -> Machine:
-    """Reads `/proc`, `/sys` and the device tree below `root`; what is not there is left
+    """Reads `/proc`, `/sys` and the device tree below `root`. Missing values are left
     out, never guessed.
     """
     info = read_text(root / "proc/cpuinfo")
@@ -76,7 +76,7 @@ def read_machine(root: Path = ROOT) -> Machine:
 
 
 def _last_cache(root: Path) -> float | None:
-    """Size of the highest cache level in MB."""
+    """Returns the size of the highest cache level in MB; None if it is not known."""
     found: list[tuple[float, float]] = []
     for index in sorted((root / "sys/devices/system/cpu/cpu0/cache").glob("index*")):
         level, size = (
@@ -89,7 +89,9 @@ def _last_cache(root: Path) -> float | None:
 
 
 def read_text(path: Path) -> str:
-    """A small system file, without space around it; empty where it cannot be read."""
+    """Reads a small system file without surrounding white space; empty if it cannot be
+    read.
+    """
     try:
         return path.read_text(errors="replace").strip("\0\n\t ")
     except OSError:
@@ -97,7 +99,7 @@ def read_text(path: Path) -> str:
 
 
 def read_number(path: Path) -> float | None:
-    """The number a system file holds; None where there is none."""
+    """Returns the number in a system file; None if there is none."""
     try:
         return float(path.read_text())
     except (OSError, ValueError):
@@ -105,8 +107,8 @@ def read_number(path: Path) -> float | None:
 
 
 def reset_peak_memory() -> bool:
-    """Makes the system count this process's peak memory from now on; False where it
-    cannot.
+    """Resets the peak memory that the system records for this process. Returns False if
+    the system does not allow it.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5")

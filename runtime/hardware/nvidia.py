@@ -1,9 +1,9 @@
-"""An NVIDIA GPU through NVML: memory of this process, energy, and why clocks are
-lowered; by NVIDIA's own bindings, which the `gpu` extra installs.
+"""Reads an NVIDIA GPU through NVML: memory of this process, energy, and reasons for
+lowered clocks. NVIDIA's own bindings come with the `gpu` extra.
 
-Without the bindings, a driver or a GPU there is a reason in words instead. NVML numbers
-GPUs by bus, so CUDA_VISIBLE_DEVICES is followed only where it names one by its UUID or
-number.
+Without bindings, driver or GPU, `Nvidia.open` returns the reason as text. NVML numbers
+GPUs in bus order. The first entry of CUDA_VISIBLE_DEVICES selects the GPU if it is a
+UUID or a number; otherwise GPU 0 is used.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from runtime.hardware.readings import Gpu
 __all__ = ["Nvidia"]
 
 _PERIOD = 0.05
-# nvmlClocksThrottleReasons / nvmlClocksEventReasons, of which these lower clocks against the
-# user's wish.
+# The bits of nvmlClocksThrottleReasons / nvmlClocksEventReasons that mean clocks lower than the
+# user requested.
 _REASONS = {
     0x4: "power cap",
     0x8: "hardware slowdown",
@@ -32,7 +32,7 @@ _REASONS = {
 
 
 class Nvidia:
-    """One GPU. As a `Source` it counts the joules of the whole card."""
+    """One GPU. As a `Source` it measures the energy of the whole card."""
 
     name = "NVML"
 
@@ -45,7 +45,7 @@ class Nvidia:
 
     @classmethod
     def open(cls) -> Nvidia | str:
-        """The GPU, or why there is none."""
+        """Opens the GPU, or returns the reason why it cannot be used."""
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
@@ -64,7 +64,9 @@ class Nvidia:
             return f"NVML finds no GPU ({error})"
 
     def _ask(self, function: str) -> Any:
-        """What NVML says, None where this GPU or driver does not know."""
+        """Returns the value of an NVML function, or None if this GPU or driver lacks
+        it.
+        """
         try:
             return getattr(self._nvml, function)(self._handle)
         except (AttributeError, self._nvml.NVMLError):
@@ -85,7 +87,7 @@ class Nvidia:
 
     @property
     def counts_energy(self) -> bool:
-        """Whether this GPU tells its power at all; a Jetson's does not."""
+        """Whether this GPU reports energy or power; a Jetson's GPU does not."""
         return self._start is not None or self._integrator is not None
 
     def joules(self) -> dict[str, float]:
@@ -102,14 +104,14 @@ class Nvidia:
         self._nvml.nvmlShutdown()
 
     def reasons(self) -> set[str]:
-        """Why clocks are lowered at this moment."""
+        """Returns the reasons why clocks are lowered at this moment."""
         mask = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
         mask = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons") if mask is None else mask
         return {text for bit, text in _REASONS.items() if (mask or 0) & bit}
 
     def facts(self) -> Gpu:
-        """Name, driver, and this process's memory, which inside a container the driver
-        often cannot tell.
+        """Returns the GPU's name, its driver and the memory of this process. Inside a
+        container the driver often cannot report that memory.
         """
         used = [
             process.usedGpuMemory
@@ -130,5 +132,5 @@ class Nvidia:
 
 
 def _text(value: Any) -> str:
-    """Old bindings answer in bytes."""
+    """Returns text as str, because old bindings return bytes."""
     return value.decode() if isinstance(value, bytes) else str(value or "unknown")

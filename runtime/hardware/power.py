@@ -1,8 +1,9 @@
-"""Energy of answers from whatever this machine measures: rails of a Jetson (INA3221, or
-tegrastats), RAPL counters of a CPU, a GPU through NVML.
+"""Measures the energy of answers with the sensors of this machine: rails of a Jetson
+(INA3221 or tegrastats), RAPL counters of a CPU, or a GPU through NVML.
 
-Every source gives joules counted up per rail. Energy is measured in answers of its own,
-after the timed ones, which reading sensors must not slow.
+Every source reports joules per rail, counted from the time it was opened. Energy is
+measured in separate answers after the timed ones, because reading sensors would slow
+the timed answers.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ _IDLE_SECONDS, _LEAST_SECONDS = 0.5, 1.5
 _WHOLE_MODULE = (
     "VDD_IN",
     "POM_5V_IN",
-)  # Orin Nano and NX, Xavier NX; Nano and TX2: the supply of everything else
-_WITHIN_OTHERS = ("VDDQ_VDD2_1V8AO",)  # AGX Orin: fed from VIN_SYS_5V0
+)  # the supply of the whole module: first Orin Nano and NX, Xavier NX; then Nano and TX2
+_WITHIN_OTHERS = ("VDDQ_VDD2_1V8AO",)  # AGX Orin: supplied by VIN_SYS_5V0, so counted there
 
 
 class Source(Protocol):
-    """Something that counts joules. `name` is for people."""
+    """A source of energy readings in joules. `name` is shown to users."""
 
     name: str
 
     def joules(self) -> dict[str, float]:
-        """Joules per rail since this source was opened."""
+        """Returns the joules per rail since this source was opened."""
         ...
 
     def close(self) -> None:
@@ -50,8 +51,8 @@ class Source(Protocol):
 
 
 class Integrator:
-    """A source made of watts read again and again by a thread of its own: each reading
-    counts until the next.
+    """A source that integrates power readings in its own thread. Each reading counts
+    until the next one arrives.
     """
 
     def __init__(self, name: str, readings: Iterable[Mapping[str, float]]) -> None:
@@ -96,8 +97,8 @@ class Integrator:
 
 
 def ina_rails(root: Path) -> dict[str, float]:
-    """Watts of every labelled channel of the INA3221 monitors: millivolts times
-    milliamperes. Empty where there are none.
+    """Returns the watts of every labelled channel of the INA3221 monitors, computed as
+    millivolts times milliamperes. The result is empty if there are no monitors.
     """
     found: dict[str, float] = {}
     for label in sorted(
@@ -115,7 +116,7 @@ def ina_rails(root: Path) -> dict[str, float]:
 
 
 def open_ina(root: Path) -> Integrator | None:
-    """The Jetson's rails, read 20 times a second; None where there are none."""
+    """Opens the Jetson's rails, read 20 times a second; None if there are none."""
     return Integrator("INA3221 rails", _again(lambda: ina_rails(root))) if ina_rails(root) else None
 
 
@@ -126,8 +127,8 @@ def _again(read: Callable[[], dict[str, float]]) -> Iterator[dict[str, float]]:
 
 
 class Rapl:
-    """Intel's and AMD's own count of a CPU package's energy, with its memory where that
-    is counted apart.
+    """The energy counters of Intel and AMD CPU packages. Memory is included where it
+    has its own counter.
     """
 
     name = "RAPL"
@@ -139,7 +140,7 @@ class Rapl:
 
     @classmethod
     def open(cls, root: Path) -> Rapl | str:
-        """The counters, or why there are none."""
+        """Opens the counters, or returns the reason why they cannot be used."""
         zones: dict[str, Path] = {}
         for zone in sorted((root / "sys/class/powercap").glob("intel-rapl:*")):
             name = read_text(zone / "name")
@@ -157,7 +158,9 @@ class Rapl:
         return cls(zones)
 
     def joules(self) -> dict[str, float]:
-        """See `Source.joules`. Counters begin again at their range."""
+        """See `Source.joules`. A counter wraps to zero at its range, which is
+        corrected.
+        """
         for name, zone in self._zones.items():
             now = read_number(zone / "energy_uj") or self._last[name]
             step = now - self._last[name]
@@ -172,8 +175,8 @@ class Rapl:
 
 
 def counted_rails(names: Iterable[str]) -> tuple[str, ...]:
-    """The rails whose sum is the machine: the module's supply if it is one of them,
-    else all that are not fed from another.
+    """Returns the rails whose sum is the machine's total power: the supply of the whole
+    module if present, else all rails that no other rail supplies.
     """
     names = tuple(names)
     supply = tuple(name for name in names if name in _WHOLE_MODULE)
@@ -183,7 +186,7 @@ def counted_rails(names: Iterable[str]) -> tuple[str, ...]:
 def _window(
     sources: Iterable[Source], work: Callable[[], int]
 ) -> tuple[dict[str, float], float, int]:
-    """Joules per rail, seconds, and what `work` counted."""
+    """Runs `work` and returns joules per rail, seconds, and the result of `work`."""
     before = {rail: joules for source in sources for rail, joules in source.joules().items()}
     started = time.monotonic()
     count = work()
@@ -203,11 +206,12 @@ def measure_energy(
     new_tokens: int,
     seconds: float = _LEAST_SECONDS,
 ) -> Energy:
-    """Watts at rest and while answering, joules per image and per token.
-    `answer(limit)` gives one answer and returns its number of tokens.
+    """Measures watts at rest and while answering, joules per image and joules per
+    token. `answer(limit)` gives one answer of at most `limit` tokens and returns its
+    number of tokens.
 
-    Answers of one token give the energy per image, whole answers that of further
-    tokens; each kind is repeated for `seconds`, at least once.
+    Answers of one token give the energy per image. Whole answers then give the energy
+    of further tokens. Each kind is repeated for `seconds`, at least once.
     """
     counts: list[int] = []
 

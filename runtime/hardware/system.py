@@ -1,8 +1,8 @@
-"""What a machine's own files tell: memory and swap, a Jetson's release and power mode,
-and whether this user may open the GPU.
+"""Reads system files for memory and swap, a Jetson's release and power mode, and this
+user's access to the GPU.
 
-Every reader takes the root of the file system, so that tests can hand it a folder that
-looks like another machine.
+Every reader takes the root of the file system, so tests can pass a folder that imitates
+another machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runtime.hardware.machine import read_number, read_text
 
 __all__ = ["Access", "Jetson", "Memory", "read_access", "read_jetson", "read_memory"]
 
-# Device files without which CUDA does not start: of a PC or server, of WSL, and of a Jetson
+# Device files that CUDA needs on a PC or server, on WSL, and on a Jetson
 # (nvmap: github.com/NVIDIA/NemoClaw/issues/4231).
 _NODES = (
     "nvidia0",
@@ -34,8 +34,8 @@ _LIBRARIES = ("usr/lib/aarch64-linux-gnu", "usr/lib/x86_64-linux-gnu", "usr/lib"
 
 @dataclass(frozen=True)
 class Memory:
-    """Memory and swap in MB (10^6 bytes); `zram_mb` is the part of swap that lies
-    compressed in memory itself.
+    """Memory and swap in MB (10^6 bytes). `zram_mb` is the part of swap that is
+    compressed memory rather than disk.
     """
 
     total_mb: float
@@ -46,9 +46,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Jetson:
-    """A Jetson: Jetson Linux version, power mode and all modes by id, whether clocks
-    are pinned (None: not readable), and JetPack's own TensorRT: the library's version
-    and the Python versions its bindings are for.
+    """A Jetson. `l4t` is the Jetson Linux version, `mode` the power mode and `modes`
+    all modes by id. `clocks_pinned` is None if it cannot be read. `tensorrt` is the
+    version of JetPack's TensorRT library, and `bindings` the Python versions its
+    bindings support.
     """
 
     l4t: str
@@ -61,10 +62,11 @@ class Jetson:
 
 @dataclass(frozen=True)
 class Access:
-    """The way to a GPU: its device files, those this user may not open and their
-    groups, an NVIDIA card on the bus, the kernel driver's version,
-    CUDA_VISIBLE_DEVICES, whether CUDA's forward-compatibility libraries are there, and
-    whether this is a container or WSL.
+    """Access to the GPU. `nodes` are its device files, `closed` those this user may not
+    open and `groups` their groups. `card` says whether an NVIDIA card is on the bus,
+    `driver` is the kernel driver's version and `visible_devices` is
+    CUDA_VISIBLE_DEVICES. `compat` says whether CUDA's forward-compatibility libraries
+    are installed; `container` and `wsl` say whether this is a container or WSL.
     """
 
     nodes: tuple[str, ...]
@@ -79,7 +81,7 @@ class Access:
 
 
 def read_memory(root: Path) -> Memory:
-    """From /proc/meminfo and /proc/swaps, whose figures are KiB."""
+    """Reads /proc/meminfo and /proc/swaps, whose figures are in KiB."""
     info = dict(re.findall(r"^(\w+):\s*(\d+) kB", read_text(root / "proc/meminfo"), re.MULTILINE))
     total, available, swap = (
         int(info.get(name, 0)) * 1024 / 1e6 for name in ("MemTotal", "MemAvailable", "SwapTotal")
@@ -94,8 +96,8 @@ def read_memory(root: Path) -> Memory:
 
 
 def read_jetson(root: Path) -> Jetson | None:
-    """None where this is no Jetson. In a container without JetPack's files the version
-    is empty.
+    """Reads a Jetson's release and settings; None if this is not a Jetson. In a
+    container without JetPack's files the version is empty.
     """
     found = re.search(
         r"R(\d+)\s*\(release\),\s*REVISION:\s*([\d.]+)", read_text(root / "etc/nv_tegra_release")
@@ -117,8 +119,9 @@ def read_jetson(root: Path) -> Jetson | None:
 
 
 def _clocks_pinned(root: Path) -> bool | None:
-    """Whether the GPU's clock, or else every core's, may not go down: what
-    `jetson_clocks` does.
+    """Checks whether the GPU's minimum clock equals its maximum, as `jetson_clocks`
+    sets it. Without a GPU clock, the CPU cores are checked; None if nothing can be
+    read.
     """
     ranges = [
         (read_number(path), read_number(path.with_name("max_freq")))
@@ -135,8 +138,8 @@ def _clocks_pinned(root: Path) -> bool | None:
 
 
 def _system_tensorrt(root: Path) -> str:
-    """The version in the name of the library the system has, such as
-    libnvinfer.so.10.3.0.
+    """Returns the TensorRT version from the system library's file name, such as
+    libnvinfer.so.10.3.0; empty if there is no such library.
     """
     names = [
         path.name for folder in _LIBRARIES for path in (root / folder).glob("libnvinfer.so.*.*")
@@ -145,7 +148,7 @@ def _system_tensorrt(root: Path) -> str:
 
 
 def _bindings(root: Path) -> tuple[str, ...]:
-    """Python versions for which the system has TensorRT's bindings (package
+    """Returns the Python versions for which the system has TensorRT's bindings (package
     python3-libnvinfer).
     """
     return tuple(
@@ -157,7 +160,7 @@ def _bindings(root: Path) -> tuple[str, ...]:
 
 
 def read_access(root: Path) -> Access:
-    """Looks at /dev, /proc and the PCI bus."""
+    """Reads the GPU access from /dev, /proc and the PCI bus."""
     nodes = [root / "dev" / name for name in _NODES if (root / "dev" / name).exists()]
     closed = [path for path in nodes if not os.access(path, os.R_OK | os.W_OK)]
     cards = [
@@ -185,8 +188,8 @@ def read_access(root: Path) -> Access:
 
 
 def _group(path: Path) -> str:
-    """The group that owns a file, by number where it has no name here (as in a
-    container).
+    """Returns the group that owns a file, or its number if the group has no name here
+    (as in a container).
     """
     try:
         return path.group()

@@ -1,5 +1,5 @@
-"""Power rails as `tegrastats` prints them, for Jetsons whose sensors this user may not
-read: a line of text to watts, and the program as a source.
+"""Reads power rails from `tegrastats`, for Jetsons whose sensors this user may not
+read: parses its lines to watts and runs the program as a source.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from runtime.hardware.power import Integrator
 __all__ = ["Tegrastats", "parse_line"]
 
 _PERIOD_MS = 100
-# "VDD_IN 5297mW/5101mW" since JetPack 5, "VDD_IN 5297/5101" before: now and on average. Memory
-# ("RAM 3276/7859MB") has another unit.
+# "VDD_IN 5297mW/5101mW" since JetPack 5, "VDD_IN 5297/5101" before: current and average power.
+# Memory ("RAM 3276/7859MB") has another unit, so it does not match.
 _RAIL = re.compile(r"(?<!\S)([A-Z0-9][A-Z0-9_]*) (\d+)(?:mW)?/\d+(?:mW)?(?!\S)")
 
 
 def parse_line(line: str) -> dict[str, float]:
-    """Watts per rail at that moment; unconnected channels (NC) are left out."""
+    """Returns the current watts per rail; unconnected channels (NC) are left out."""
     return {name: int(milliwatts) / 1e3 for name, milliwatts in _RAIL.findall(line) if name != "NC"}
 
 
 class Tegrastats(Integrator):
-    """The program, running until closed."""
+    """The `tegrastats` program as a source; it runs until it is closed."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -33,7 +33,7 @@ class Tegrastats(Integrator):
 
     @classmethod
     def open(cls) -> Tegrastats | None:
-        """Starts `tegrastats` if it is there."""
+        """Starts `tegrastats`; returns None if it is not installed."""
         path = shutil.which("tegrastats")
         if path is None:
             return None

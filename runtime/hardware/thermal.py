@@ -1,5 +1,5 @@
-"""Signs of throttling while answers are timed: the CPU's counters and clock,
-temperatures, a GPU's reasons; looked at between answers only.
+"""Watches for throttling while answers are timed: the CPU's counters and clock,
+temperatures, and the GPU's reasons. Sensors are read only between answers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ __all__ = ["ThermalWatch"]
 
 
 class ThermalWatch:
-    """Watches from its creation; `look` after every answer, `finish` at the end. Reads
-    below `root`.
+    """Watches from its creation. Call `look` after every answer and `finish` at the
+    end. System files are read below `root`.
     """
 
     def __init__(self, root: Path, gpu: Nvidia | None = None) -> None:
@@ -25,7 +25,7 @@ class ThermalWatch:
         self._reasons: set[str] = set()
 
     def look(self) -> None:
-        """Notes clocks and reasons."""
+        """Records the current CPU clock and the GPU's throttling reasons."""
         clocks = [
             clock
             for clock in map(read_number, self._policies("scaling_cur_freq"))
@@ -37,7 +37,7 @@ class ThermalWatch:
             self._reasons |= self._gpu.reasons()
 
     def finish(self) -> Thermal:
-        """What was seen."""
+        """Returns everything that was recorded."""
         events, after = self._count_events(), self._read_temperatures()
         highest = [
             clock
@@ -60,7 +60,9 @@ class ThermalWatch:
         return sorted((self._root / "sys/devices/system/cpu/cpufreq").glob(f"policy*/{name}"))
 
     def _count_events(self) -> int | None:
-        """Sum of all cores' and packages' counts; None where the CPU has none."""
+        """Returns the sum of all throttle counts of cores and packages; None if the CPU
+        has no counters.
+        """
         paths = sorted(
             (self._root / "sys/devices/system/cpu").glob(
                 "cpu[0-9]*/thermal_throttle/*_throttle_count"
@@ -70,7 +72,9 @@ class ThermalWatch:
         return int(sum(counts)) if counts else None
 
     def _read_temperatures(self) -> dict[str, float]:
-        """Degrees by zone; zones below zero are sensors that are switched off."""
+        """Returns degrees Celsius by zone. Values below zero come from sensors that are
+        switched off, and are left out.
+        """
         found: dict[str, float] = {}
         for zone in sorted((self._root / "sys/class/thermal").glob("thermal_zone*")):
             degrees, kind = read_number(zone / "temp"), read_text(zone / "type")

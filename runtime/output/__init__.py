@@ -1,1 +1,1 @@
-"""What commands print and write: console lines, HTML pages, images with boxes."""
+"""Output of the commands: console lines, HTML pages and images with boxes."""

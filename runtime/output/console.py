@@ -1,5 +1,5 @@
-"""How every command reports: answers on standard output, everything else on standard
-error, faults as one line and an exit code.
+"""Console output of every command. Answers go to standard output and everything else to
+standard error; an error is one line and an exit code.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _INTERRUPTED = 130
 
 
 def command_app(help: str) -> typer.Typer:
-    """A typer application in the house's style."""
+    """Returns a typer application with the settings that all commands share."""
     import typer
 
     return typer.Typer(
@@ -50,7 +50,7 @@ def command_app(help: str) -> typer.Typer:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose faults are `UsageError`s, one line like all others."""
+    """An argparse parser that raises `UsageError`, so that its errors are one line too."""
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser.error`."""
@@ -58,7 +58,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
+    """Parses a whole number of at least 1, as an argparse type."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
@@ -66,18 +66,18 @@ def positive(text: str) -> int:
 
 
 def note(text: str) -> None:
-    """One line for the person, on standard error."""
+    """Prints one line for the user on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run_command(app: Callable[..., object]) -> None:
-    """Runs a command line; an `InfMLLMError` becomes one line and its exit code, an
-    interrupt exit code 130.
+    """Runs a command line. An `InfMLLMError` becomes one line and its exit code; an
+    interrupt becomes exit code 130.
     """
     try:
         code = (
             app(standalone_mode=False) if hasattr(app, "registered_commands") else app()
-        )  # typer would print a box of its own
+        )  # in standalone mode typer would print errors in a box
         if code == _INTERRUPTED:  # click turns an interrupt into this value
             raise KeyboardInterrupt
     except InfMLLMError as error:
@@ -92,17 +92,17 @@ def run_command(app: Callable[..., object]) -> None:
     except Exception as error:
         if not hasattr(
             error, "format_message"
-        ):  # click's usage errors have it; anything else is a fault of ours
+        ):  # click's usage errors have it; any other exception is a bug
             raise
         note(f"error: {' '.join(str(error.format_message()).split())} See --help")
         sys.exit(UsageError.exit_code)
 
 
 def peak_memory_mib() -> float:
-    """The most memory this process has had resident, in MiB.
+    """Returns the peak resident memory of this process in MiB.
 
-    On Linux from its own status: the figure of getrusage survives exec, and so counts
-    the parent's memory too.
+    On Linux it is read from /proc/self/status. The value of getrusage survives exec, so
+    it would include the parent's memory.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -116,16 +116,16 @@ def peak_memory_mib() -> float:
 
 
 def check_output(path: Path | None) -> None:
-    """Raises `UsageError` now if a file cannot be written there later, after the work
-    is done.
+    """Raises `UsageError` if a file cannot be written. Commands call it early, so that
+    they do not fail only after the work is done.
     """
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
         raise UsageError(f"cannot write {path}; choose a file in a writable folder")
 
 
 def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
-    """Passes items through while a progress bar with the time left shows on standard
-    error (if that is a terminal).
+    """Yields the items and shows a progress bar with the remaining time on standard
+    error, if that is a terminal.
     """
     if not sys.stderr.isatty():
         yield from items
@@ -137,7 +137,7 @@ def track(items: Iterable[T], total: int, text: str) -> Iterator[T]:
 
 
 class StepBar:
-    """Progress of a job in named steps: a live line on a terminal, one line per step
+    """Progress of a task with named steps: a live bar on a terminal, one line per step
     elsewhere.
     """
 
@@ -146,7 +146,7 @@ class StepBar:
         self._row = live.add_task("starting", total=total) if live else None
 
     def step(self, name: str) -> None:
-        """The next step begins."""
+        """Marks the start of the next step."""
         self._done += 1
         if self._live is None or self._row is None:
             note(f"[{self._done}/{self._total}] {name} ({time.monotonic() - self._started:.0f} s)")
@@ -155,7 +155,7 @@ class StepBar:
         self._name = name
 
     def detail(self, done: int, total: int, text: str) -> None:
-        """How far the step is."""
+        """Shows the progress within the current step; does nothing without a terminal."""
         if self._live is not None and self._row is not None:
             self._live.update(
                 self._row,
@@ -166,7 +166,9 @@ class StepBar:
 
 @contextlib.contextmanager
 def step_bar(total: int) -> Iterator[StepBar]:
-    """A bar with the time left on standard error (if that is a terminal)."""
+    """Yields a `StepBar`: a live bar with the remaining time if standard error is a
+    terminal, else one that prints a line per step.
+    """
     if not sys.stderr.isatty():
         yield StepBar(total, None)
         return

@@ -1,4 +1,4 @@
-"""Drawing boxes on pictures, for people."""
+"""Draws boxes on images for people to look at."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["FOUND", "TRUE", "draw_boxes", "truth_and_found"]
 Colour = tuple[int, int, int]
 TRUE: Colour = (40, 180, 70)
 FOUND: Colour = (255, 0, 90)
-"""Colours (RGB) of true and of found boxes."""
+"""RGB colours: `TRUE` for reference boxes, `FOUND` for predicted boxes."""
 
 
 def truth_and_found(
     size: tuple[int, int], truth: Box | None, found: Box | None
 ) -> list[tuple[Box, Colour, str]]:
-    """What `draw_boxes` shows of an answer on a picture of that size: the true box and
-    the found one (in [0, 1]), where there are any.
+    """Prepares the reference box and the predicted box (in [0, 1]) for `draw_boxes` on
+    an image of `size`. A box that is None is left out.
     """
     return [
         (to_pixel_box(box, *size), colour, "")
@@ -30,8 +30,8 @@ def truth_and_found(
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[tuple[Box, Colour, str]]) -> Image.Image:
-    """A copy of an RGB picture with outlines of boxes (in pixels), each in its colour
-    and with its label (empty: none).
+    """Returns a copy of an RGB image with box outlines drawn. Each box is in pixels and
+    has a colour and a label; an empty label is not drawn.
     """
     shown = image.copy()
     brush = ImageDraw.Draw(shown)

@@ -1,5 +1,5 @@
-"""The look of every HTML page we write: one self-contained file, readable on light and
-dark screens, nothing fetched and no script.
+"""The template of every HTML page of the project: one self-contained file that suits
+light and dark screens, fetches nothing and contains no script.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ th:first-child, td:first-child { text-align: left; }
 
 
 def html_page(title: str, body: str, style: str = "") -> str:
-    """A page. `title` is text, `body` markup, `style` rules of its own; rules may use
-    the colours --ink, --paper, --line, --soft, --dim, --bad.
+    """Builds a page. `title` is plain text, `body` is markup, and `style` is extra CSS.
+    The CSS may use the colours --ink, --paper, --line, --soft, --dim and --bad.
     """
     head = (
         f'<meta charset="utf-8"><meta name="viewport" '

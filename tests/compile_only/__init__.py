@@ -1,9 +1,10 @@
-"""TensorRT on a machine without a GPU: its real parser and compiler, to compile engines
-that nothing here can run, and other versions' names.
+"""TensorRT without a GPU: its real parser and compiler, to compile engines that cannot
+run here, and the Python names of other versions.
 
-Two public wheels are joined: TensorRT's Python bindings, and the ONNX Runtime plugin
-that carries TensorRT-RTX, whose compiler needs no GPU. A small library of forwarding
-functions, compiled here, stands between them. Nothing of it is part of the product.
+Two public wheels are combined: TensorRT's Python bindings, and the ONNX Runtime plugin
+that contains TensorRT-RTX, whose compiler needs no GPU. A small library of forwarding
+functions, compiled here, connects them. It is for tests only and not part of the
+product.
 """
 
 from __future__ import annotations
@@ -34,20 +35,22 @@ from tensorrt_bindings import __version__  # noqa: E402,F401
 
 
 def compiler(root: Path) -> dict[str, str]:
-    """The environment in which `import tensorrt` gives 11.4 with a compiler."""
+    """Returns an environment in which `import tensorrt` gives version 11.4 with a
+    working compiler. Skips the test if it cannot be set up.
+    """
     return _environment(root, COMPILER, "onnxruntime_ep_nv_tensorrt_rtx")
 
 
 def bindings(root: Path, version: str) -> dict[str, str]:
-    """The environment in which `import tensorrt` gives that version's names, and
-    nothing that works.
+    """Returns an environment in which `import tensorrt` gives the names of that
+    version, without working functions.
     """
     return _environment(root, (f"tensorrt_cu12_bindings=={version}",), "")
 
 
 def cuda(root: Path, version: str) -> dict[str, str]:
-    """The environment in which `cuda.bindings.runtime` is that version's, without a
-    driver.
+    """Returns an environment in which `cuda.bindings.runtime` has that version, without
+    a driver.
     """
     return _environment(root, (f"cuda-bindings=={version}", "cuda-pathfinder>=1.1"), "")
 

@@ -1,10 +1,10 @@
-"""A program: compiles graphs of a `tensorrt` bundle's folder with the runtime's own
-builder, and prints what became of each as a line of JSON.
+"""A program that compiles graphs of a `tensorrt` bundle with the runtime's own builder.
+It prints the result of each graph as one line of JSON.
 
     engines.py FOLDER SPEC.json ROWS GRAPH...
 
-The compiler's log names every layer of the finished engine with the types it reads; the
-parsed network tells what goes in and out.
+The compiler's log names every layer of the finished engine with its input types. The
+parsed network gives the inputs and outputs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _LAYER = re.compile(
 )
 _TYPE = re.compile(r"Dimensions: \[([\d,-]*)\].*?Datatype: (\w+)")
 _WORKSPACE = 4 << 30
-_LARGE = 4096  # elements of what may be weights
+_LARGE = 4096  # constants with at least this many elements count as weights
 
 
 class Log(trt.ILogger):
-    """Keeps everything."""
+    """A logger that keeps all messages."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -43,7 +43,7 @@ class Log(trt.ILogger):
 
     def log(self, severity: Any, message: str) -> None:
         self.lines.append(message)
-        # The compiler looks for a GPU, finds none, and goes on.
+        # The compiler reports a missing GPU as an error and then continues.
         if (
             severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
             and "CUDA driver version" not in message
@@ -52,8 +52,9 @@ class Log(trt.ILogger):
 
 
 def weights_read(layers: list[tuple[str, str, str, str]]) -> dict[str, Counter[str]]:
-    """Per profile, how many kernels read which types: "Int8 x Int8", "Half x Int4";
-    "Int8 unpacked" for weights written out in full first.
+    """Returns for each profile how many kernels read which types, such as "Int8 x Int8"
+    or "Half x Int4". "Int8 unpacked" counts kernels that first expand weights to full
+    size in memory.
     """
     found: dict[str, Counter[str]] = {}
     for name, kind, inputs, constants in layers:
@@ -89,7 +90,7 @@ def _elements(shape: str) -> int:
 
 
 def parsed(network: Any) -> dict[str, Any]:
-    """What the parser made of a graph."""
+    """Returns a summary of the network that the parser made of a graph."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     return {
         "layers": Counter(layer.type.name for layer in layers),
@@ -113,7 +114,7 @@ def parsed(network: Any) -> dict[str, Any]:
 
 
 def compiled(folder: Path, spec: ModelSpec, rows: int, graph: str) -> dict[str, Any]:
-    """What became of one graph."""
+    """Compiles one graph and returns the result, or the error."""
     log, fused = Log(), graph.endswith("-fused")
     form = (
         vision_form(spec, fused) if graph.startswith("vision") else decoder_form(spec, fused, rows)
@@ -128,7 +129,7 @@ def compiled(folder: Path, spec: ModelSpec, rows: int, graph: str) -> dict[str, 
     compile_network = trt.Builder.build_serialized_network
 
     def observed(builder: Any, network: Any, config: Any) -> Any:
-        seen.update(parsed(network))  # it lives no longer than its builder
+        seen.update(parsed(network))  # now, because the network dies with its builder
         return compile_network(builder, network, config)
 
     trt.Builder.build_serialized_network = observed

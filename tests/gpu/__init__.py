@@ -1,9 +1,8 @@
-"""What a GPU does with our bundles, found out by one command: `python -m tests.gpu
---out DIR`.
+"""Checks bundles on a real GPU with one command: `python -m tests.gpu --out DIR`.
 
-Every engine that loads is held against the bundles' golden results, timed, and timed
-again beside PyTorch on the same weights; one JSON file and one HTML page say what was
-found, which goals are met, and what was absent and why. Not collected by pytest:
-`tests/runtime/test_gpu_report.py` runs it where there is no GPU, and on engines whose
-GPU is stood in for.
+Every engine that loads is compared with the bundles' golden results, timed alone, and
+timed beside PyTorch on the same weights. One JSON file and one HTML page report the
+results, the goals that are met, and everything that was absent, with reasons. pytest
+does not collect this package. `tests/runtime/test_gpu_report.py` runs it without a GPU
+and with simulated GPUs.
 """

@@ -1,5 +1,5 @@
-"""`python -m tests.gpu`: proves and times our engines on this machine's GPU, and writes
-one report of all runs into the same folder.
+"""`python -m tests.gpu`: checks and times this project's engines on this machine's GPU.
+All runs into the same folder share one report.
 
 examples:
   python -m tests.gpu --out gpu-report                                   the demo and the edge preset, everything that loads; hours of building
@@ -8,9 +8,10 @@ examples:
                                                                          goes on where the last command stopped; repeat until nothing is left
   python -m tests.gpu --out gpu-report --preset 7b --schemes fp16 int8-weights
 
-The folder keeps checkpoints, bundles, compiled engines, `log.txt` (what libraries
-print), `report.json` and `report.html`. Exit code: 0 if nothing that ran failed (also
-where there is no GPU; the verdict says so), 1 if something did, 2 for a wrong command.
+The folder keeps checkpoints, bundles, compiled engines, `log.txt` (output of
+libraries), `report.json` and `report.html`. Exit code: 0 if nothing that ran failed
+(also without a GPU, which the verdict then states), 1 if something failed, 2 for an
+invalid command.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def check(
     open_side: Callable[[str, Path], Side] = Process,
     command: str = "",
 ) -> Report:
-    """One run, merged into the report that `settings.out` may hold. Raises `UsageError`
-    where that is another machine's.
+    """Runs the checks once and merges the results into the report in `settings.out`, if
+    there is one. Raises `UsageError` if that report is from another machine.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
     found, commit = machine.describe(facts), machine.commit()
@@ -80,8 +81,8 @@ def check(
 
 
 def _settings(arguments: Sequence[str]) -> tuple[Settings, bool]:
-    """What was asked for, and whether the report goes to standard output as JSON.
-    Raises `UsageError`.
+    """Returns the parsed settings, and whether to print the report as JSON. Raises
+    `UsageError`.
     """
     parser = OneLineParser(
         "python -m tests.gpu",
@@ -161,7 +162,7 @@ def _settings(arguments: Sequence[str]) -> tuple[Settings, bool]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     settings, as_json = _settings(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("INFMLLM_CACHE", str(settings.out / "cache"))
     note(f"{datetime.now():%H:%M:%S} looking at the machine")

@@ -1,5 +1,5 @@
-"""The rate of copies within the GPU's memory through cuda-python: the bound that
-decoding is held against where PyTorch is not installed.
+"""Measures the copy rate within GPU memory through cuda-python. It is the upper bound
+for decoding if PyTorch is not installed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ _SHARE, _MOST, _ROWS, _TRIES = 8, 1 << 30, 1024, 10
 
 
 def copy_gbs() -> float:
-    """The best rate in GB/s, a byte read and a byte written counted as two; copies of
-    at most 1 GiB, or an eighth of what is free.
+    """Returns the best copy rate in GB/s, where a byte read and written counts as two.
+    Copies at most 1 GiB, or an eighth of the free memory.
     """
     device = Device()
     width = min(_MOST, device.free_memory()[0] // _SHARE) // _ROWS // 256 * 256

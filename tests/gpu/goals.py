@@ -1,4 +1,6 @@
-"""What a GPU must reach, as data, and the figures of a report that say whether it does."""
+"""The performance goals for a GPU, as data, and the figures of a report that decide
+whether they are met.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ Value = Callable[[Report, Row], float | None]
 
 
 def median_ratio(row: Row, above: tuple[str, str], below: tuple[str, str]) -> float | None:
-    """The median over rounds of one contender's stage over another's, both of the same
-    round; "first" is image and prompt together.
+    """Returns the median ratio of two contender stages over rounds, each ratio within
+    one round. The stage "first" is image and prompt together. Returns None if a
+    contender is missing.
     """
     contenders = row.values.get("contenders", {})
     if above[0] not in contenders or below[0] not in contenders:
@@ -36,8 +39,10 @@ def _stage(times: dict[str, list[float]], stage: str) -> list[float]:
 
 
 def decode_share(report: Report, row: Row) -> float | None:
-    """The time copying would take to read what a step must read, over the time a step
-    takes; 1 is the bound.
+    """Returns the share of the copy bound that decoding reaches; 1 is the bound.
+
+    It is the time to read the bytes of a decode step at the copy rate, divided by the
+    measured step time. Returns None if a figure is missing.
     """
     found = report.find("bandwidth")
     proved, times = report.find("parity", *row.key[1:]), row.values.get("contenders", {}).get(OURS)
@@ -56,7 +61,9 @@ def decode_share(report: Report, row: Row) -> float | None:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on a figure of a rounds row, for models and schemes; `least` or at most."""
+    """A bound on a figure of a "rounds" row, for some models and schemes. It is a
+    minimum if `least` is true, else a maximum.
+    """
 
     name: str
     models: tuple[str, ...]
@@ -98,8 +105,8 @@ GOALS: tuple[Goal, ...] = (
 
 @dataclass(frozen=True)
 class Result:
-    """One goal on one engine: what was found, and met, missed or not measured with the
-    reason.
+    """The result of one goal for one engine: the measured figure, and whether the goal
+    was met, missed or not measured, with the reason.
     """
 
     goal: str
@@ -112,13 +119,13 @@ class Result:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dict."""
+        """Returns the result as a JSON-ready dict."""
         return asdict(self)
 
 
 def results(report: Report) -> list[Result]:
-    """All goals on all targets. The cuda target's int8 leaves the tower in fp16, so its
-    vision has no goal.
+    """Returns the results of all goals on all targets. The cuda target has no vision
+    goal, because its int8 leaves the tower in fp16.
     """
     return [_judged(report, goal, *place) for goal in GOALS for place in _places(goal)]
 

@@ -1,5 +1,5 @@
-"""The machine of a run, by the doctor's own facts: its GPUs, driver and packages, and
-what keeps each target from running here.
+"""Describes the machine of a run with the facts of `runtime.doctor`: GPUs, driver and
+packages, and the problems that keep a target from running.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BESIDE = ("torch", "triton", "numpy", "onnx", "onnxscript")
 
 
 def describe(facts: Facts) -> dict[str, Any]:
-    """What a report says of the machine."""
+    """Returns the report's description of the machine."""
     versions = dict(facts.packages)
     for name in _BESIDE:
         try:
@@ -47,8 +47,8 @@ def describe(facts: Facts) -> dict[str, Any]:
 
 
 def problems(facts: Facts, targets: Sequence[str]) -> dict[str, str]:
-    """For each target the doctor's first problem, empty where it sees none: there an
-    engine that does not load is a fault.
+    """Returns the doctor's first problem for each target, or an empty string if it sees
+    none. In that case, an engine that does not load is a failure.
     """
     found = {}
     for target in targets:
@@ -58,8 +58,8 @@ def problems(facts: Facts, targets: Sequence[str]) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with a plus where files were changed; empty outside
-    a repository.
+    """Returns the measured commit, with a plus if files were changed. Returns an empty
+    string outside a repository.
     """
     try:
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]

@@ -1,5 +1,5 @@
-"""A report as one HTML page: the verdict first, then goals, parity, speed beside
-PyTorch, latency, what was absent and why, and the conditions.
+"""Renders a report as one HTML page: the verdict first, then goals, parity, speed
+beside PyTorch, latency, absent items with reasons, and the conditions.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ _ROUNDS_NOTE = (
 )
 
 Cell = tuple[str, str]
-"""Text and a class for it."""
+"""The text of a table cell, and its CSS class."""
 
 
 def report_page(report: Report) -> str:
-    """The page's text."""
+    """Returns the HTML text of the page."""
     text, code = verdict(report)
     body = (
         f"<h1>GPU check</h1><p "
@@ -110,7 +110,7 @@ def _plain(*texts: str) -> list[Cell]:
 
 
 def _goals(report: Report) -> str:
-    """Measured ones in full; of the rest one line for each reason."""
+    """Lists the measured goals in full, and one line per reason for the others."""
     found = results(report)
     rows = [
         [
@@ -147,8 +147,8 @@ def _list(items: Iterable[tuple[str, str]]) -> str:
 
 
 def _parity(report: Report) -> str:
-    """Relative RMS errors over what is allowed; answers that are PyTorch fp32's token
-    for token.
+    """Shows relative RMS errors over their tolerances, and how many answers equal those
+    of PyTorch fp32 token for token.
     """
     rows = []
     for row in report.of("parity"):
@@ -271,7 +271,7 @@ def _latency(report: Report) -> str:
 
 
 def _absent(report: Report) -> str:
-    """Reasons, each with what it kept from running."""
+    """Lists the reasons for absent rows, each with the affected items."""
     reasons: dict[str, list[str]] = {}
     for row in report.rows:
         if row.outcome == ABSENT:

@@ -1,7 +1,7 @@
-"""Is an engine right? The bundle's goldens replayed stage by stage, the tokens it
-chooses against its own logits, and greedy answers.
+"""Checks whether an engine is right: replays the bundle's goldens stage by stage,
+compares its greedy tokens with its own logits, and records greedy answers.
 
-Nothing here imports torch: the same functions judge our engines and PyTorch.
+Nothing here imports torch: the same functions check this project's engines and PyTorch.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from runtime.session import Session
 __all__ = ["answers", "prove", "stages_of"]
 
 CHOICE = "choice"
-# of the largest logit: as near as this, kernels that add in varying order may choose either
+# As a fraction of the largest logit. Within it, kernels that add in varying order may choose
+# either token.
 _TIE = 1e-3
 
 
 def prove(bundle: Bundle, engine: Engine) -> dict[str, Any]:
-    """Replays the goldens until the engine's trial is over. `stages` are those of the
-    last replay, `notes` tell of forms that failed before it.
+    """Replays the goldens until the engine's validation is over. `stages` are those of
+    the last replay; `notes` list the graph variants that failed before it.
 
-    `fault` is why the engine refuses itself, empty where it does not.
+    `fault` is the reason why the engine rejected itself, or an empty string.
     """
     session, notes, fault = Session(bundle, engine), [], ""
     while True:
@@ -63,8 +64,8 @@ def prove(bundle: Bundle, engine: Engine) -> dict[str, Any]:
 
 
 def stages_of(session: Session) -> list[dict[str, Any]]:
-    """Errors of vision, prefill and decode on the goldens, and whether the tokens
-    chosen on the device are those of its logits.
+    """Returns the errors of vision, prefill and decode on the goldens, and how often
+    the device's greedy token disagrees with its logits.
     """
     rows = [_row(stage) for stage in session.replay()]
     return [*rows, _row(_choices(session, read_goldens(session.bundle.file(GOLDENS))))]
@@ -86,8 +87,8 @@ def _shown(error: float | None) -> str:
 
 
 def _choices(session: Session, goldens: Sequence[Golden]) -> StageError:
-    """How often `greedy` chooses another token than the likeliest of `forward` at the
-    same place; none may differ by more than a tie.
+    """Returns how often `greedy` chooses another token than the most likely one of
+    `forward` at the same position. Near ties count as equal; the tolerance is 0.
     """
     engine, wrong, count = session.engine, 0, 0
     for golden in goldens:
@@ -110,8 +111,8 @@ def _choices(session: Session, goldens: Sequence[Golden]) -> StageError:
 
 
 def answers(session: Session, new_tokens: int) -> list[list[int]]:
-    """Greedy answers to the goldens' pictures and prompts, everything computed by the
-    engine itself.
+    """Returns greedy answers to the images and prompts of the goldens. The engine
+    computes everything itself.
     """
     found = []
     for golden in read_goldens(session.bundle.file(GOLDENS)):

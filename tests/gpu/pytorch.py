@@ -1,10 +1,10 @@
 """PyTorch as an engine: the trainer's own tower and decoder on the GPU, in fp32 or
 fp16, eager or compiled with CUDA graphs.
 
-It has the runtime's `Engine` calls, so goldens are replayed and answers given by the
-very code that does so for our engines. Keys and values lie in buffers allocated once,
-as anyone who wants speed from PyTorch keeps them; a decoding step runs wholly on the
-device and brings the token to the host.
+It has the same calls as the runtime's `Engine`, so the same code replays goldens and
+answers questions for it. Keys and values lie in preallocated buffers, as usual in fast
+PyTorch code. A decode step runs entirely on the device and copies only the token to the
+host.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Array = NDArray[np.float32]
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype, device: str) -> InfMLLM:
-    """A checkpoint's weights on the device, tensor by tensor; rotary tables and the
-    tower's last norm stay fp32, as the model computes with them.
+    """Loads a checkpoint's weights to the device, tensor by tensor. Rotary tables and
+    the tower's last norm stay in fp32, the type in which the model uses them.
     """
     stored = open_checkpoint(checkpoint)
-    with torch.device("meta"):  # no time for numbers that are replaced
+    with torch.device("meta"):  # skips initial values, which the checkpoint replaces
         model = InfMLLM(stored.spec)
     kept = {name: torch.float32 if name.startswith(_FULL) else dtype for name in stored.places}
     model.load_state_dict(
@@ -50,8 +50,8 @@ def load_model(checkpoint: Path, dtype: torch.dtype, device: str) -> InfMLLM:
 
 
 class _InPlace:
-    """A cache that `Decoder` updates where it lies: it asks for the rows replaced and
-    gets the same memory back.
+    """A cache that `Decoder` updates in place. Its `scatter` writes the given rows and
+    returns the same memory.
     """
 
     def __init__(self, rows_BKCD: Tensor) -> None:
@@ -63,8 +63,8 @@ class _InPlace:
 
 
 class _Step(nn.Module):
-    """The decoder with its caches: input embeddings and positions to logits of the last
-    position and the likeliest token.
+    """The decoder with its caches. Maps input embeddings and positions to the logits of
+    the last position and the most likely token.
     """
 
     def __init__(self, decoder: Decoder, rows: int, dtype: torch.dtype) -> None:
@@ -86,7 +86,7 @@ class _Step(nn.Module):
         ]
 
     def forward(self, inputs_1LH: Tensor, positions_1L: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [V] in fp32 and token [1, 1]."""
+        """Returns the logits [V] in fp32 and the token [1, 1]."""
         caches = [_InPlace(getattr(self, name)) for name in self._names()]
         pairs: Any = list(zip(caches[::2], caches[1::2], strict=True))
         logits, _ = self.decoder.step(inputs_1LH, positions_1L, pairs)
@@ -94,8 +94,8 @@ class _Step(nn.Module):
 
 
 class _Next(nn.Module):
-    """A whole decoding step on the device: token [1, 1] and position [1, 1] to the next
-    token and position.
+    """A whole decode step on the device. Maps token [1, 1] and position [1, 1] to the
+    next token and position.
     """
 
     def __init__(self, step: _Step) -> None:
@@ -103,13 +103,13 @@ class _Next(nn.Module):
         self.step = step
 
     def forward(self, token: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """The next of both."""
+        """Returns the next token and the next position."""
         return self.step(self.step.decoder.embed_tokens(token), position)[1], position + 1
 
 
 class PyTorchEngine:
     """See `runtime.engines.Engine`. `rows` is the length of its caches. Compiled calls
-    need the same shapes again to be fast.
+    are fast only if the same shapes are used again.
     """
 
     verifies = False
@@ -158,8 +158,9 @@ class PyTorchEngine:
 
     @torch.no_grad()
     def greedy_steps(self, token: int, start: int, count: int) -> list[float]:
-        """Milliseconds of each of `count` greedy steps from a token, all on the device
-        but the token's id, which a caller looks at for the end.
+        """Returns the milliseconds of each of `count` greedy steps from a token. All
+        work is on the device; only the token's id is copied to the host, where a caller
+        checks for the end.
         """
         at, place, times = self._up(np.array([[token]])), self._up(np.array([[start]])), []
         for _ in range(count):
@@ -168,23 +169,23 @@ class PyTorchEngine:
                 torch.compiler.cudagraph_mark_step_begin()
             at, place = (
                 value.clone() for value in self._next(at, place)
-            )  # a graph's outputs are overwritten by its next run
+            )  # clones, because the next run of a CUDA graph overwrites its outputs
             int(at)
             times.append((time.perf_counter() - begun) * 1e3)
         return times
 
     def verify(self, inputs_embeds: Array, start: int) -> Array:
-        """See `Engine.verify`; never asked for more than one step."""
+        """See `Engine.verify`; it is called with one step only."""
         return self.forward(inputs_embeds, start)[None]
 
     def batch(self, slots: int, rows: int) -> Any:
-        """Not served: one question at a time."""
+        """Not supported: this engine answers one question at a time."""
         raise NotImplementedError("PyTorch is asked one question at a time here")
 
 
 def copy_gbs(device: str, size: int = _COPY_BYTES) -> float:
-    """The best rate of copies within the device's memory in GB/s, a byte read and a
-    byte written counted as two.
+    """Returns the best rate of copies within the device's memory in GB/s, where a byte
+    read and written counts as two.
     """
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target, best = torch.empty_like(source), float("inf")

@@ -1,11 +1,11 @@
-"""The report as data: rows of one outcome each, merged over runs in the same folder,
-written after every step.
+"""The report as data: rows with one outcome each. Runs in the same folder are merged,
+and the report is written after every step.
 
 `report.json`: `"format": "infmllm-gpu-check", "version": 1`, then
-  machine   what was found: `gpus` (name, capability, memory_mb), driver, cuda, packages, python, os
+  machine   `gpus` (name, capability, memory_mb), driver, cuda, packages, python, os
   runs      each run's command, commit and start (UTC)
-  rows      see `Row`; one for each (part, model, target, scheme), the newest
-  goals, verdict, exit_code    computed from the rows, for readers who do not want to
+  rows      see `Row`; the newest row of each (part, model, target, scheme)
+  goals, verdict, exit_code    computed from the rows, for convenience
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ PASSED, FAILED, MEASURED, ABSENT = "passed", "failed", "measured", "absent"
 
 @dataclass(frozen=True)
 class Row:
-    """What one step found. `part` is bandwidth, parity, latency or rounds; `target` may
-    be PyTorch; `model`, `target`, `scheme` may be "".
+    """The result of one step. `part` is bandwidth, parity, latency or rounds; `target`
+    may be PyTorch; `model`, `target` and `scheme` may be "".
 
-    `outcome`: passed or failed (parity, and whatever broke down), measured, or absent;
-    the last three have a `reason` where one is needed. `values` are the figures: of
-    parity `stages` [{stage, error (null: not finite), tolerance, agreement}] and
-    `tokens` (greedy answers to golden prompts); of rounds, for each contender, lists of
-    milliseconds `vision`, `prefill`, `step`; of latency the figures of `runtime.bench`.
+    `outcome` is passed or failed (parity, or any step that broke down), measured, or
+    absent. `reason` explains a failed or absent row, where needed. `values` holds the
+    figures. For parity: `stages` [{stage, error (null: not finite), tolerance,
+    agreement}] and `tokens` (greedy answers to golden prompts). For rounds: lists of
+    milliseconds `vision`, `prefill` and `step` for each contender. For latency: the
+    figures of `runtime.bench`.
     """
 
     part: str
@@ -61,29 +62,31 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What a newer row takes the place of an older one by."""
+        """Returns the key of the row; a newer row replaces an older one with the same
+        key.
+        """
         return self.part, self.model, self.target, self.scheme
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything known about one machine's GPU."""
+    """All results for one machine's GPU."""
 
     machine: Mapping[str, Any]
     runs: tuple[Mapping[str, str], ...] = ()
     rows: tuple[Row, ...] = ()
 
     def find(self, part: str, model: str = "", target: str = "", scheme: str = "") -> Row | None:
-        """The row of that key."""
+        """Returns the row with that key, or None."""
         return next((row for row in self.rows if row.key == (part, model, target, scheme)), None)
 
     def of(self, part: str) -> list[Row]:
-        """All rows of a part."""
+        """Returns all rows of a part."""
         return [row for row in self.rows if row.part == part]
 
     def with_row(self, row: Row) -> Report:
-        """The report with a row in its old one's place, or behind all. What is known is
-        not lost to a row that says only why nothing was found.
+        """Returns the report with the row added, or in place of the old row with its
+        key. An absent row does not replace a row with results.
         """
         old = next((place for place, known in enumerate(self.rows) if known.key == row.key), None)
         if old is None:
@@ -94,7 +97,9 @@ class Report:
 
 
 def write_report(path: Path, report: Report, conclusions: Mapping[str, Any]) -> None:
-    """Writes the file in one go, so that a run killed at any point leaves a whole one."""
+    """Writes the file atomically, so that a run killed at any point leaves a complete
+    one.
+    """
     text = json.dumps(
         {"format": FORMAT, "version": VERSION, **conclusions, **asdict(report)},
         indent=1,

@@ -1,5 +1,5 @@
-"""Contenders timed in turn, round after round, so that ratios within a round mean
-something whatever the clocks do.
+"""Times contenders in turn, round after round, so that ratios within a round are
+meaningful even if clock rates change.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ Once = Callable[[], Mapping[str, float]]
 
 
 def interleaved(contenders: Mapping[str, Once], rounds: int) -> dict[str, Any]:
-    """Times by contender and stage, a number a round, after one round to warm up; every
-    second round goes backwards.
+    """Returns the times per contender and stage, one number per round, after one
+    warm-up round. Every second round runs in reverse order.
 
-    Who fails is dropped with all its times, so that every list has one number for each
-    round; `absent` says why, `broken` names who broke down.
+    A contender that fails is dropped with all its times, so that every list has one
+    number per round. `absent` gives the reasons, and `broken` names the contenders that
+    broke down.
     """
     left, absent, broken = dict(contenders), dict[str, str](), list[str]()
     times: dict[str, dict[str, list[float]]] = {name: {} for name in left}

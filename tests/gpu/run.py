@@ -1,8 +1,8 @@
-"""The whole of a run: each model's checkpoint and PyTorch on this GPU; each target and
-scheme built, proved, timed, and timed beside PyTorch.
+"""A whole run. Each model gets its checkpoint and PyTorch measurements on this GPU.
+Each target and scheme is built, checked, timed alone, and timed beside PyTorch.
 
-Every step is asked of a side (a process, in tests this one), bounded in time, and ends
-in a row; none stops the others.
+Every step runs in a side (a process, or in tests this process), has a time limit and
+produces a row. A failed step does not stop the others.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ Found = tuple[str, Mapping[str, Any]]
 
 _HALF = "float16"
 TIME = "time"
-"""The kind of `Absent` that says only that a run's time was up."""
+"""The kind of `Absent` that only means that the time of the run was up."""
 
 
 class _Peers:
-    """PyTorch in fp16 for one model, loaded when it is first asked; if that fails,
-    every later call says why.
+    """PyTorch in fp16 for one model, loaded at the first request. If loading fails,
+    every later call raises the same reason.
     """
 
     def __init__(self, run: Run, checkpoint: str) -> None:
@@ -52,7 +52,7 @@ class _Peers:
         self._loaded = False
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Raises `Absent`."""
+        """Runs a command in PyTorch's process. Raises `Absent` or `Broken`."""
         if not self._loaded and self._fault is None:
             try:
                 self._run.ask(
@@ -70,7 +70,7 @@ class _Peers:
         return self._run.ask(self.side, do, **arguments)
 
     def contenders(self, steps: int) -> dict[str, Once]:
-        """Both ways PyTorch is timed."""
+        """Returns PyTorch's two contenders, eager and compiled."""
         return {
             name: (lambda name=name: self.ask("round", steps=steps, variant=name))
             for name in (EAGER, COMPILED)
@@ -78,8 +78,8 @@ class _Peers:
 
 
 class Run:
-    """One run over everything `settings` names. `keep` is given the report after every
-    row, `problems` is the doctor's word on each target.
+    """One run over everything that `settings` names. `keep` receives the report after
+    every row; `problems` has the doctor's problem for each target.
     """
 
     def __init__(
@@ -94,22 +94,22 @@ class Run:
         self.settings, self.report, self._problems = settings, report, problems
         self._open, self._commit, self._keep = open_side, commit, keep
         self._until = None if settings.seconds is None else time.monotonic() + settings.seconds
-        self._refused: dict[str, str] = {}  # targets whose engine cannot be here, and why
+        self._refused: dict[str, str] = {}  # targets whose engine cannot load here, and why
 
     def whole(self) -> Report:
-        """Everything, in order; the report at its end."""
+        """Runs everything in order and returns the final report."""
         for source in self.settings.sources:
             with self._side("Builder") as builder:
                 self._model(source, builder)
         return self.report
 
     def open(self, role: str) -> Side:
-        """A side with that role."""
+        """Opens a side with that role."""
         return self._open(role, self.settings.out / "log.txt")
 
     def ask(self, side: Side, do: str, **arguments: Any) -> dict[str, Any]:
-        """An answer within what is left of a step's time and of the run's. Raises
-        `Absent`, `Broken`.
+        """Returns the answer to a command, limited by the step's time and by the
+        remaining time of the run. Raises `Absent` or `Broken`.
         """
         left = (
             self.settings.step_seconds
@@ -131,7 +131,7 @@ class Run:
             side.end()
 
     def _row(self, key: tuple[str, str, str, str], step: Callable[[], Found]) -> bool:
-        """Takes a step and keeps its row; False where it gave no figures to go on with."""
+        """Runs a step and keeps its row. Returns False if it gave no usable figures."""
         old = self.report.find(*key)
         if self.settings.resume and old and old.outcome != ABSENT and old.commit == self._commit:
             return old.outcome != FAILED
@@ -143,7 +143,7 @@ class Run:
             reason = str(values.get("fault", ""))
         except Absent as error:
             if error.kind == TIME and old:
-                return False  # an older row says more
+                return False  # keeps the older row, which has more information
             outcome, reason = ABSENT, str(error)
         except Broken as error:
             outcome, reason = FAILED, str(error)
@@ -201,7 +201,9 @@ class Run:
         return str(self.ask(builder, "checkpoint", preset=preset, folder=str(folder))["path"])
 
     def _bandwidth(self, peers: _Peers) -> Found:
-        """By PyTorch, else by cuda-python; the first reason counts."""
+        """Measures the copy bandwidth with PyTorch, or with cuda-python if PyTorch
+        fails. If both fail, the reason names both errors.
+        """
         try:
             return MEASURED, {
                 **self.ask(peers.side, "copy", device=self.settings.device),
@@ -217,8 +219,8 @@ class Run:
     def _bundle(
         self, builder: Side, checkpoint: str, source: str | Path, target: str, scheme: str
     ) -> Path | None:
-        """The bundle, built unless the folder has it. Without one its parity row says
-        why.
+        """Returns the bundle, and builds it unless existing bundles are kept. If there
+        is none, returns None and the parity row has the reason.
         """
         model, effort, key = (
             model_name(source),
@@ -249,8 +251,8 @@ class Run:
             return None
 
     def _pytorch(self, checkpoint: str, model: str, bundle: str, peers: _Peers) -> None:
-        """PyTorch itself on the goldens, and its fp32 answers, which everyone's are
-        compared with.
+        """Runs PyTorch itself on the goldens. All engines' answers are compared with
+        its fp32 answers.
         """
         given, new_tokens = self.settings, self.settings.effort.new_tokens
 
@@ -272,7 +274,9 @@ class Run:
         self._row(("parity", model, PYTORCH, "fp16"), half)
 
     def _engine(self, model: str, target: str, scheme: str, bundle: Path, peers: _Peers) -> None:
-        """Proves an engine; what passed is timed, alone and beside others."""
+        """Checks an engine. If it passes, times it alone and beside the other
+        contenders.
+        """
         effort, where = self.settings.effort, (model, target, scheme)
         with self._side("Ours") as ours:
             if not self._row(("parity", *where), lambda: self._proved(ours, target, bundle)):
@@ -291,9 +295,7 @@ class Run:
         self._row(("rounds", *where), lambda: self._rounds(bundles, peers, target))
 
     def _forget_times(self, where: tuple[str, str, str]) -> None:
-        """Figures of an earlier run are worth nothing once the engine is known to be
-        wrong.
-        """
+        """Drops the timings of an earlier run if the engine is now known to be wrong."""
         known = self.report.find("parity", *where)
         if known and known.outcome == FAILED:
             rows = tuple(
@@ -322,8 +324,8 @@ class Run:
         }
 
     def _rounds(self, bundles: Mapping[str, Path], peers: _Peers, target: str) -> Found:
-        """Our bundles and PyTorch in turn. Raises `Absent`, `Broken` for the row's own
-        bundle, or where nothing was timed.
+        """Times this project's bundles and PyTorch in turn. Raises `Absent` or `Broken`
+        if the row's own contender failed.
         """
         steps, sides = self.settings.effort.steps, {name: self.open("Ours") for name in bundles}
         try:
@@ -367,8 +369,8 @@ def _absent(reason: str) -> Found:
 
 
 def _raise(fault: Absent | Broken, reason: str) -> Found:
-    """A build that breaks down or drifts is a failure; one that cannot be made here is
-    absent.
+    """Raises `Broken` for a build that broke down or missed its tolerance, and `Absent`
+    for one that cannot be made here.
     """
     if isinstance(fault, Broken) or fault.kind in ("ParityError", "BuildError"):
         raise Broken(reason)

@@ -1,5 +1,5 @@
-"""What one run does: which models, targets and schemes, how often, how long; `quick`
-figures for commands that may take ten minutes.
+"""The settings of a run: models, targets, schemes, repetitions and time limits. The
+`quick` values are for commands limited to ten minutes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = [
 
 TARGETS = ("cuda", "tensorrt", "rtx")
 PYTORCH = "PyTorch"
-"""Stands where a target's name does in rows about PyTorch itself."""
+"""Replaces the target's name in rows about PyTorch itself."""
 
 OURS, FLOAT, EAGER, COMPILED = "ours", "ours fp16", "PyTorch eager", "PyTorch compiled"
-"""Contenders of a round: a bundle, the same target's fp16 beside it, PyTorch in fp16 as
-it is and compiled with CUDA graphs.
+"""The contenders of a round: a bundle, the fp16 bundle of the same target, and PyTorch
+in fp16, both eager and compiled with CUDA graphs.
 """
 
 _QUICK_SCHEMES = ("fp16", "int8", "int8-weights")
@@ -40,11 +40,10 @@ _QUICK_SCHEMES = ("fp16", "int8", "int8-weights")
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: timed rounds over all contenders, decoding steps in each,
-    answers of the latency report, tokens of an answer.
+    """How much is measured: timed rounds over all contenders, decode steps per round,
+    answers for the latency report, and tokens per answer.
 
-    `samples` pictures calibrate, `questions` pictures are asked about when a bundle is
-    built.
+    A build uses `samples` images for calibration and asks about `questions` images.
     """
 
     rounds: int = 15
@@ -63,11 +62,11 @@ FULL, QUICK = (
 
 @dataclass(frozen=True)
 class Settings:
-    """One run. `step_seconds` bounds every step, `seconds` the whole (None: no bound);
-    `device` is what PyTorch computes on.
+    """The settings of one run. `step_seconds` limits every step and `seconds` the whole
+    run (None: no limit). PyTorch computes on `device`.
 
-    With `resume`, what the report in `out` has already is not measured again; with
-    `keeps_bundles` bundles in `out` are taken as they are.
+    With `resume`, results that the report in `out` already has are not measured again.
+    With `keeps_bundles`, existing bundles in `out` are used unchanged.
     """
 
     out: Path
@@ -98,12 +97,12 @@ class Settings:
 
     @property
     def sources(self) -> tuple[str | Path, ...]:
-        """Presets by name, then the checkpoint that was given, if one was."""
+        """Returns the presets by name, then the given checkpoint, if any."""
         return (*self.models, *([self.checkpoint] if self.checkpoint else []))
 
     def schemes_of(self, target: str) -> list[str]:
-        """The schemes of a target to run, fp16 first: it is what others are compared
-        with.
+        """Returns the schemes of a target to run. fp16 comes first, because the others
+        are compared with it.
         """
         wanted = self.schemes or (
             _QUICK_SCHEMES if self.quick else tuple(TARGET_SCHEMES[target].schemes)
@@ -115,10 +114,12 @@ class Settings:
 
 
 def model_name(source: str | Path) -> str:
-    """What rows call a preset or checkpoint."""
+    """Returns the name of a preset or checkpoint in rows."""
     return source if isinstance(source, str) else source.resolve().name
 
 
 def is_random(source: str | Path) -> bool:
-    """Whether its weights are random numbers: presets no trained model comes with."""
+    """Whether the weights are random: true for presets that come without a trained
+    model.
+    """
     return isinstance(source, str) and source != "nano"

@@ -1,5 +1,5 @@
-"""The other end of `workers`: a process with one role, asked commands under a time
-limit; or the role itself, within this process.
+"""The client of `workers`: a process with one role that runs commands under a time
+limit, or the same role within this process.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _ROOT = Path(__file__).parents[2]
 
 
 class Absent(Exception):
-    """Something cannot be found out here. `kind` is the name of our error where one
-    said so.
+    """Something that cannot be measured here. `kind` is the class name of the project's
+    error that caused it, if any.
     """
 
     def __init__(self, reason: str, kind: str = "") -> None:
@@ -32,18 +32,18 @@ class Absent(Exception):
 
 
 class Broken(Exception):
-    """A step broke down: its process died, or raised what is none of our errors."""
+    """A step that broke down: its process died or raised an unexpected exception."""
 
 
 class Side(Protocol):
-    """Somewhere a role's commands are carried out."""
+    """A place where a role's commands run."""
 
     def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
-        """A command's answer. Raises `Absent`, `Broken`."""
+        """Returns the answer to a command. Raises `Absent` or `Broken`."""
         ...
 
     def end(self) -> None:
-        """No more commands."""
+        """Ends the side; it accepts no more commands."""
         ...
 
 
@@ -59,7 +59,7 @@ def _unwrapped(found: dict[str, Any]) -> dict[str, Any]:
 
 
 class Local:
-    """The role in this process: for tests, whose stand-ins for a GPU live here."""
+    """A role within this process, for tests that simulate a GPU here."""
 
     def __init__(self, role: str, log: Path) -> None:
         self._worker = ROLES[role]()
@@ -74,7 +74,7 @@ class Local:
 
 
 class Process:
-    """The role in a process of its own, whose messages go to a log."""
+    """A role in its own process, whose messages go to a log."""
 
     def __init__(self, role: str, log: Path) -> None:
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -100,13 +100,13 @@ class Process:
         self._lines.put("")
 
     def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
-        """See `Side.ask`. A process that takes longer is ended."""
+        """See `Side.ask`. A process that exceeds the time limit is killed."""
         assert self._process.stdin, "a pipe"
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the missing answer says so
+            pass  # the missing answer below reports it
         try:
             line = self._lines.get(timeout=max(0.0, seconds))
         except queue.Empty:
@@ -131,7 +131,7 @@ class Process:
         return f"{lines[-1] if lines else 'no message':.200}"
 
     def end(self) -> None:
-        """See `Side.end`; one that does not end by itself is ended."""
+        """See `Side.end`. A process that does not end by itself is killed."""
         assert self._process.stdin, "a pipe"
         with contextlib.suppress(BrokenPipeError):  # it died with a command unread
             self._process.stdin.close()

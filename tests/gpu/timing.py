@@ -1,5 +1,5 @@
-"""One timed round of any contender: an image, a prompt behind it, and greedy steps, the
-same numbers for everyone.
+"""One timed round of any contender: an image, a prompt after it, and greedy steps. All
+contenders get the same inputs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from runtime.engines import Engine
 
 __all__ = ["TEXT_TOKENS", "once", "prompt_rows"]
 
-TEXT_TOKENS = 11  # of a usual question
+TEXT_TOKENS = 11  # tokens of a typical question
 
 
 def prompt_rows(spec: ModelSpec) -> int:
-    """Rows of the prompt that is timed: the model's best number of visual tokens, and a
-    question.
+    """Returns the number of cache rows of the timed prompt: the model's default number
+    of visual tokens and a question.
     """
     return spec.pool_sizes[0] ** 2 + TEXT_TOKENS
 
@@ -29,11 +29,11 @@ def prompt_rows(spec: ModelSpec) -> int:
 def once(
     engine: Engine, table: NDArray[Any] | None, spec: ModelSpec, steps: int
 ) -> dict[str, float]:
-    """Milliseconds of the image (pixels up, embeddings down), of the prefill (logits
-    down), and of a greedy step (median).
+    """Returns the milliseconds of the image, of the prefill and of a greedy step
+    (median). Image and prefill times include the copies to and from the device.
 
-    Our engines take each token's embedding from the host's `table` [V, H], as answering
-    does. Without one, the contender decodes on its device alone.
+    This project's engines read each token's embedding from the host's `table` [V, H],
+    as in real use. Without a table, the contender decodes on its device only.
     """
     rng, size, rows = np.random.default_rng(0), spec.vision.image_size, prompt_rows(spec)
     pixels = rng.normal(size=(1, 3, size, size)).astype(np.float32)

@@ -1,5 +1,5 @@
-"""What a report comes to: one line, an exit code, and how greedy answers compare; from
-rows alone, so merged reports are judged alike.
+"""Summarises a report: a one-line verdict, an exit code, and the comparison of greedy
+answers. It uses the rows only, so merged reports are judged in the same way.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ _NAMED = 4
 
 
 def name_of(row: Row) -> str:
-    """How a row is called in a sentence."""
+    """Returns the name of a row for use in a sentence."""
     return " ".join(
         filter(None, (row.model, row.target, row.scheme, "" if row.part == "parity" else row.part))
     )
 
 
 def verdict(report: Report) -> tuple[str, int]:
-    """The line, and the command's exit code: 1 if anything that ran failed."""
+    """Returns the one-line verdict and the exit code, which is 1 if anything that ran
+    failed.
+    """
     failed = [row for row in report.rows if row.outcome == FAILED]
     passed = [row for row in report.rows if row.outcome == PASSED]
     names = ", ".join(gpu["name"] for gpu in report.machine.get("gpus", ())) or "this machine"
@@ -62,8 +64,8 @@ def _stages(row: Row) -> str:
 
 
 def equal_answers(report: Report, row: Row) -> tuple[int, int] | None:
-    """How many greedy answers to the golden prompts are PyTorch fp32's token for token,
-    of how many; None where either is missing.
+    """Returns how many greedy answers to the golden prompts equal those of PyTorch fp32
+    token for token, and their total. Returns None if either is missing.
     """
     wanted = report.find("parity", row.model, PYTORCH, "fp32")
     if wanted is None or "tokens" not in wanted.values or "tokens" not in row.values:
@@ -73,7 +75,7 @@ def equal_answers(report: Report, row: Row) -> tuple[int, int] | None:
 
 
 def conclusions(report: Report) -> Mapping[str, Any]:
-    """What the JSON file says beside its rows."""
+    """Returns the JSON fields that are computed from the rows."""
     text, code = verdict(report)
     goals: list[Result] = results(report)
     return {"verdict": text, "exit_code": code, "goals": [goal.to_json() for goal in goals]}

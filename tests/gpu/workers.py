@@ -1,9 +1,9 @@
-"""What is done in processes of their own, so that a fault of a GPU ends one step and no
-other: building, our engines, PyTorch.
+"""Work that runs in separate processes, so that a GPU fault ends only one step:
+building, this project's engines, and PyTorch.
 
 A role is a class; its methods are commands with JSON arguments and answers. `python -m
-tests.gpu.workers ROLE` reads one command a line from standard input; `reply` is the
-same without a process.
+tests.gpu.workers ROLE` reads one command per line from standard input. `reply` runs a
+command without a process.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Answer = dict[str, Any]
 
 
 class Builder:
-    """Makes checkpoints and bundles; what is there already is taken as it is."""
+    """Makes checkpoints and bundles."""
 
     def checkpoint(self, preset: str, folder: str) -> Answer:
-        """The demo for `nano`; for other presets random weights of their shape from
-        seed 0.
+        """Returns the demo checkpoint for `nano`. For other presets, writes random
+        weights from seed 0, unless they exist.
         """
         from trainer.checkpoint import DEMO, write_random
         from trainer.config import find_preset
@@ -57,8 +57,8 @@ class Builder:
         questions: int,
         random: bool,
     ) -> Answer:
-        """A bundle. Four bits of random weights are rounded without GPTQ, which takes
-        an hour at 7 B and finds nothing to learn there.
+        """Builds a bundle. Random 4-bit weights are rounded without GPTQ, which takes
+        an hour at 7B and gains nothing on random weights.
         """
         from export.pipeline import BuildOptions, build
         from export.schemes import choose_scheme, find_scheme
@@ -86,14 +86,14 @@ DEMO_PRESET = "nano"
 
 
 class Ours:
-    """One of our engines with one bundle."""
+    """One of this project's engines with one bundle."""
 
     def __init__(self) -> None:
         self._session: Session | None = None
 
     def prove(self, bundle: str, target: str) -> Answer:
-        """See `parity.prove`; the engine is kept for what comes next. Raises
-        `EngineError` if it cannot be loaded, or another stands in for it.
+        """See `parity.prove`. Keeps the engine for later commands. Raises `EngineError`
+        if it cannot be loaded, or if another engine would run instead.
         """
         read = read_bundle(bundle)
         read.verify_once()
@@ -121,38 +121,38 @@ class Ours:
         return timing.once(self._session.engine, self._session.table, self._session.spec, steps)
 
     def bench(self, bundle: str, repetitions: int, new_tokens: int) -> Answer:
-        """The latency report's figures."""
+        """Returns the figures of the latency report."""
         report = measure(BenchOptions(Path(bundle), repetitions, min(3, repetitions), new_tokens))
         gpu = vars(report.gpu) if report.gpu else None
         return {**summary(report), "gpu": gpu, "missing": report.missing}
 
     def copy(self) -> Answer:
-        """The copy bandwidth by cuda-python, where there is no PyTorch to measure it."""
+        """Measures the copy bandwidth with cuda-python, for machines without PyTorch."""
         from tests.gpu.bandwidth import copy_gbs
 
         return {"gbs": copy_gbs()}
 
 
 class PyTorch:
-    """A checkpoint in PyTorch; `device` is "cuda" but where a test has no GPU."""
+    """A checkpoint in PyTorch. `device` is "cuda", except in tests without a GPU."""
 
     def load(self, checkpoint: str, dtype: str, device: str) -> Answer:
-        """Weights to the device."""
+        """Loads the weights to the device."""
         import torch
 
         from tests.gpu import pytorch
 
         _require(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
-            False  # fp32 means fp32
+            False  # TF32 would make fp32 results less exact
         )
         self._module, self._engines = pytorch, dict[str, Any]()
         self._model = pytorch.load_model(Path(checkpoint), getattr(torch, dtype), device)
         return {"torch": torch.__version__}
 
     def stages(self, bundle: str) -> Answer:
-        """The goldens through PyTorch itself: what the precision alone costs on this
-        GPU.
+        """Replays the goldens with PyTorch itself, which shows the error of the
+        precision alone on this GPU.
         """
         session = self._over(bundle, 0)
         return {"stages": parity.stages_of(session), "engine": session.engine.version}
@@ -179,8 +179,8 @@ class PyTorch:
         )
 
     def round(self, steps: int, variant: str) -> dict[str, float]:
-        """See `timing.once`; the cache has the rows this takes, which is PyTorch's best
-        case.
+        """See `timing.once`. The cache has exactly the rows that the round needs, which
+        is PyTorch's best case.
         """
         spec: ModelSpec = self._model.spec
         if variant not in self._engines:
@@ -190,7 +190,7 @@ class PyTorch:
         return timing.once(self._engines[variant], None, spec, steps)
 
     def copy(self, device: str) -> Answer:
-        """The copy bandwidth of the device's memory."""
+        """Measures the copy bandwidth of the device's memory."""
         from tests.gpu import pytorch
 
         _require(device)
@@ -202,8 +202,8 @@ class PyTorch:
 
 
 def _work(bundle: Bundle) -> Answer:
-    """Bytes a timed decoding step must read: weights, and so many rows of the cache,
-    those of the prompt.
+    """Returns the bytes that a timed decode step must read: the decoder's weights, and
+    the bytes per cache row with the number of prompt rows.
     """
     rows = timing.prompt_rows(bundle.spec)
     work = bundle_work(bundle, rows)
@@ -225,8 +225,9 @@ ROLES: dict[str, type] = {role.__name__: role for role in (Builder, Ours, PyTorc
 
 
 def reply(worker: object, do: str, **arguments: Any) -> Answer:
-    """A command's answer, or why there is none: `missing` a package, `refused` in one
-    of our one-line errors, or `broken` by anything else.
+    """Returns a command's answer, or the reason why there is none: `missing` for a
+    missing package, `refused` for one of the project's errors, `broken` for anything
+    else.
     """
     try:
         return {"answer": getattr(worker, do)(**arguments)}
@@ -237,13 +238,13 @@ def reply(worker: object, do: str, **arguments: Any) -> Answer:
         }
     except InfMLLMError as error:
         return {"refused": " ".join(str(error).split()), "kind": type(error).__name__}
-    except Exception as error:  # of any library
+    except Exception as error:  # from any library
         lines = str(error).strip().splitlines()
         return {"broken": f"{type(error).__name__}: {lines[0] if lines else 'no message':.300}"}
 
 
 def main() -> None:
-    """Serves commands until standard input ends. What libraries print goes to standard
+    """Serves commands until standard input ends. Output of libraries goes to standard
     error.
     """
     answers = os.fdopen(os.dup(1), "w")

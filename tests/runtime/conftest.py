@@ -20,8 +20,8 @@ Install = Callable[..., Simulation]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
-    """`gpu(fuses=…)` puts a simulated GPU and TensorRT in place of any real ones,
-    beside an engine cache of the test's own.
+    """Returns a function: `gpu(fuses=…)` replaces any real CUDA and TensorRT with the
+    simulations. The test gets its own engine cache.
     """
     monkeypatch.setenv("INFMLLM_CACHE", str(tmp_path / "cache"))
 
@@ -37,7 +37,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
             "tensorrt": simulation.module,
         }
         for name, module in modules.items():
-            module.__spec__ = ModuleSpec(name, None)  # PyTorch's tracer asks for it
+            module.__spec__ = ModuleSpec(name, None)  # PyTorch's tracer reads the spec
             monkeypatch.setitem(sys.modules, name, module)
         return simulation
 
@@ -48,8 +48,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
 def built_tensorrt(
     tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """`built_tensorrt(scheme)` is the tiny checkpoint's bundle for TensorRT, built
-    once. Do not change it.
+    """Returns a function: `built_tensorrt(scheme)` is the tiny checkpoint's bundle for
+    TensorRT, built once. Do not change the bundle.
     """
     done: dict[str, Path] = {}
 

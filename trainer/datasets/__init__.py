@@ -1,8 +1,8 @@
-"""Data sets, one file each: `DATASETS` names the readers, and every one yields
+"""Data sets, one module each. `DATASETS` lists the readers; each of them yields
 `Sample`s. Needs numpy and Pillow only.
 
-A data argument is `NAME:PATH,option=value,...` or the path of a .jsonl file; several
-are mixed by their `weight` option.
+A data argument is `NAME:PATH,option=value,...` or the path of a .jsonl file. Several
+data arguments are mixed by their `weight` option.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _COMMON = ("weight", "augment")
 
 @dataclass(frozen=True)
 class DataSet:
-    """How one kind of data is read. `read` lists examples in file order; `source` draws
-    for training where a plain list will not do.
+    """How one kind of data is read. `read` lists the examples in file order. `source`,
+    if set, makes the training source where a plain list of examples is not enough.
 
-    `listing` is the file whose hash identifies the data on a card.
+    `listing` returns the file whose hash identifies the data on a card.
     """
 
     read: Reader
@@ -64,7 +64,7 @@ def _parsed(text: str) -> tuple[DataSource, DataSet]:
 
 
 def read_examples(text: str, skip_bad: bool = False) -> list[Example]:
-    """All examples of one data argument, for evaluation. Raises `DataError` or
+    """Returns all examples of one data argument, for evaluation. Raises `DataError` or
     `UsageError`.
     """
     source, row = _parsed(text)
@@ -77,7 +77,7 @@ def read_examples(text: str, skip_bad: bool = False) -> list[Example]:
 
 
 def _tell(text: str, faults: Faults) -> None:
-    """Says once, however many processes read the data, what was left out."""
+    """Reports the skipped rows once, no matter how many processes read the data."""
     if (summary := faults.summary()) and os.environ.get("RANK", "0") == "0":
         note(f"{text}: {summary}")
 
@@ -94,7 +94,7 @@ def _weight(source: DataSource) -> float:
 
 
 def open_source(texts: Sequence[str], skip_bad: bool = False) -> ExampleSource:
-    """What training draws from: one data set, or several mixed by weight. Raises
+    """Opens the training source: one data set, or several mixed by weight. Raises
     `DataError` or `UsageError`.
     """
     sources: list[ExampleSource] = []

@@ -1,10 +1,10 @@
-"""Augmentation that keeps boxes right: a crop and mirrors move picture and boxes
-together, then blur and colour change the square.
+"""Augmentation that keeps boxes right: crops and mirrors move image and boxes together;
+blur and colour changes follow at the model's image size.
 
-`crop` is the published recipe (area 0.5 to 1, optional blur) with the window kept
-around the boxes asked for; `photo` also mirrors and varies colour, for data whose
-sentences are written after the crop. Neither a mirror nor a crop is safe for a sentence
-that was written before it.
+`crop` is the published recipe (area 0.5 to 1, optional blur), with a crop window that
+contains the boxes of the samples. `photo` also mirrors and varies colour. It is for
+data whose sentences are written after the crop, because a mirror or a crop can make an
+existing sentence false.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ __all__ = ["AUGMENTATIONS", "Augmentation", "find_augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges. `area` is the least share of the picture a crop keeps, `colour` the
-    largest relative change of a channel.
+    """Ranges of the random changes. `area` is the smallest share of the image that a
+    crop keeps; `colour` is the largest relative change of a channel.
     """
 
     area: float = 1.0
@@ -38,8 +38,8 @@ class Augmentation:
     def move(
         self, image: Image.Image, boxes: Sequence[Box], rng: np.random.Generator, keep: Box | None
     ) -> tuple[Image.Image, list[Box]]:
-        """Crops and mirrors; returns the new picture and the boxes in its pixels, not
-        clipped. The crop holds all of `keep` (pixels).
+        """Crops and mirrors. Returns the new image and the boxes in its pixels, not
+        clipped. The crop contains all of `keep` (in pixels).
         """
         x, y, width, height = self._window(image.size, rng, keep)
         if (width, height) != image.size:
@@ -56,7 +56,7 @@ class Augmentation:
     def _window(
         self, size: tuple[int, int], rng: np.random.Generator, keep: Box | None
     ) -> tuple[int, int, int, int]:
-        """A random window (x, y, width, height) in whole pixels."""
+        """Returns a random window (x, y, width, height) in whole pixels."""
         if self.area >= 1.0:
             return (0, 0, *size)
         share = rng.uniform(self.area, 1.0)
@@ -80,10 +80,10 @@ class Augmentation:
         return x, y, width, height
 
     def finish(self, square: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Blurs and recolours the picture at the model's size."""
+        """Blurs and recolours the image at the model's size."""
         if rng.random() < self.blur:
-            # The published radius is for pictures of 224 pixels and more; smaller ones blur in
-            # proportion.
+            # The published radius is for images of at least 224 pixels; it is scaled down in
+            # proportion for smaller ones.
             square = square.filter(
                 ImageFilter.GaussianBlur(
                     rng.uniform(*self.blur_radius) * min(1.0, square.width / 224)
@@ -113,7 +113,9 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 
 
 def find_augmentation(name: str) -> Augmentation:
-    """The augmentation of that name; raises `UsageError` listing the choices."""
+    """Returns the augmentation with that name. Raises `UsageError` that lists the
+    choices.
+    """
     if name not in AUGMENTATIONS:
         raise UsageError(
             f"unknown augmentation {name!r}; choose one of: {', '.join(AUGMENTATIONS)}"

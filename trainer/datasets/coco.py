@@ -1,4 +1,4 @@
-"""COCO captions: `captions_train2017.json` with its pictures in `images=FOLDER`
+"""COCO captions: `captions_train2017.json`, with its images in `images=FOLDER`
 (default: the file's own folder).
 """
 
@@ -17,8 +17,8 @@ PROMPT = "describe"
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per picture with one sample; its people's captions are the
-    references, drawn from in training. Raises `DataError`.
+    """Reads one example per image, with one caption sample. All its human captions are
+    references; training draws one of them each time. Raises `DataError`.
     """
     data = read_json(source.path)
     names: dict[int, str] = {}

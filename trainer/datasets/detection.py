@@ -1,5 +1,5 @@
-"""From boxes with class names to the tasks: captions, counting, presence and grounding,
-and labels per patch.
+"""Turns boxes with class names into samples (captions, counting, presence and
+grounding) and per-patch labels.
 
 Sentences are written from the boxes that are visible, so they stay true after a crop or
 a mirror.
@@ -27,15 +27,15 @@ __all__ = [
     "visible",
 ]
 
-DENSE_SUB = 8  # label samples per patch side
-_DENSE_COVER = 8  # of 64 samples that make a patch belong to a thing
-MANY = 5  # from here on captions say "many"
-_MIN_VISIBLE = 0.5  # share of a box that must be inside the picture
+DENSE_SUB = 8  # label cells per side of a patch
+_DENSE_COVER = 8  # cells out of 64 that a thing must cover to own the patch
+MANY = 5  # captions say "many" from this count on
+_MIN_VISIBLE = 0.5  # share of a box that must be inside the image
 
 
 @dataclass(frozen=True)
 class ClassName:
-    """How a class is called, one and several."""
+    """The singular and plural name of a class."""
 
     one: str
     several: str
@@ -43,15 +43,15 @@ class ClassName:
 
 @dataclass(frozen=True)
 class Thing:
-    """A box of a class (an index into the names), in pixels or in [0, 1]."""
+    """A box and its class (an index into the names). The box is in pixels or in [0, 1]."""
 
     label: int
     box: Box
 
 
 def visible(things: Sequence[Thing], width: int, height: int) -> list[Thing]:
-    """Things with at least half of their box inside a width x height picture, boxes
-    clipped and scaled to [0, 1].
+    """Returns the things with at least half of their box inside a width x height image.
+    Their boxes are clipped and scaled to [0, 1].
     """
     kept = []
     for thing in things:
@@ -72,8 +72,8 @@ def _counted(name: ClassName, count: int) -> str:
 def detection_samples(
     things: Sequence[Thing], names: Sequence[ClassName], scene: str
 ) -> list[Sample]:
-    """All that can be asked: one caption, a count and a presence question per class, a
-    phrase for each class with one thing in view.
+    """Returns all samples for the visible things: one caption, a count and a presence
+    question per class, and a phrase for each class with exactly one thing.
     """
     counts = [sum(thing.label == label for thing in things) for label in range(len(names))]
     parts = listed(
@@ -106,8 +106,8 @@ def detection_samples(
 
 
 def dense_labels(things: Sequence[Thing], grid: int) -> NDArray[np.float32]:
-    """Labels of every patch, [grid*grid, 1 + 4 + 64] float32: class (0 for none, else
-    index + 1), box (in [0, 1]), covered 8 x 8 cells.
+    """Returns labels of every patch, [grid*grid, 1 + 4 + 64] float32: class (0 for
+    none, else index + 1), box (in [0, 1]), and which of its 8 x 8 cells are covered.
 
     Where boxes overlap, the smaller thing is in front.
     """
@@ -128,8 +128,8 @@ def dense_labels(things: Sequence[Thing], grid: int) -> NDArray[np.float32]:
     labels[:, 5:] = cells > 0
     if ordered:
         cover = np.stack([(cells == index).sum(1) for index in range(1, len(ordered) + 1)], axis=1)
-        # The smallest thing that covers enough of a patch owns it: a platelet on a patch full
-        # of red cells is what is hard to see.
+        # The smallest thing that covers enough of a patch owns it. Small things are the hard
+        # ones to see, such as a platelet on a patch full of red cells.
         for patch in np.flatnonzero(cover.max(1) >= _DENSE_COVER):
             thing = ordered[int(np.flatnonzero(cover[patch] >= _DENSE_COVER)[-1])]
             labels[patch, :5] = [thing.label + 1, *thing.box]

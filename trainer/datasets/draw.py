@@ -1,8 +1,8 @@
-"""What training draws from: a list of examples, or several sources mixed, each draw a
-function of the generator alone.
+"""Training sources: a list of examples, or a mixture of several sources. Each draw
+depends only on the random generator.
 
-A draw returns a picture that is augmented and already square, so that what comes after
-is the same for every source.
+A draw returns an image that is already augmented and square, so later steps are the
+same for every source.
 """
 
 from __future__ import annotations
@@ -34,27 +34,29 @@ _MAX_TRIES = 100
 
 
 class ExampleSource(Protocol):
-    """Draws training examples. `dense_classes` counts the classes of each label per
-    patch (empty: there are none), `dense_names` names them all.
+    """Draws training examples.
+
+    `dense_classes` has the number of classes of each per-patch label; it is empty if
+    there are none. `dense_names` lists the names of all classes.
     """
 
     dense_classes: tuple[int, ...]
     dense_names: tuple[str, ...]
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
-        """One example for a model of that spec; `chat` asks for conversations rather
-        than short tasks, where there are any.
+        """Draws one example for a model with that spec. `chat` asks for conversations
+        instead of short tasks, if the source has any.
         """
         ...
 
     def texts(self) -> list[str]:
-        """Texts a tokenizer should know words of."""
+        """Returns texts whose words a tokenizer should know."""
         ...
 
 
 class PictureCache:
-    """Opened pictures, kept until a number of bytes is reached (the first ones stay, so
-    that drawing at random keeps hitting them).
+    """Caches opened images up to a number of bytes. The first images stay, so random
+    draws keep hitting the cache.
     """
 
     def __init__(self, limit: int = _CACHE_BYTES) -> None:
@@ -62,7 +64,7 @@ class PictureCache:
         self._kept: dict[Path, Image.Image] = {}
 
     def open(self, path: Path) -> Image.Image:
-        """The picture. Raises `ImageError`."""
+        """Returns the image. Raises `ImageError`."""
         if path in self._kept:
             return self._kept[path]
         image = open_image(path)
@@ -74,16 +76,17 @@ class PictureCache:
 
 
 class Retries:
-    """Draws again, where bad rows are left out, when a picture cannot be used; says
-    each reason once.
+    """Draws again when an image cannot be used, if bad rows are skipped. Reports each
+    reason once.
     """
 
     def __init__(self, skip_bad: bool) -> None:
         self._skip, self._noted = skip_bad, set[str]()
 
     def until_usable(self, attempt: Callable[[], T]) -> T:
-        """The first attempt that works. Raises `DataError` or `ImageError`: the first
-        one, or after 100 that were left out.
+        """Returns the result of the first attempt that works. Raises the first
+        `DataError` or `ImageError` unless bad rows are skipped; then raises `DataError`
+        after 100 failures.
         """
         for _ in range(_MAX_TRIES):
             try:
@@ -101,8 +104,8 @@ class Retries:
 
 
 class ListedSource:
-    """Draws pictures of a list uniformly, each with up to 8 of its samples. With
-    `skip_bad` a picture that cannot be used is drawn again.
+    """Draws images of a list uniformly, each with up to 8 of its samples. With
+    `skip_bad`, draws again when an image cannot be used.
     """
 
     dense_classes: tuple[int, ...] = ()
@@ -136,8 +139,8 @@ class ListedSource:
         return [(path, samples) for path, samples in kept if samples]
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
-        """See `ExampleSource.draw`; falls back to the other kind when there is only
-        one.
+        """See `ExampleSource.draw`. If the list has only conversations or only short
+        tasks, `chat` has no effect.
         """
         groups = (self._chat if chat else self._short) or self._short or self._chat
 
@@ -168,7 +171,7 @@ class ListedSource:
 
 
 def _retold(sample: Sample, rng: np.random.Generator) -> Sample:
-    """A caption in the words of one of its people."""
+    """Returns a caption sample with the words of one of its reference captions."""
     if sample.task != "caption" or len(sample.references) < 2:
         return sample
     return replace(sample, answer=sample.references[int(rng.integers(len(sample.references)))])
@@ -180,8 +183,8 @@ def move_samples(
     samples: Sequence[Sample],
     rng: np.random.Generator,
 ) -> tuple[Image.Image, list[Sample]]:
-    """Crops the picture around the samples' boxes (all in [0, 1]) and rewrites boxes
-    and box answers.
+    """Crops the image around the samples' boxes (all in [0, 1]), and updates the boxes
+    and the answers that contain them.
     """
     width, height = image.size
     boxes = [to_pixel_box(s.box, width, height) for s in samples if s.box]
@@ -209,8 +212,8 @@ def _reboxed(sample: Sample, pixels: Box, size: tuple[int, int]) -> Sample:
 
 
 class Mixture:
-    """Draws from several sources in proportion to their weights. Labels per patch are
-    kept only where all sources have the same kind.
+    """Draws from several sources in proportion to their weights. Per-patch labels are
+    kept only if all sources have the same classes.
     """
 
     def __init__(self, sources: Sequence[ExampleSource], weights: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""Reading the JSON files of public data sets, with errors that name what was found."""
+"""Reads the JSON files of public data sets, with errors that name the problem."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["picture", "read_json", "rows"]
 
 
 def read_json(path: Path) -> Any:
-    """A parsed JSON file. Raises `DataError`."""
+    """Reads and parses a JSON file. Raises `DataError`."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
@@ -26,8 +26,8 @@ def read_json(path: Path) -> Any:
 
 
 def rows(data: object, key: str, path: Path) -> list[Any]:
-    """The list under `key` of a JSON object (or `data` itself for an empty key). Raises
-    `DataError`.
+    """Returns the list under `key` of a JSON object, or `data` itself if `key` is
+    empty. Raises `DataError`.
     """
     found = data.get(key) if isinstance(data, dict) else data if not key else None
     if not isinstance(found, list):
@@ -36,7 +36,7 @@ def rows(data: object, key: str, path: Path) -> list[Any]:
 
 
 def picture(folder: Path, name: str) -> Path:
-    """The path of an existing picture in a folder. Raises `ValueError`."""
+    """Returns the path of an existing image in a folder. Raises `ValueError`."""
     path = folder / name
     if not path.is_file():
         raise ValueError(f"image {path} does not exist")

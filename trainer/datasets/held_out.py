@@ -1,5 +1,5 @@
-"""Held-out scenes for evaluation: a fixed sequence of scenes from seeds no training run
-uses. Needs numpy and Pillow only.
+"""Held-out scenes for evaluation: a fixed sequence of scenes whose seeds no training
+run uses. Needs numpy and Pillow only.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["HELD_OUT_SEED", "held_out_scenes", "read"]
 DEFAULT_COUNT = 200
 
 HELD_OUT_SEED = 0x48454C44
-"""First word of the generator seeds; training seeds are (1000 * seed + stage, step) and
+"""First word of the generator seeds. Training seeds are (1000 * seed + stage, step) and
 stay far below it.
 """
 
 
 def held_out_scenes(count: int) -> Iterator[Example]:
-    """Scenes until there are `count` captions, questions and grounding phrases each;
-    the same scenes for every call.
+    """Yields scenes until there are `count` captions, questions and grounding phrases
+    each. Every call yields the same scenes.
     """
     grounded = index = 0
     while index < count or grounded < count:
@@ -47,8 +47,8 @@ def held_out_scenes(count: int) -> Iterator[Example]:
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """The held-out scenes of `synthetic[:COUNT]`, COUNT samples of each task. Raises
-    `DataError`.
+    """Returns the held-out scenes of `synthetic[:COUNT]`, with COUNT samples of each
+    task. Raises `DataError`.
     """
     count = source.argument or str(DEFAULT_COUNT)
     if not count.isascii() or not count.isdigit() or int(count) < 1:

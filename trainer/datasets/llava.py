@@ -1,5 +1,5 @@
 """LLaVA conversations: a JSON list of `{image, conversations: [{from: human|gpt,
-value}]}`, pictures in `images=FOLDER`.
+value}]}`, with images in `images=FOLDER`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _MARKER = "<image>"
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per conversation with one sample per answer, each with the turns
-    before it. Raises `DataError`.
+    """Reads one example per conversation, with one sample per answer. Each sample
+    includes the turns before it. Raises `DataError`.
 
-    Conversations without a picture are bad rows: every sample here is about one.
+    Conversations without an image are bad rows, because every sample needs one.
     """
     examples = []
     for index, row in enumerate(rows(read_json(source.path), "", source.path)):

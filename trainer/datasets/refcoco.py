@@ -1,8 +1,8 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as the published InfMLLM evaluation reads them: a JSON
-list of `{img_name, bbox, sentences: [{sent}]}`.
+"""RefCOCO, RefCOCO+ and RefCOCOg in the format of the published InfMLLM evaluation: a
+JSON list of `{img_name, bbox, sentences: [{sent}]}`.
 
-`bbox` is x1, y1, x2, y2 in pixels. Pictures lie in `images=FOLDER` (default: the file's
-own folder), directly or in train2014/ and val2014/.
+`bbox` is x1, y1, x2, y2 in pixels. The images are in `images=FOLDER` (default: the
+file's own folder), directly or in train2014/ and val2014/.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _OVERSHOOT = 1.0  # pixels
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per picture with all phrases; boxes are checked against the picture's
-    size. Raises `DataError`.
+    """Reads one example per image with all its phrases. Boxes are checked against the
+    image size. Raises `DataError`.
     """
     found: dict[Path, list[Sample]] = defaultdict(list)
     sizes: dict[Path, tuple[int, int]] = {}
@@ -50,8 +50,9 @@ def _picture(folder: Path, name: str) -> Path:
 
 
 def _inside(box: Box, width: int, height: int) -> Box:
-    """The box without an overshoot of up to a pixel, which the published files have;
-    more is a fault of the data.
+    """Clips a box that overshoots the image by at most one pixel; the published files
+    have such boxes. A box with a larger overshoot is bad data and is returned
+    unchanged, for the later check to reject.
     """
     x1, y1, x2, y2 = box
     close = min(x1, y1) >= -_OVERSHOOT and x2 <= width + _OVERSHOOT and y2 <= height + _OVERSHOOT

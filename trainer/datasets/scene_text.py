@@ -1,7 +1,7 @@
-"""What can be said about a scene: captions, questions with short answers, grounding
-phrases with boxes, and natural instructions.
+"""Texts about a scene: captions, questions with short answers, grounding phrases with
+boxes, and instructions in natural language.
 
-Every sentence is true by construction and every phrase that must name one thing names
+Every sentence is true by construction. A phrase that must name one thing matches
 exactly one.
 """
 
@@ -54,12 +54,14 @@ def _full(thing: Thing) -> str:
 
 
 def caption(scene: Scene) -> str:
-    """All things from left to right with size, colour and shape."""
+    """Returns a caption that lists all things from left to right with size, colour and
+    shape.
+    """
     return listed([f"a {_full(thing)}" for thing in scene.things])
 
 
 def _names(thing: Thing) -> Iterator[str]:
-    """Phrases that fit a thing, shortest first."""
+    """Yields phrases that match a thing, shortest first."""
     yield thing.shape
     yield f"{thing.colour} {thing.shape}"
     yield f"{thing.size} {thing.shape}"
@@ -181,21 +183,23 @@ _TRAINING_SHARES = {
     "existence": 2.0,
     "relation": 3.0,
 }
-"""How often each kind is tried first in training: kinds that were learnt last come up
-more. Held-out questions are drawn evenly.
+"""How often training tries each kind of question first. Kinds that models learn last
+have larger shares. Held-out questions are drawn evenly.
 """
 
 
 def caption_sample(scene: Scene, rng: np.random.Generator, prompt: str | None = None) -> Sample:
-    """A caption; the prompt is "describe" or one of its variants."""
+    """Returns a caption sample. The default prompt is "describe" or one of its
+    variants.
+    """
     return Sample("caption", prompt or pick(rng, CAPTION_PROMPTS), caption(scene), kind="caption")
 
 
 def vqa_sample(
     scene: Scene, rng: np.random.Generator, shares: Mapping[str, float] | None = None
 ) -> Sample:
-    """A question of a random kind that this scene allows (a count always is); `shares`
-    says how likely each kind is tried first.
+    """Returns a question of a random kind that this scene allows; counting is always
+    possible. `shares` gives the odds that each kind is tried first.
     """
     odds = np.array([shares[kind] for kind in QUESTIONS]) if shares else np.ones(len(QUESTIONS))
     for kind in rng.choice(list(QUESTIONS), len(QUESTIONS), replace=False, p=odds / odds.sum()):
@@ -205,8 +209,8 @@ def vqa_sample(
 
 
 def ground_sample(scene: Scene, rng: np.random.Generator) -> Sample | None:
-    """A phrase that fits exactly one thing, with its box; None when all things look
-    alike.
+    """Returns a phrase that matches exactly one thing, with its box. Returns None if no
+    phrase is unique.
     """
     named = _named_thing(scene, rng)
     return (
@@ -219,7 +223,7 @@ def ground_sample(scene: Scene, rng: np.random.Generator) -> Sample | None:
 def scene_samples(
     scene: Scene, rng: np.random.Generator, questions: int = 4, phrases: int = 2
 ) -> list[Sample]:
-    """One caption, several distinct questions and phrases."""
+    """Returns one caption and several distinct questions and phrases."""
     found = [caption_sample(scene, rng)]
     found += [vqa_sample(scene, rng, _TRAINING_SHARES) for _ in range(questions)]
     found += [sample for _ in range(phrases) if (sample := ground_sample(scene, rng))]
@@ -227,7 +231,9 @@ def scene_samples(
 
 
 def chat_samples(scene: Scene, rng: np.random.Generator, turns: int = 2) -> list[Sample]:
-    """Natural instructions, among them one conversation of two turns."""
+    """Returns instructions in natural language, among them one conversation of two
+    turns if a thing has a unique phrase.
+    """
     spoken = f"There is {caption(scene)}."
     said: list[tuple[str, str]] = [(pick(rng, DESCRIBE), spoken)]
     for _ in range(turns):
@@ -250,7 +256,7 @@ def chat_samples(scene: Scene, rng: np.random.Generator, turns: int = 2) -> list
 
 
 def corpus() -> Iterator[str]:
-    """Every word the scenes use, for building the tokenizer."""
+    """Yields texts with every word that the scenes use, for building the tokenizer."""
     for size in SIZES:
         for colour in COLOURS:
             for shape in SHAPES:
@@ -283,13 +289,13 @@ def corpus() -> Iterator[str]:
 
 
 class SceneSource:
-    """Endless fresh scenes as training examples."""
+    """Draws an endless sequence of new scenes as training examples."""
 
     dense_classes: tuple[int, ...] = (len(COLOURS) + 1, len(SHAPES) + 1, len(SIZES) + 1)
     dense_names = (*COLOURS, *SHAPES, *SIZES)
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
-        """A new scene with its samples and labels per patch."""
+        """Returns a new scene with its samples and per-patch labels."""
         scene = draw_scene(rng)
         samples = chat_samples(scene, rng) if chat else scene_samples(scene, rng)
         return Example(scene.image, tuple(samples), dense=dense_labels(scene, spec.vision.grid))

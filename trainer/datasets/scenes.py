@@ -1,9 +1,9 @@
-"""Synthetic scenes: coloured shapes on plain or textured grounds, any aspect ratio,
-drawn from a seeded generator.
+"""Synthetic scenes: coloured shapes on plain or textured backgrounds, with varying
+aspect ratios, drawn from a seeded generator.
 
-A scene knows everything about itself, so captions, questions, grounding boxes and dense
-labels per patch come for free and are exact. Needs numpy and Pillow only. The sentences
-about a scene are in `scene_text`.
+The geometry of a scene is known exactly, so captions, questions, grounding boxes and
+per-patch labels are exact and need no annotation. Needs numpy and Pillow only.
+`scene_text` writes the sentences about a scene.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_THINGS = 4
 _CANVAS = (128, 208)
 _MAX_ASPECT = 1.6
 _MAX_TILT = math.radians(12)
-_DENSE_COVER = 8  # of 64 samples that make a patch belong to a thing
+_DENSE_COVER = 8  # cells out of 64 that a thing must cover to own the patch
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,22 @@ class Thing:
 
     @property
     def centre(self) -> tuple[float, float]:
-        """Centre of the box in [0, 1]."""
+        """Returns the centre of the box in [0, 1]."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (RGB) and its things, ordered from left to right."""
+    """An RGB image and its things, ordered from left to right."""
 
     image: Image.Image
     things: tuple[Thing, ...]
 
 
 def draw_scene(rng: np.random.Generator, things: int | None = None) -> Scene:
-    """Draws a scene of 1 to 4 things (or as many of `things` as fit without touching)."""
+    """Draws a scene of 1 to 4 things. With `things`, draws that many, or as many of
+    them as fit without touching.
+    """
     width, height = _canvas(rng)
     wanted = things if things is not None else int(rng.integers(1, MAX_THINGS + 1))
     placed = _place(rng, width, height, wanted)
@@ -77,10 +79,10 @@ def draw_scene(rng: np.random.Generator, things: int | None = None) -> Scene:
 
 
 def dense_labels(scene: Scene, grid: int) -> NDArray[np.float32]:
-    """Labels of every patch, [grid*grid, 7 + 64] float32.
+    """Returns labels of every patch, [grid*grid, 7 + 64] float32.
 
-    Colour, shape, size (0 for background, else index + 1), box (4, in [0, 1]), then
-    which of the patch's 8 x 8 cells are covered by a thing.
+    The columns are colour, shape and size (0 for background, else index + 1), box (4,
+    in [0, 1]), then which of the patch's 8 x 8 cells a thing covers.
     """
     side = grid * DENSE_SUB
     canvas = Image.new("L", (side, side), 0)
@@ -111,7 +113,7 @@ def dense_labels(scene: Scene, grid: int) -> NDArray[np.float32]:
 
 
 def pick(rng: np.random.Generator, items: Sequence[str]) -> str:
-    """One of `items`, uniformly."""
+    """Returns one of `items`, drawn uniformly."""
     return items[int(rng.integers(len(items)))]
 
 
@@ -122,7 +124,7 @@ def _canvas(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _outline(shape: str, radius: float, tilt: float) -> NDArray[np.float64]:
-    """Corners around the origin, [n, 2]."""
+    """Returns the corners of a shape around the origin, [n, 2]."""
     if shape == "circle":
         angles = np.arange(28) * (2 * math.pi / 28)
         return radius * np.stack([np.cos(angles), np.sin(angles)], 1)
@@ -177,7 +179,7 @@ def _place(rng: np.random.Generator, width: int, height: int, wanted: int) -> li
 
 
 def _ground(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A muted background: plain, or with noise, a gradient, stripes or a checker
+    """Draws a muted background: plain, or with noise, a gradient, stripes or a checker
     pattern.
     """
     base = rng.uniform(40, 220) + rng.uniform(-18, 18, 3)

@@ -1,5 +1,5 @@
-"""Batches as a function of seed and step, so that a resumed run, or one spread over
-other processes, sees exactly what it would have seen.
+"""Batches that depend only on the seed and the step. A resumed run, or one spread over
+other processes, thus sees exactly the same data.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _MAX_TRIES = 100
 
 @dataclass(frozen=True)
 class BadBatch:
-    """Why a batch could not be made; a worker process hands it over in place of the
-    batch, so that the error keeps its one line.
+    """The reason why a batch could not be made. A worker process returns it in place of
+    the batch, so that the error stays a one-line message.
     """
 
     message: str
@@ -34,7 +34,7 @@ class BadBatch:
 
 @dataclass
 class BatchStream(Dataset[Batch | BadBatch]):
-    """A map from the index of a micro-batch (step * parts + part) to the batch, for a
+    """Maps the index of a micro-batch (step * parts + part) to the batch, for a
     `DataLoader` without its own batching.
     """
 
@@ -54,8 +54,8 @@ class BatchStream(Dataset[Batch | BadBatch]):
             return BadBatch(str(error))
 
     def _batch(self, index: int) -> Batch:
-        # p and chat are drawn per optimiser step: processes then take equally long, and
-        # conversations are no padding to short questions.
+        # p and chat are drawn once per optimiser step. All processes then take equally long, and
+        # short questions are not padded to the length of conversations.
         shared = np.random.default_rng((self.seed, 1 << 32, index // self.parts))
         p = self.spec.pool_sizes[int(shared.integers(len(self.spec.pool_sizes)))]
         chat = bool(shared.random() < self.chat_share)
@@ -72,8 +72,8 @@ class BatchStream(Dataset[Batch | BadBatch]):
     def _draw(
         self, rng: np.random.Generator, chat: bool, p: int
     ) -> tuple[Example, PackedRow, np.ndarray]:
-        """A drawn example, its packed samples and its pixels; one whose samples are all
-        too long is drawn again where bad rows are left out.
+        """Draws an example and returns it with its packed samples and its pixels. If
+        bad rows are skipped and all its samples are too long, draws again.
         """
         for _ in range(_MAX_TRIES):
             example = self.source.draw(rng, chat, self.spec)
@@ -95,8 +95,8 @@ class BatchStream(Dataset[Batch | BadBatch]):
 
 
 def _same_opening(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples that share the first one's text before the image (chat and short
-    tasks differ there).
+    """Returns the samples whose text before the image equals that of the first sample.
+    Chat and short tasks differ there.
     """
     opening = samples[0].prompt().before
     return [sample for sample in samples if sample.prompt().before == opening]

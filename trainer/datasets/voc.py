@@ -2,9 +2,9 @@
 captions, counting, presence and grounding.
 
 Options: `split` (default train), `scene` (how a caption begins, default "a picture")
-and `names`, a JSON file from class names to what people say, one or [one, several]:
-{"WBC": ["white blood cell", "white blood cells"]}. Documents are parsed without
-entities or network access.
+and `names`. The latter is a JSON file that maps class names to plain words, either one
+word or [singular, plural]: {"WBC": ["white blood cell", "white blood cells"]}. XML is
+parsed without entities or network access.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Data:
 
 
 def listing(source: DataSource) -> Path:
-    """The file that lists a split's pictures."""
+    """Returns the file that lists a split's images."""
     return source.path / "ImageSets" / "Main" / f"{source.options.get('split', 'train')}.txt"
 
 
@@ -125,7 +125,9 @@ def _load(source: DataSource, faults: Faults) -> _Data:
 
 
 def _names(source: DataSource, labels: list[str]) -> dict[str, ClassName]:
-    """Names of all classes: those of the file in its order, else the labels themselves."""
+    """Returns the names of all classes: those of the `names` file in its order, else
+    the labels themselves.
+    """
     given = (
         read_json(Path(source.options["names"]))
         if "names" in source.options
@@ -160,7 +162,7 @@ def _names(source: DataSource, labels: list[str]) -> dict[str, ClassName]:
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per picture with all its questions. Raises `DataError`."""
+    """Reads one example per image with all its questions. Raises `DataError`."""
     data = _load(source, faults)
     return [
         Example(
@@ -173,8 +175,8 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
 
 
 class VocSource:
-    """Draws augmented pictures whose sentences are written after the augmentation, with
-    labels per patch.
+    """Draws augmented images with per-patch labels. Their sentences are written after
+    the augmentation.
     """
 
     def __init__(self, data: _Data, augment: Augmentation, skip_bad: bool = False) -> None:
@@ -184,7 +186,7 @@ class VocSource:
         self.dense_names = tuple(name.one for name in data.names)
 
     def draw(self, rng: np.random.Generator, chat: bool, spec: ModelSpec) -> Example:
-        """See `ExampleSource.draw`; there are no conversations."""
+        """See `ExampleSource.draw`; this source has no conversations."""
         path, things, image = self._open(rng)
         image, boxes = self._augment.move(image, [thing.box for thing in things], rng, None)
         shown = visible(
@@ -195,8 +197,8 @@ class VocSource:
         return Example(square, samples, name=path.stem, dense=dense_labels(shown, spec.vision.grid))
 
     def _open(self, rng: np.random.Generator) -> tuple[Path, list[Thing], Image.Image]:
-        """A random picture; one that cannot be read is drawn again where bad rows are
-        left out.
+        """Opens a random image. If bad rows are skipped, draws again when an image
+        cannot be read.
         """
 
         def attempt() -> tuple[Path, list[Thing], Image.Image]:
@@ -215,5 +217,5 @@ class VocSource:
 
 
 def open_source(source: DataSource, faults: Faults, augment: Augmentation) -> VocSource:
-    """The training source. Raises `DataError`."""
+    """Opens the training source. Raises `DataError`."""
     return VocSource(_load(source, faults), augment, faults.skip)

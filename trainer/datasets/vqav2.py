@@ -1,4 +1,4 @@
-"""VQAv2: a questions file, `answers=` its annotations file and `images=` the COCO
+"""VQAv2: a questions file, with `answers=` its annotations file and `images=` the COCO
 folder (default: the file's own folder).
 """
 
@@ -18,8 +18,8 @@ __all__ = ["read"]
 
 
 def read(source: DataSource, faults: Faults) -> list[Example]:
-    """One example per picture; ten people's answers are the references, their most
-    common one is trained on. Raises `DataError`.
+    """Reads one example per image. The answers of ten people are the references; the
+    most common one is the training answer. Raises `DataError`.
     """
     if "answers" not in source.options:
         raise UsageError(
@@ -55,5 +55,5 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
 
 
 def _file_name(data: Any, row: Any) -> str:
-    """COCO's file name of a question's picture."""
+    """Returns COCO's file name of a question's image."""
     return f"COCO_{field(data, 'data_subtype', str)}_{field(row, 'image_id', int):012d}.jpg"

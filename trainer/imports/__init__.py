@@ -1,3 +1,3 @@
-"""Bringing weights from elsewhere: published raw checkpoints and Hugging Face folders
-become checkpoints of ours, strictly and shard by shard.
+"""Imports weights: converts published raw checkpoints and Hugging Face folders to
+InfMLLM checkpoints, strictly and shard by shard.
 """

@@ -1,5 +1,5 @@
-"""From found parts to a checkpoint of ours: every tensor accounted for, read, converted
-and written shard by shard.
+"""Converts the parts of a model to an InfMLLM checkpoint. Tensors are read, converted
+and written shard by shard, and no tensor is ignored silently.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from trainer.model import InfMLLM
 __all__ = ["DTYPES", "ImportOptions", "import_checkpoint"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_POOL_SIZES = (16, 8, 32, 4)  # the ones offered where they divide the grid, in this order
+_POOL_SIZES = (16, 8, 32, 4)  # a model gets those that divide its grid, in this order
 
 
 @dataclass(frozen=True)
 class ImportOptions:
-    """What to import. `source` is a raw InfMLLM checkpoint, or a LLaMA folder with
-    `vision` naming a tower to put in front.
+    """The options of an import. `source` is a raw InfMLLM checkpoint, or a LLaMA folder
+    combined with the vision tower that `vision` names.
     """
 
     source: Path
@@ -50,11 +50,11 @@ class ImportOptions:
 
 
 def import_checkpoint(options: ImportOptions) -> tuple[ModelSpec, list[str]]:
-    """Writes a checkpoint; returns its spec and the names of tensors that are new
-    (random), because the source has none.
+    """Writes a checkpoint. Returns its spec and the names of tensors that the source
+    lacks and that are therefore new.
 
-    Raises `CheckpointError` listing unknown, missing and mismatched tensors, or
-    `UsageError`; nothing is left at `out` then.
+    Raises `CheckpointError` for unknown, missing or mismatched tensors, or
+    `UsageError`. In that case nothing is written to `out`.
     """
     if options.dtype not in DTYPES:
         raise UsageError(f"unknown dtype {options.dtype!r}; choose one of: {', '.join(DTYPES)}")
@@ -99,7 +99,9 @@ def import_checkpoint(options: ImportOptions) -> tuple[ModelSpec, list[str]]:
 
 
 def _config(path: Path) -> Mapping[str, Any]:
-    """A Hugging Face folder's configuration; empty where there is none."""
+    """Returns a Hugging Face folder's configuration, or an empty mapping if there is
+    none.
+    """
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
@@ -123,7 +125,7 @@ def _spec(
         value = config.get(f"{name}_token_id")
         value = (
             value[0] if isinstance(value, list) and value else value
-        )  # newer folders list several ends; the first is the usual one
+        )  # newer folders list several ids; the first is the usual one
         if isinstance(value, int) and value >= 0:  # older folders write -1 for none
             ids[f"{name}_id"] = value
     return ModelSpec(options.out.name, vision, decoder, pools, options.image_mode, **ids)
@@ -149,8 +151,8 @@ def _tokenizer(options: ImportOptions) -> Path:
 def _tensors(
     options: ImportOptions, spec: ModelSpec, parts: list[Part], new: list[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the model in order, converted; what no part has is random from
-    the seed and named in `new`.
+    """Yields every tensor of the model in order, converted. Adapter and final-norm
+    tensors that no part has are initialised from the seed and added to `new`.
     """
     sources = {name: source for part in parts for name, source in part.sources.items()}
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Reading tensors one at a time from safetensors, and from pickled files only through
+"""Reads tensors one at a time from safetensors, and from pickled files only through
 `weights_only` and a memory map.
 
 Nothing in a file is executed, and a tensor is in memory only while its caller holds it.
@@ -40,8 +40,8 @@ WeightFiles = Mapping[str, Stored]
 
 
 def open_weights(path: Path) -> dict[str, Stored]:
-    """All tensors of a file, or of a folder's shards, by name with `module.` and LoRA
-    wrapper prefixes removed. Raises `CheckpointError`.
+    """Opens all tensors of a file, or of a folder's shards, by name. Removes the prefix
+    `module.` and LoRA wrapper prefixes. Raises `CheckpointError`.
     """
     files = _files(path)
     found: dict[str, Stored] = {}
@@ -97,8 +97,8 @@ def _safetensors(file: Path) -> dict[str, Stored]:
 
 def _pickled(file: Path) -> dict[str, Stored]:
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped; they are read
-        # whole, once.
+        # Files from before torch 1.6 are not zip archives and cannot be memory-mapped. They are
+        # read whole, once.
         data = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
@@ -134,7 +134,7 @@ def _pickled(file: Path) -> dict[str, Stored]:
 
 
 def _unwrapped(data: object) -> object:
-    """The table of tensors inside the usual wrappers."""
+    """Returns the mapping of tensors inside the usual wrappers."""
     while isinstance(data, Mapping):
         inner = [data[key] for key in _WRAPPERS if isinstance(data.get(key), Mapping)]
         if not inner:

@@ -1,8 +1,8 @@
-"""The layouts we read: which of our tensors comes from which of theirs, and what model
-their shapes and configurations describe.
+"""The supported weight layouts: which source tensor becomes which InfMLLM tensor, and
+which model the shapes and configuration describe.
 
-Published raw InfMLLM and EVA-CLIP/BLIP-2 (`visual_encoder.*`), Hugging Face
-`Blip2VisionModel`, and any LLaMA in Hugging Face layout.
+Supported are the published raw InfMLLM and EVA-CLIP/BLIP-2 (`visual_encoder.*`),
+Hugging Face `Blip2VisionModel`, and any LLaMA in Hugging Face layout.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ _EVA_WIDTH, _EVA_HEADS, _EVA_BLOCKS, _LLAMA_HEAD_DIM = (
 
 @dataclass(frozen=True)
 class Source:
-    """Where one of our tensors comes from: a stored tensor, and what to do to it."""
+    """The source of one InfMLLM tensor: a stored tensor, and the change to apply to it."""
 
     stored: Stored
     change: Callable[[Tensor], Tensor] | None = None
 
     def read(self) -> Tensor:
-        """The tensor as our model has it."""
+        """Reads the tensor in the form InfMLLM uses."""
         tensor = self.stored.read()
         return self.change(tensor) if self.change else tensor
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a model found in files: our names with their sources, and the stored
-    names it uses up. `spec` describes tower or decoder.
+    """A part of a model found in weight files. `sources` maps InfMLLM names to their
+    sources, and `used` has the stored names they use. `spec` describes the tower or the
+    decoder.
     """
 
     sources: Mapping[str, Source]
@@ -55,8 +56,8 @@ class Part:
 
 
 def _prefixed(weights: WeightFiles, *prefixes: str) -> str:
-    """The first prefix under which there are tensors; None of them is a
-    `CheckpointError`.
+    """Returns the first prefix that some tensor name starts with. Raises
+    `CheckpointError` if there is none.
     """
     for prefix in prefixes:
         if any(name.startswith(prefix) for name in weights):
@@ -68,7 +69,9 @@ def _prefixed(weights: WeightFiles, *prefixes: str) -> str:
 
 
 def _number(config: Mapping[str, Any], key: str, default: float) -> float:
-    """A positive number of a configuration, or the default where it is absent or null."""
+    """Returns a positive number from a configuration, or the default if it is absent or
+    null.
+    """
     value = config.get(key)
     if value is None:
         return default
@@ -146,7 +149,9 @@ _BLIP2_BLOCK = {
 
 
 def _bias_third(index: int) -> Callable[[Tensor], Tensor]:
-    """Q (0) or V (2) of a fused bias whose K must be zero, as in the published tower."""
+    """Returns a function that takes the Q (0) or V (2) part of a fused bias. The K part
+    must be zero, as in the published tower.
+    """
 
     def cut(bias: Tensor) -> Tensor:
         q, k, v = bias.chunk(3)
@@ -160,8 +165,8 @@ def _bias_third(index: int) -> Callable[[Tensor], Tensor]:
 
 
 def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int | None) -> Part:
-    """The tower. `config` is a Hugging Face configuration (empty for raw files);
-    `image_size` resizes positions. Raises `CheckpointError`.
+    """Finds the vision tower. `config` is a Hugging Face configuration, or empty for
+    raw files. `image_size` resizes the position table. Raises `CheckpointError`.
     """
     huggingface = any("embeddings.class_embedding" in name for name in weights)
     if huggingface:
@@ -215,7 +220,7 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
         names[f"patch_embed.{kind}"] = (f"{patch}.{kind}", None)
         if (
             huggingface or f"{norm}.{kind}" in weights or prefix == "visual_encoder."
-        ):  # bare EVA files end before it; it is new then
+        ):  # bare EVA files lack this norm; it is then initialised anew
             names[f"norm.{kind}"] = (f"{norm}.{kind}", None)
     for layer in range(spec.layers):
         for ours, theirs in block.items():
@@ -232,7 +237,7 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
 
 
 def pooler_part(weights: WeightFiles) -> Part | None:
-    """The published pool-adapter's MLP, or None where there is none."""
+    """Finds the published pool-adapter's MLP. Returns None if there is none."""
     if not any(name.startswith("pooler.") for name in weights):
         return None
     names = {
@@ -244,8 +249,8 @@ def pooler_part(weights: WeightFiles) -> Part | None:
 
 
 def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | None) -> Part:
-    """The LLaMA decoder. Raises `CheckpointError` for other architectures and features
-    (rope scaling, biases, sliding windows).
+    """Finds the LLaMA decoder. Raises `CheckpointError` for other architectures and for
+    unsupported features (rope scaling, biases, sliding windows).
     """
     prefix = "lm_model." if any(name.startswith("lm_model.") for name in weights) else ""
     body = _prefixed(weights, f"{prefix}model.")
@@ -291,7 +296,7 @@ def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | N
     )
     computed = {
         name for name in weights if name.endswith("rotary_emb.inv_freq")
-    }  # older files store what is computed
+    }  # older files store this; the model computes it instead
     return Part(part.sources, part.used | computed, spec)
 
 
@@ -327,10 +332,12 @@ def _check_llama(config: Mapping[str, Any]) -> None:
 
 
 def finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor as `dtype`; raises `CheckpointError` if a value is not finite there."""
+    """Returns the tensor as `dtype`. Raises `CheckpointError` if a value is not finite
+    in that type.
+    """
     converted = (
         tensor.detach().to(dtype, copy=True).contiguous()
-    )  # a copy: tied tensors may not share memory in a file
+    )  # a copy, because tied tensors must not share memory when they are saved
     if not bool(torch.isfinite(converted).all()):
         hint = (
             "use --dtype bf16 or fp32"

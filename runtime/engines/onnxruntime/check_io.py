@@ -1,5 +1,5 @@
-"""Checks that a session's inputs and outputs are those the manifest's spec calls for,
-before anything is bound to them.
+"""Checks that a session's inputs and outputs match the manifest's spec, before anything
+is bound to them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from runtime.contract.graphs import IMAGE_EMBEDS, PIXELS, POOL
 __all__ = ["Shape", "check_values", "check_vision"]
 
 Shape = tuple[int | None, ...]
-"""Static dimensions, None where they are free."""
+"""Static dimensions; None for a free dimension."""
 
 
 def check_values(
@@ -44,7 +44,7 @@ def check_values(
 
 
 def check_vision(bundle: Bundle, file: str, session: ort.InferenceSession) -> None:
-    """`check_values` of a vision graph."""
+    """Runs `check_values` on the inputs and outputs of a vision graph."""
     tower = bundle.spec.vision
     pixels = (None, 3, tower.image_size, tower.image_size)
     check_values(bundle, file, session.get_inputs(), {PIXELS: pixels, POOL: (None, tower.grid**2)})

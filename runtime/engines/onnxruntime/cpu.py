@@ -1,8 +1,8 @@
-"""ONNX Runtime on the CPU: the sessions, and a decode loop that rebinds nothing.
+"""ONNX Runtime on the CPU: the sessions, and a decode loop that reuses its bindings.
 
-Key/value buffers are allocated once and bound as input and output of the same graph,
-which updates them in place. One token costs two integer writes, one row copy and one
-`run`.
+Key/value cache buffers are allocated once. Each is bound as both input and output of
+the same graph, which updates it in place. A decode step costs two integer writes, one
+row copy and one `run`.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from runtime.engines.onnxruntime.sessions import engine_errors, open_graph
 
 __all__ = ["OrtEngine"]
 
-# inputs up to this many rows keep their binding; longer ones are bound anew, which costs 30 µs
-# of many milliseconds
+# Inputs of up to this many rows keep their binding. Longer ones are bound for each call: 30 µs
+# of many milliseconds.
 _KEPT_BINDINGS = 32
 
 
 def _check_contract(
     bundle: Bundle, vision: ort.InferenceSession, decoders: Mapping[str, ort.InferenceSession]
 ) -> None:
-    """Raises `BundleError` unless all graphs have the inputs and outputs the spec calls
-    for, with its static dimensions.
+    """Raises `BundleError` unless all graphs have the inputs and outputs that the spec
+    requires, with its static dimensions.
     """
     spec = bundle.spec.decoder
     caches: dict[str, Shape] = dict.fromkeys(
@@ -51,7 +51,7 @@ def _check_contract(
     )
     check_vision(bundle, VISION, vision)
     for file, decoder in decoders.items():
-        # Bundles of version 0.1 give logits of the last position only.
+        # Bundles of version 0.1 return logits of the last position only.
         keep: dict[str, Shape] = {LOGITS_TO_KEEP: (1,)} if _keeps(decoder) else {}
         inputs: dict[str, Shape] = {
             INPUTS_EMBEDS: (None, None, spec.hidden),
@@ -74,8 +74,8 @@ def _keeps(session: ort.InferenceSession) -> bool:
 
 
 class _Buffers:
-    """Caches for `slots` sequences, and the small arrays that say how far each is
-    filled; every session and length binds the same ones.
+    """Key/value caches for `slots` sequences. Calls of every session and length bind
+    these same buffers.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class _Buffers:
         self._bindings: dict[tuple[int, int, int, int], _Call] = {}
 
     def call(self, session: ort.InferenceSession, slots: int, length: int, keep: int) -> _Call:
-        """A call of one shape, its binding kept for next time if it is short."""
+        """Returns a call of one shape. Short calls keep their binding for reuse."""
         key = (id(session), slots, length, keep)
         call = self._bindings.get(key)
         if call is None:
@@ -130,7 +130,7 @@ class _Call:
         inputs = {INPUTS_EMBEDS: embeds, SEQLENS_K: self.seqlens, TOTAL_LENGTH: self.total}
         if _keeps(session):
             inputs[LOGITS_TO_KEEP] = np.array([keep], np.int64)
-        self._held = inputs  # the binding looks at these arrays, it does not own them
+        self._held = inputs  # keeps the arrays alive: the binding does not own them
         for name, array in inputs.items():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         self._binding.bind_ortvalue_output(LOGITS, ort.OrtValue.ortvalue_from_numpy(logits))
@@ -140,7 +140,9 @@ class _Call:
             self._binding.bind_ortvalue_output(present(name), value)
 
     def run(self) -> NDArray[np.float32]:
-        """Logits [slots * keep, V] of what is in `embeds`, `seqlens` and `total`."""
+        """Runs the graph on `embeds`, `seqlens` and `total`. Returns the logits
+        [slots * keep, V].
+        """
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
@@ -149,8 +151,8 @@ class _Call:
 
 
 class OrtEngine:
-    """The graphs of a `cpu` bundle in ONNX Runtime. Calls of more than one token go to
-    the prefill graph where the bundle has one.
+    """Runs the graphs of a `cpu` bundle in ONNX Runtime. `forward` uses the prefill
+    graph for more than one token if the bundle has one.
     """
 
     validation: Validation | None = None

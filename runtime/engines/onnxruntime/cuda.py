@@ -1,11 +1,11 @@
-"""ONNX Runtime's CUDA provider: both graphs of a `cuda` bundle, caches in the GPU's
-memory, decoding steps as one CUDA graph.
+"""ONNX Runtime's CUDA provider: runs both graphs of a `cuda` bundle, with caches in GPU
+memory and decode steps as one CUDA graph.
 
-A greedy step brings a token id and one number back to the host. The attention reads
-from the device how far a sequence is (`seqlens_k`); the total length it takes on the
-host only chooses how the work is split, so a decoding step always says the cache's
-whole length there and nothing on the host changes from step to step: that is what lets
-one captured graph serve them all.
+A greedy step copies a token id and one number back to the host. The attention operator
+reads the length of each sequence from the device (`seqlens_k`). It takes the total
+length from the host, but only to choose how the work is split. A decode step therefore
+always passes the full cache length there. Nothing on the host changes between steps, so
+one captured graph serves them all.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _TARGET = "cuda"
 _FATAL = 4  # ONNX Runtime log level
 _SETTINGS = {
     "device_id": "0",
-    "arena_extend_strategy": "kSameAsRequested",  # the default doubles what it takes
-    # one convolution, the patch embedding: not worth an exhaustive search at each start
+    "arena_extend_strategy": "kSameAsRequested",  # the default doubles each extension
+    # The only convolution is the patch embedding: an exhaustive search does not pay at each start.
     "cudnn_conv_algo_search": "HEURISTIC",
 }
 
 
 class OrtCudaEngine(DeviceEngine):
-    """The graphs of a `cuda` bundle. On `HOST` the same graphs and calls run on the
-    CPU, which is how builds and tests prove them.
+    """Runs the graphs of a `cuda` bundle. With device `HOST` the same graphs and calls
+    run on the CPU, which builds and tests use for validation.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions, device: Device = CUDA) -> None:
@@ -80,16 +80,16 @@ class OrtCudaEngine(DeviceEngine):
         )
 
     def places(self, length: int, start: int) -> dict[str, NDArray[Any]]:
-        """How far the cache is filled. A single token's total length stays the whole
-        cache's, see above.
+        """Returns the inputs that say how far the cache is filled. For a single token,
+        the total length stays the full cache length (see the module docstring).
         """
         end = start + length
         filled: dict[str, NDArray[Any]] = {SEQLENS_K: np.array([end - 1], np.int32)}
         return filled if length == 1 else {**filled, TOTAL_LENGTH: np.array(end, np.int32)}
 
     def bound(self, shape: CallShape, caches: Mapping[str, ort.OrtValue]) -> Bound:
-        """See `DeviceEngine.bound`. A single token of the engine's own cache is
-        captured.
+        """See `DeviceEngine.bound`. A single-token call on the engine's own cache is
+        captured as a CUDA graph.
         """
         rows, own = int(next(iter(caches.values())).shape()[2]), caches is self.caches
         inputs: dict[str, NDArray[Any]] = {
@@ -115,8 +115,8 @@ def _remedy() -> str:
 
 
 def _check_available(device: Device) -> None:
-    """Raises `EngineError` if this onnxruntime has no such provider; loads the CUDA
-    libraries that pip installed, where there are any.
+    """Raises `EngineError` if this onnxruntime lacks the device's provider. Loads the
+    CUDA libraries that pip installed, if there are any.
     """
     if device.provider not in ort.get_available_providers():
         raise EngineError(
@@ -125,30 +125,30 @@ def _check_available(device: Device) -> None:
     ort.set_default_logger_severity(_FATAL)
     with contextlib.redirect_stdout(
         io.StringIO()
-    ):  # it prints what it does not find; the session says it in one line
+    ):  # preload_dlls prints missing libraries; the session reports them in one line
         ort.preload_dlls()
 
 
 def _opened(
     bundle: Bundle, file: str, options: EngineOptions, device: Device, captures: bool = False
 ) -> ort.InferenceSession:
-    """A session whose every node is the device's. Raises `EngineError` where ONNX
-    Runtime would go on without it, on the CPU.
+    """Opens a session that runs every node on the device. Raises `EngineError` where
+    ONNX Runtime would fall back to the CPU.
     """
     settings, path = session_options(options.threads), bundle.file(file)
     chosen: list[Any] = [device.provider]
     if not device.captures:
         settings.graph_optimization_level = (
             ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        )  # literally: rounded behind each operator, as a GPU does
+        )  # runs the graph as written: results are rounded after each operator, as on a GPU
     else:
         settings.log_severity_level = (
-            _FATAL  # what it logs in several lines the error says in one, and the doctor in full
+            _FATAL  # the error says the same in one line, and the doctor command in full
         )
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         chosen = [(device.provider, {**_SETTINGS, "enable_cuda_graph": "1" if captures else "0"})]
     try:
-        # Its fused residual + norm adds up in half precision; apart, the norm adds up in fp32.
+        # The fused residual + norm sums in half precision; the separate norm sums in fp32.
         session = ort.InferenceSession(
             str(path),
             settings,

@@ -1,9 +1,9 @@
-"""Several sequences decoded together on a device, each in a slot of shared caches.
+"""Decodes several sequences together on a device, each in a slot of shared caches.
 
-Rows move between slots on the host, because ONNX Runtime copies only whole buffers: the
-caches come down, are put in order, and go up again. That happens when a question is
-added or leaves and after every step of a beam search that changes its order, never in a
-plain decoding step.
+Rows are moved between slots on the host, because ONNX Runtime copies only whole
+buffers: the caches are copied to the host, rearranged and copied back. This happens
+when a question is added or leaves, and after each beam search step that reorders the
+beams. It never happens in a plain decode step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ Caches = dict[str, ort.OrtValue]
 
 
 class DeviceBatch:
-    """See `runtime.engines.Batch`. `shape` is that of its caches [slots,KV,rows,D];
-    `bind(n, caches)` makes a step of n sequences.
+    """See `runtime.engines.Batch`. `shape` is the shape of its caches
+    [slots,KV,rows,D]. `bind(n, caches)` returns a call that runs one step of n
+    sequences.
     """
 
     def __init__(
@@ -82,17 +83,21 @@ class DeviceBatch:
             cache[: len(sources), :, start:end] = cache[list(sources), :, start:end]
 
     def _down(self) -> None:
-        """The host's copy is the true one from here on."""
+        """Copies the caches to the host if the device has newer ones. From then on the
+        host's copy is the current one.
+        """
         if self._newer == "device":
             for name, value in self._caches.items():
                 self._host[name][: self._slots] = read(value)
         self._newer = "host"
 
     def _up(self, slots: int) -> Bound:
-        """The device holds the first `slots` slots."""
+        """Brings the first `slots` slots up to date on the device and returns the call
+        bound to them.
+        """
         if self._call is None or slots != self._slots:
             self._down()
-            self._caches = {}  # before the new ones are made: memory for both may not be there
+            self._caches = {}  # freed first: there may not be memory for old and new caches
             self._call = None
             self._caches = {
                 name: self._device.hold(cache[:slots].copy()) for name, cache in self._host.items()

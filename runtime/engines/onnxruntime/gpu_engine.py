@@ -1,5 +1,5 @@
-"""What the engines of ONNX Runtime on a GPU share: caches and calls that stay on the
-device, and a step of which only a token comes back.
+"""Base class of the ONNX Runtime engines on a GPU. Caches and calls stay on the device,
+and a greedy decode step copies only a token id and one number back.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from runtime.engines.onnxruntime.sessions import engine_errors
 
 __all__ = ["CallShape", "DeviceEngine"]
 
-_KEPT_CALLS = 8  # calls up to this many rows keep their buffers: single tokens and drafts
+_KEPT_CALLS = 8  # calls of up to this many rows (single tokens and drafts) keep their buffers
 
 
 @dataclass(frozen=True)
 class CallShape:
-    """What a call binds: sequences side by side, rows of each, and how many of the last
-    rows get logits.
+    """Shape of a call: the number of sequences, the rows of each, and how many of the
+    last rows get logits.
     """
 
     slots: int
@@ -48,8 +48,8 @@ class CallShape:
 
 
 class DeviceEngine(ABC):
-    """An `Engine` but for `batch`; subclasses say how a graph is told which rows a call
-    fills.
+    """An `Engine` without `batch`. Subclasses define how the graph is told which cache
+    rows a call fills.
     """
 
     verifies = True
@@ -63,19 +63,19 @@ class DeviceEngine(ABC):
         capacity: int,
         rows: int = 0,
     ) -> None:
-        """`rows` is the length of the caches where it is not `capacity`."""
+        """Sets up the engine; `rows` is the cache length if it differs from `capacity`."""
         spec = bundle.spec.decoder
         self.bundle, self.device, self.capacity = bundle, device, capacity
         self.version = f"onnxruntime {ort.__version__} {device.provider}"
         self._vision, self._decoder = vision, decoder
-        # Zeros, because a masked row of garbage may still be multiplied by nothing.
+        # Zeros, because a masked row may still be multiplied by zero, and zero times NaN is NaN.
         self.cache_shape = (1, spec.kv_heads, rows or capacity, spec.head_dim)
         self.caches = self.new_caches()
         self._calls: dict[CallShape, Bound] = {}
         self._proved = device.memory == "cpu"
 
     def new_caches(self) -> dict[str, ort.OrtValue]:
-        """Empty caches of one sequence. Raises `ContextError`."""
+        """Allocates empty caches for one sequence. Raises `ContextError`."""
         return {
             name: self.device.hold(np.zeros(self.cache_shape, np.float16))
             for name in self.bundle.spec.decoder.cache_names
@@ -101,8 +101,8 @@ class DeviceEngine(ABC):
     def embed_image(
         self, pixels: NDArray[np.float32], pool: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """See `Engine.embed_image`. The graph takes one picture; several go one after
-        the other.
+        """See `Engine.embed_image`. The graph takes one image, so several are processed
+        one after the other.
         """
         try:
             found = [
@@ -136,15 +136,17 @@ class DeviceEngine(ABC):
         return self._run(inputs_embeds, start, inputs_embeds.shape[1]).logits()
 
     def _heal(self, call: Bound) -> None:
-        """Empties the cache after a call that was not finite: rows that are masked now
-        must be zeros, since nothing times NaN is NaN.
+        """Zeroes the caches after a call with non-finite results. Masked rows must be
+        zero, because zero times NaN is NaN.
         """
         if not np.isfinite(call.read(LOGITS_MASS)).all():
             for cache in self.caches.values():
                 write(cache, np.zeros(self.cache_shape, np.float16))
 
     def _token(self, call: Bound) -> int:
-        """The token the GPU chose. Raises `EngineError` if it is none."""
+        """Returns the token that the GPU chose. Raises `EngineError` if it is not in
+        the vocabulary.
+        """
         token, count = int(call.read(NEXT_TOKEN)[0]), self.bundle.spec.decoder.vocab_size
         if not 0 <= token < count:
             raise EngineError(
@@ -170,11 +172,13 @@ class DeviceEngine(ABC):
 
     @abstractmethod
     def places(self, length: int, start: int) -> dict[str, NDArray[Any]]:
-        """Inputs that say which rows a call of one sequence fills."""
+        """Returns the inputs that tell the graph which cache rows a call of one
+        sequence fills.
+        """
 
     @abstractmethod
     def bound(self, shape: CallShape, caches: Mapping[str, ort.OrtValue]) -> Bound:
-        """A call of one shape over some caches [slots,KV,C,D]."""
+        """Binds a call of one shape to the given caches [slots,KV,C,D]."""
 
     def call(
         self,
@@ -184,8 +188,8 @@ class DeviceEngine(ABC):
         host: Collection[str] = (),
         graph: int | None = None,
     ) -> Bound:
-        """`bound`, given the inputs that `places` replaces; `host` and `graph` as
-        `Bound` takes them.
+        """Implements `bound`, given the inputs that `places` replaces. `host` and
+        `graph` are passed to `Bound`.
         """
         spec, logits = self.bundle.spec.decoder, shape.slots * shape.count
         inputs: dict[str, NDArray[Any]] = {

@@ -1,8 +1,8 @@
-"""Memory of a device and calls bound to it, for engines that run in ONNX Runtime on a
-GPU; the CPU can stand in for one.
+"""Device memory and bound calls for the engines that run in ONNX Runtime on a GPU. The
+CPU can stand in for a GPU.
 
-Every buffer is allocated once and keeps its address; a call copies in what changes,
-runs, and copies out what is asked for.
+Every buffer is allocated once and keeps its address. A call copies changed inputs to
+the device, runs, and copies requested outputs to the host.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from runtime.engines.onnxruntime.sessions import engine_errors
 __all__ = ["HOST", "Bound", "Device", "read", "write"]
 
 _NOT_CAPTURED = "-1"
-_CAPTURE = "gpu_graph_id"  # run option of CUDA's provider; others ignore it
+_CAPTURE = "gpu_graph_id"  # run option of the CUDA provider; others ignore it
 
 
 @dataclass(frozen=True)
 class Device:
-    """An execution provider and the memory it computes in: `memory` as `OrtValue` names
-    it, `vendor` a PCI vendor where it asks for one.
+    """An execution provider and the memory it computes in. `memory` is the name that
+    `OrtValue` uses for it; `vendor` is the PCI vendor id, if `OrtValue` needs one.
 
-    `captures` providers replay a call of fixed shapes and addresses as one CUDA graph.
+    If `captures` is true, the provider can replay a call with fixed shapes and
+    addresses as one CUDA graph.
     """
 
     provider: str
@@ -39,8 +40,8 @@ class Device:
     captures: bool = False
 
     def hold(self, array: NDArray[Any]) -> ort.OrtValue:
-        """A buffer of the device with the array's contents. Raises `ContextError` if
-        there is no memory for it.
+        """Returns a device buffer with the array's contents. Raises `ContextError` if
+        there is not enough memory.
         """
         vendor = {} if self.vendor < 0 else {"vendor_id": self.vendor}
         try:
@@ -57,29 +58,29 @@ class Device:
 
 
 HOST = Device("CPUExecutionProvider", "cpu")
-"""Stands in for a GPU: the same graphs, buffers and calls."""
+"""Stands in for a GPU, with the same graphs, buffers and calls."""
 
 
 def read(value: ort.OrtValue) -> NDArray[Any]:
-    """A copy of a buffer's contents on the host."""
+    """Returns a copy of a buffer's contents on the host."""
     found: NDArray[Any] = value.numpy()
     return (
         found.copy() if value.device_name() == HOST.memory else found
-    )  # on the host it is a view that does not keep its memory alive
+    )  # a host buffer gives a view that does not keep its memory alive
 
 
 def write(value: ort.OrtValue, array: NDArray[Any]) -> None:
-    """Replaces a buffer's contents; shape and dtype must be those it has."""
+    """Replaces a buffer's contents; the array must have the buffer's shape and dtype."""
     value.update_inplace(np.asarray(array, order="C"))
 
 
 class Bound:
     """A session bound to buffers of one shape.
 
-    `inputs` and `outputs` are copied to the device, `host` inputs stay where they are
-    and may be written to directly; `updated` maps inputs to the outputs that take their
-    place in the same memory. `graph`, from 0, has the call captured as the CUDA graph
-    of that number.
+    `inputs` and `outputs` get device buffers. Inputs named in `host` stay in host
+    memory and may be written directly. `updated` maps a pair of input and output names
+    to the one buffer both use, which the graph updates in place. `graph`, counted from
+    0, has the call captured as the CUDA graph of that number.
     """
 
     def __init__(
@@ -111,27 +112,27 @@ class Bound:
             self._binding.bind_ortvalue_output(given, value)
 
     def write(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Replaces inputs by name."""
+        """Replaces the contents of the named inputs."""
         for name, array in arrays.items():
             write(self.values[name], array)
 
     def read(self, name: str) -> NDArray[Any]:
-        """An output of the last `run`."""
+        """Returns an output of the last `run`."""
         return read(self.values[name])
 
     def logits(self) -> NDArray[np.float32]:
-        """Logits [n,V] of the last `run`, NaN where the mass is not finite: 8-bit
-        layers make numbers of what is not.
+        """Returns the logits [n,V] of the last `run`, with NaN in rows whose mass is
+        non-finite: 8-bit layers can turn non-finite values into finite ones.
         """
         found: NDArray[np.float32] = self.read(LOGITS)
         finite = np.isfinite(self.read(LOGITS_MASS))
         return found if finite.all() else np.where(finite[:, None], found, np.float32(np.nan))
 
     def run(self) -> None:
-        """Computes. Raises `EngineError`."""
+        """Runs the session. Raises `EngineError`."""
         apart = (
             self._device.memory != HOST.memory
-        )  # copies and kernels may be on different streams, and a run waits for neither by contract
+        )  # copies and kernels may use different streams; a run is not guaranteed to wait for them
         try:
             if apart:
                 self._binding.synchronize_inputs()

@@ -1,12 +1,12 @@
-"""The engine cache: large graphs with their weights packed for this machine's kernels,
-on disk, so that loading is mapping them.
+"""The engine cache of ONNX Runtime on the CPU: large graphs on disk, with weights
+packed for this machine's kernels, so that loading only maps them.
 
 ONNX Runtime packs weights when it opens a graph, which costs seconds and a second copy
-in memory. The first process does that once and saves the result under a fingerprint of
-graph, ONNX Runtime, CPU and settings; what the fingerprint does not name exactly is
-never loaded. What was saved is opened once and must give the bits of the session that
-saved it: ONNX Runtime 1.31 writes some packed 4-bit and blockwise 8-bit weights that do
-not.
+in memory. The first process does this once and saves the result under a fingerprint of
+graph, ONNX Runtime, CPU and settings. A saved graph is loaded only if its fingerprint
+matches exactly. It is opened once after saving and must give bit-identical results to
+the session that saved it. ONNX Runtime 1.31 writes some packed 4-bit and blockwise
+8-bit weights that do not.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from runtime.output.console import note
 __all__ = ["open_stored", "stored"]
 
 WORTH = 64 << 20
-"""Bytes of weights from which a graph is kept."""
+"""Smallest size of a graph's weights, in bytes, for which the graph is stored."""
 
-_RECIPE = 1  # part of the fingerprint: raise it when what is saved changes
+_RECIPE = 1  # part of the fingerprint: increase it when the saved content changes
 _MODEL, _WEIGHTS, _USABLE = "model.onnx", "model.bin", "usable"
-_SPACE = 2.3  # disk taken, against a graph's weights
-_MAX_INPUT = 1 << 28  # numbers in a made-up input
+_SPACE = 2.3  # disk space needed, relative to the size of a graph's weights
+_MAX_INPUT = 1 << 28  # largest number of elements in a generated test input
 
 
 def _cpu() -> str:
-    """What packed weights depend on: the instruction sets of this CPU."""
+    """Describes this CPU's model and instruction sets, on which packed weights depend."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     found = sorted(
         {
@@ -65,8 +65,8 @@ def _cpu() -> str:
 def stored(
     bundle: Bundle, file: str, settings: Callable[[], ort.SessionOptions], note_of_settings: str
 ) -> Path | None:
-    """The prepared graph's path, made now if this is the first time; None where it is
-    not worth it, impossible, or being made by another process.
+    """Returns the path of the prepared graph, which is made on first use. Returns None
+    if this is not worthwhile or not possible, or if another process is making it.
     """
     weights, limit = bundle.files.get(file.replace(".onnx", ".weights")), engine_cache_bytes()
     if weights is None or weights[0] < WORTH or limit < _SPACE * weights[0]:
@@ -93,8 +93,8 @@ def stored(
         os.utime(ready / MARK)
     except BusyError:
         return None
-    # ONNX Runtime's exceptions share no public base class; whatever went wrong, the plain graph
-    # is still there
+    # ONNX Runtime's exceptions share no public base class. After any error the plain graph is
+    # used.
     except Exception as error:
         note(
             f"the weights of {file} are not kept packed for this CPU "
@@ -105,8 +105,8 @@ def stored(
 
 
 def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions]) -> bool:
-    """Opens the graph once, which writes it and its packed weights, tries what was
-    written, puts the folder in place; False if it is no good.
+    """Opens the graph once, which writes it and its packed weights. Validates the
+    written files and moves the folder into place. Returns False if they are unusable.
     """
     note(f"packing the weights of {source.name} for this CPU (once)")
     staging = staging_of(ready)
@@ -149,13 +149,15 @@ def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions])
 
 
 def open_stored(path: Path, settings: ort.SessionOptions) -> ort.InferenceSession:
-    """A session of a prepared graph: everything is optimised and packed already."""
+    """Opens a session of a prepared graph, without optimising it again."""
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
 
 def _tried(session: ort.InferenceSession) -> list[NDArray[np.generic]]:
-    """First outputs for made-up inputs, of one position and of three."""
+    """Runs generated inputs of one and of three positions. Returns the first output of
+    each run.
+    """
     rng, found = np.random.default_rng(0), []
     for length in (1, 3):
         feed: dict[str, NDArray[np.generic]] = {
@@ -185,8 +187,8 @@ def _tried(session: ort.InferenceSession) -> list[NDArray[np.generic]]:
 
 
 def _intact(folder: Path) -> bool | None:
-    """Whether the folder's files may be used; None if they are not the very ones its
-    maker wrote.
+    """Returns whether the folder's files may be used, or None if they are not exactly
+    the files that were written.
     """
     mark = read_mark(folder)
     try:

@@ -1,5 +1,5 @@
-"""Opening a bundle's graph in ONNX Runtime: the settings every session here uses, and
-its faults in our words.
+"""Opens a bundle's graphs in ONNX Runtime with the session settings used here, and
+converts its errors to `EngineError`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _PROVIDERS = ["CPUExecutionProvider"]
 def session_options(
     threads: int | None, spinning: bool = True, exact: bool = True, resting: bool = False
 ) -> ort.SessionOptions:
-    """ONNX Runtime settings every session here uses; `threads` None means all cores
-    this process may use.
+    """Returns the ONNX Runtime settings that every session here uses; `threads` None
+    means all cores this process may use.
 
-    `spinning` lets idle worker threads wait busily for the next operator, `resting`
-    stops that when a run is over: they would take the cores another session needs. x86
-    CPUs without VNNI saturate in the unsigned-by-signed 8-bit kernel unless the weights
-    were made to fit (as our builds do); `exact` makes ONNX Runtime take its exact,
-    slower one there (and only there).
+    `spinning` lets idle worker threads busy-wait for the next operator. `resting` stops
+    busy-waiting when a run is over, because it would take cores that another session
+    needs. On x86 CPUs without VNNI, the unsigned-by-signed 8-bit kernel saturates
+    unless the weights are kept small enough (as this project's builds do). `exact`
+    makes ONNX Runtime use its exact, slower kernel on those CPUs, and only there.
     """
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = threads or available_cores()
@@ -43,14 +43,14 @@ def session_options(
 
 
 def open_graph(bundle: Bundle, file: str, options: EngineOptions) -> ort.InferenceSession:
-    """A session of one of a bundle's graphs, from the engine cache where its weights
-    are worth it. Raises `EngineError`.
+    """Opens a session for one of a bundle's graphs, from the engine cache if its
+    weights are large enough. Raises `EngineError`.
     """
     exact = not bundle.saturation_safe
 
     def settings() -> ort.SessionOptions:
-        # The tower runs once an answer, a prefill graph before the first token: neither may go
-        # on spinning beside what comes next.
+        # The vision tower runs once per answer, a prefill graph before the first token. Neither
+        # may keep busy-waiting while the next graph runs.
         return session_options(options.threads, file != VISION, exact, resting=file == PREFILL)
 
     path = bundle.file(file)
@@ -59,7 +59,7 @@ def open_graph(bundle: Bundle, file: str, options: EngineOptions) -> ort.Inferen
             return open_stored(ready, settings())
         except (
             Exception
-        ) as error:  # removed or replaced a moment ago; the plain graph is still there
+        ) as error:  # just removed or replaced by another process: use the plain graph
             note(
                 f"the packed weights of {file} cannot be opened "
                 f"({str(error).splitlines()[0]:.160}); loading takes longer"
@@ -74,8 +74,8 @@ def open_graph(bundle: Bundle, file: str, options: EngineOptions) -> ort.Inferen
 
 
 def engine_errors(error: Exception) -> NoReturn:
-    """Raises the first line of what ONNX Runtime said while running as an
-    `EngineError`.
+    """Raises an `EngineError` with the first line of an error from a running ONNX
+    Runtime session.
     """
     raise EngineError(
         f"ONNX Runtime failed: {str(error).splitlines()[0]:.300}; run infmllm-run --self-test, or "

@@ -1,9 +1,9 @@
-"""TensorRT-RTX as a plugin of plain ONNX Runtime, for desktop RTX GPUs: the fused
-graphs of a `tensorrt` bundle, with nothing but pip.
+"""TensorRT-RTX as a plugin of plain ONNX Runtime, for desktop RTX GPUs. It runs the
+fused graphs of a `tensorrt` bundle and needs only pip packages.
 
-The plugin compiles a graph when a session opens it, and keeps what it compiled for this
-GPU in the engine cache. The cache update writes in place: one buffer is bound as input
-and output. CUDA graphs stay off until someone has measured them on a card.
+The plugin compiles a graph when a session opens it, and keeps the compiled result for
+this GPU in the engine cache. The caches are updated in place: one buffer is bound as
+both input and output. CUDA graphs stay off until they have been measured on such a GPU.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ __all__ = ["RTX", "OrtRtxEngine"]
 
 _PLUGIN, _NVIDIA = "onnxruntime_ep_nv_tensorrt_rtx", 0x10DE
 RTX = Device("NvTensorRTRTXExecutionProvider", "gpu", _NVIDIA)
-_MOST_ROWS = 64  # positions of one call that can have logits
+_MOST_ROWS = 64  # largest number of positions with logits in one call
 _REMEDY = "infmllm-export doctor --target rtx tells what is missing"
 
 
 class OrtRtxEngine(DeviceEngine):
-    """The fused graphs of a `tensorrt` or `rtx` bundle. On `HOST` they run on the CPU,
-    which is how tests exercise this class.
+    """Runs the fused graphs of a `tensorrt` or `rtx` bundle. With device `HOST` they
+    run on the CPU, which tests use to exercise this class.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions, device: Device = RTX) -> None:
@@ -75,13 +75,15 @@ class OrtRtxEngine(DeviceEngine):
         )
 
     def batch(self, slots: int, rows: int) -> RtxBatch:
-        """See `Engine.batch`. Each slot has all rows of the model, since that is the
-        length the graph was made for.
+        """See `Engine.batch`. Each slot has the bundle's full number of cache rows,
+        because the graph was built for that length.
         """
         return RtxBatch(self, slots)
 
     def places(self, length: int, start: int) -> dict[str, NDArray[Any]]:
-        """The positions of the call's tokens, which are the rows they fill."""
+        """Returns the positions of the call's tokens, which equal the cache rows they
+        fill.
+        """
         return {POSITION_IDS: np.arange(start, start + length, dtype=np.int64)[None]}
 
     def bound(self, shape: CallShape, caches: Mapping[str, ort.OrtValue]) -> Bound:
@@ -90,8 +92,8 @@ class OrtRtxEngine(DeviceEngine):
 
 
 class RtxBatch:
-    """See `runtime.engines.Batch`: sequences with caches of their own, decoded one
-    after the other. Rows move through the host.
+    """See `runtime.engines.Batch`: sequences with their own caches, decoded one after
+    the other. Rows are copied between caches through the host.
     """
 
     def __init__(self, engine: OrtRtxEngine, slots: int) -> None:
@@ -139,8 +141,8 @@ class RtxBatch:
 
 
 def _registered(device: Device) -> Any:
-    """The plugin's device of this machine. Raises `EngineError` if the plugin does not
-    load, or finds no GPU.
+    """Registers the plugin if needed and returns its device on this machine. Raises
+    `EngineError` if the plugin does not load or finds no GPU.
     """
     try:
         plugin = importlib.import_module(_PLUGIN)
@@ -184,8 +186,8 @@ def _opened(
     plugin: Any,
     largest: Mapping[str, tuple[int, ...]],
 ) -> ort.InferenceSession:
-    """A session on the plugin's device (None: the CPU). `largest` are the inputs'
-    greatest shapes; the smallest have 1 where those may vary.
+    """Opens a session on the plugin's device (None: the CPU). `largest` gives the
+    largest input shapes; in the smallest shapes, every variable dimension is 1.
     """
     settings, path = session_options(options.threads), str(bundle.file(file))
     try:
@@ -209,8 +211,8 @@ def _opened(
 def _provider_options(
     bundle: Bundle, options: EngineOptions, largest: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """One profile for all calls, best for single tokens; caches have a fixed shape and
-    need none.
+    """Returns the provider options, with one shape profile for all calls. The decoder's
+    profile is optimised for single tokens; its caches have one fixed shape.
     """
     spec = bundle.spec.decoder
     caches = (
@@ -226,7 +228,7 @@ def _provider_options(
     kept = {}
     if options.engine_cache:
         folder = cache_folder() / "engines-rtx"
-        with contextlib.suppress(OSError):  # a read-only home costs compiling at every start
+        with contextlib.suppress(OSError):  # with a read-only home, every start compiles again
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             kept = {"nv_runtime_cache_path": str(folder)}
     return kept | {

@@ -1,3 +1,3 @@
-"""TensorRT without torch: engines built on this machine from a bundle's graphs, kept
-under a fingerprint, tried on the bundle's goldens, and run.
+"""TensorRT without torch: engines are built on this machine from a bundle's graphs,
+cached under a fingerprint, validated on the bundle's goldens, and run.
 """

@@ -1,8 +1,8 @@
-"""Building an engine: one of a bundle's graphs through TensorRT's parser and compiler,
-with the time left shown.
+"""Builds an engine: one of a bundle's graphs goes through TensorRT's parser and
+compiler, with the remaining time shown.
 
-Networks are strongly typed: every precision is written in the graph, the same for
-TensorRT 10 and 11, and none is chosen behind its back.
+Networks are strongly typed: the graph specifies every precision, the same for TensorRT
+10 and 11, and TensorRT chooses none by itself.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from runtime.output.console import StepBar, step_bar
 
 __all__ = ["RefusedError", "build", "workspace_bytes"]
 
-_MAX_TIMINGS = 64 << 20  # a timing cache larger than this is not ours
+_MAX_TIMINGS = 64 << 20  # a larger timing cache was not written here and is ignored
 
 
 class RefusedError(EngineError):
-    """TensorRT will not have a graph; another form of it may do. `lasting` says whether
-    trying again later can help.
+    """TensorRT rejects a graph; another variant of the graph may work. `lasting` is
+    true if trying again later cannot help.
     """
 
     def __init__(self, message: str, lasting: bool) -> None:
@@ -34,8 +34,8 @@ class RefusedError(EngineError):
 
 
 def workspace_bytes(machine: Machine, asked_mb: int | None) -> int:
-    """Device memory the compiler may use: what was asked for, else
-    $INFMLLM_WORKSPACE_MB, else half of what is free. Raises `UsageError`.
+    """Returns the bytes of device memory the compiler may use: `asked_mb` if given,
+    else $INFMLLM_WORKSPACE_MB, else half of the free memory. Raises `UsageError`.
     """
     text = str(asked_mb) if asked_mb is not None else os.environ.get("INFMLLM_WORKSPACE_MB", "")
     if not text:
@@ -49,8 +49,8 @@ def workspace_bytes(machine: Machine, asked_mb: int | None) -> int:
 
 
 def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Path | None) -> Any:
-    """The serialized engine of the graph at `path`, a buffer. Raises `RefusedError`,
-    `BundleError`, `KeyboardInterrupt`.
+    """Builds the engine of the graph at `path` and returns it serialized, as a buffer.
+    Raises `RefusedError`, `BundleError` or `KeyboardInterrupt`.
     """
     trt, journal = machine.trt, machine.journal
     journal.clear()
@@ -75,7 +75,7 @@ def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Pat
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.profiling_verbosity = (
         trt.ProfilingVerbosity.DETAILED
-    )  # an engine tells what its layers compute in
+    )  # lets an engine report the data types of its layers
     _add_profiles(builder, network, config, form)
     cache = _with_timings(config, timings)
     with step_bar(1) as bar:
@@ -105,7 +105,7 @@ def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Pat
 
 
 def _check_network(machine: Machine, network: Any, form: Form, path: Path) -> None:
-    """Raises `BundleError` unless the graph is what the manifest's spec calls for."""
+    """Raises `BundleError` unless the graph matches the manifest's spec."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     for tensors, expected in ((inputs, form.inputs), (outputs, form.outputs)):
@@ -117,8 +117,8 @@ def _check_network(machine: Machine, network: Any, form: Form, path: Path) -> No
 
 
 def _add_profiles(builder: Any, network: Any, config: Any, form: Form) -> None:
-    """The ranges of every input that varies, for as many cache rows as the graph or the
-    form says.
+    """Adds optimization profiles with the ranges of every variable input. The number of
+    cache rows comes from the variant or, if it gives none, from the graph.
     """
     inputs = {
         tensor.name: tuple(tensor.shape)
@@ -138,8 +138,8 @@ def _add_profiles(builder: Any, network: Any, config: Any, form: Form) -> None:
 
 
 def _with_timings(config: Any, timings: Path | None) -> Any:
-    """Gives the compiler what earlier builds measured, if there is a file of it; what
-    it cannot use is left aside.
+    """Gives the compiler the timings that earlier builds measured, if their file
+    exists. If it cannot use them, it starts with an empty timing cache.
     """
     if timings is None:
         return None
@@ -155,7 +155,9 @@ def _with_timings(config: Any, timings: Path | None) -> Any:
 
 
 def _keep_timings(cache: Any, timings: Path) -> None:
-    """Writes what the builds measured; without it they only take longer."""
+    """Writes the timings that builds measured. Errors are ignored: without timings,
+    builds only take longer.
+    """
     part = timings.with_name(f"{timings.name}.{os.getpid()}")
     try:
         part.write_bytes(memoryview(cache.serialize()))
@@ -166,7 +168,9 @@ def _keep_timings(cache: Any, timings: Path) -> None:
 
 
 def _monitor(trt: Any, bar: StepBar) -> Any:
-    """An `IProgressMonitor` that moves the bar and lets an interrupt end the build."""
+    """Returns an `IProgressMonitor` that advances the bar and lets an interrupt end the
+    build.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -192,7 +196,7 @@ def _monitor(trt: Any, bar: StepBar) -> Any:
             try:
                 done, total = next(iter(self._outer.values()), (0, 1))
                 bar.detail(done, total, name)
-            except KeyboardInterrupt:  # it must not pass through the compiler's own frames
+            except KeyboardInterrupt:  # must not propagate into the compiler's own frames
                 self.interrupted = True
 
     return Monitor()

@@ -1,9 +1,9 @@
-"""The GPU through cuda-python: memory, one stream of copies and launches, captured
-graphs. Every CUDA name this project uses is in this file.
+"""Access to the GPU through cuda-python: memory, one stream of copies and launches, and
+captured graphs. All CUDA names that this project uses are in this file.
 
-A call that fails raises an `EngineError` and marks the device as lost, since a CUDA
-context does not recover from most errors: later calls raise at once. Running out of
-memory while allocating, and a capture that fails, leave it usable.
+A failing call raises `EngineError` and marks the device as lost, since a CUDA context
+does not recover from most errors. Later calls then raise at once. A failed allocation
+for lack of memory and a failed capture leave the device usable.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from runtime.contract.errors import ContextError, EngineError
 __all__ = ["ALIGNMENT", "Device", "Graph", "Memory", "aligned"]
 
 ALIGNMENT = 256
-"""Bytes every tensor address must be a multiple of, for TensorRT."""
+"""Alignment in bytes that TensorRT requires of every tensor address."""
 
 _MIB = 1 << 20
 
 
 def aligned(size: int) -> int:
-    """`size` rounded up to whole alignments."""
+    """Rounds `size` up to a multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def _bindings() -> Any:
-    """cuda-python's runtime module, by its name since 12.6.1 or the one before."""
+    """Returns cuda-python's runtime module, by its name since 12.6.1 or by the earlier
+    one.
+    """
     try:
         from cuda.bindings import runtime
     except ImportError:
@@ -46,7 +48,7 @@ class Memory:
         self.address, self.size, self._free = address, size, free
 
     def array(self, dtype: DTypeLike, shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
-        """A writable view of pinned memory, which keeps it alive."""
+        """Returns a writable view of pinned memory; the view keeps the memory alive."""
         raw = (ctypes.c_uint8 * self.size).from_address(self.address)
         raw.owner = self  # type: ignore[attr-defined]
         found: NDArray[Any] = np.frombuffer(
@@ -59,13 +61,13 @@ class Memory:
 
 
 class Graph:
-    """A captured sequence of copies and launches, ready to run again."""
+    """A captured sequence of copies and launches that can run again."""
 
     def __init__(self, device: Device, executable: Any) -> None:
         self._device, self._executable = device, executable
 
     def launch(self) -> None:
-        """Queues it on the device's stream."""
+        """Queues the graph on the device's stream."""
         self._device.call("cudaGraphLaunch", self._executable, self._device.stream)
 
     def __del__(self) -> None:
@@ -73,8 +75,8 @@ class Graph:
 
 
 class Device:
-    """The first visible GPU, and one stream on it that orders all work. Raises
-    `EngineError` if there is none that works.
+    """The first visible GPU, with one stream that orders all work on it. Raises
+    `EngineError` if no GPU works.
     """
 
     def __init__(self) -> None:
@@ -98,21 +100,22 @@ class Device:
             int(self.call("cudaDriverGetVersion")),
             int(self.call("cudaRuntimeGetVersion")),
         )
-        """Of the driver and of the CUDA runtime, as CUDA counts them (12060 is 12.6).
+        """Versions of the driver and of the CUDA runtime in CUDA's numbering (12060 is
+        12.6).
         """
         self.stream = self.call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self.handle = int(self.stream)
-        """The stream as the number TensorRT takes."""
+        """The stream as an integer, as TensorRT expects it."""
 
     def _attempt(self, name: str, *arguments: Any) -> tuple[Any, Any]:
-        """(the error or 0, the value or None) of a CUDA call. Raises `EngineError`
-        where there is no driver to call.
+        """Makes a CUDA call and returns (error or 0, value or None). Raises
+        `EngineError` if there is no driver.
         """
         try:
             code, *values = getattr(self._cuda, name)(*arguments)
         except (
             RuntimeError
-        ) as error:  # how cuda-python says that a library or function of the driver is missing
+        ) as error:  # cuda-python's error if a library or function of the driver is missing
             raise EngineError(
                 f"no GPU driver answers ({error!s:.160}); install NVIDIA's driver, or build with "
                 f"--target cpu"
@@ -120,7 +123,7 @@ class Device:
         return (code if int(code) else 0), (values[0] if values else None)
 
     def _named(self, code: Any) -> str:
-        """An error's name and what it means."""
+        """Returns an error's name and description."""
         found = [
             self._attempt(name, code)[1] for name in ("cudaGetErrorName", "cudaGetErrorString")
         ]
@@ -130,8 +133,8 @@ class Device:
         )
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """The value of a CUDA call. Raises `EngineError`, now and ever after, if it
-        fails.
+        """Makes a CUDA call and returns its value. If it fails, this call and all later
+        ones raise `EngineError` (see `fail`).
         """
         self.check()
         code, value = self._attempt(name, *arguments)
@@ -145,8 +148,8 @@ class Device:
             raise EngineError(self.lost)
 
     def fail(self, fault: str) -> None:
-        """Raises a fault of the device or of what runs on it; unless it only spoils a
-        capture, nothing runs here any more.
+        """Raises `EngineError` for a fault of the device or of its work. Outside a
+        capture, also marks the device as lost, so that nothing more runs on it.
         """
         if self._capturing:
             raise EngineError(fault)
@@ -157,28 +160,28 @@ class Device:
         raise EngineError(self.lost)
 
     def release(self, name: str, handle: Any) -> None:
-        """Gives something back; errors do not matter any more, and a lost device has
-        taken it back already.
+        """Releases a handle and ignores errors. Does nothing on a lost device, which
+        has released it already.
         """
         if not self.lost:
             self._attempt(name, handle)
 
     def free_memory(self) -> tuple[int, int]:
-        """(free, total) bytes of device memory."""
+        """Returns (free, total) bytes of device memory."""
         code, *found = self._cuda.cudaMemGetInfo()
         if int(code):
             self.fail(f"cudaMemGetInfo gave {self._named(code)}")
         return int(found[0]), int(found[1])
 
     def allocate(self, size: int, what: str) -> Memory:
-        """Device memory, at least one byte. Raises `ContextError` naming what it was
-        for if there is none.
+        """Allocates device memory, at least one byte. Raises a `ContextError` that
+        names its purpose if there is not enough memory.
         """
         return self._memory("cudaMalloc", "cudaFree", size, what)
 
     def pinned(self, size: int, what: str) -> Memory:
-        """Host memory the GPU can copy from and to by itself. Raises `ContextError` if
-        there is none.
+        """Allocates host memory that the GPU can copy from and to by itself. Raises
+        `ContextError` if there is not enough memory.
         """
         return self._memory("cudaMallocHost", "cudaFreeHost", size, what)
 
@@ -186,7 +189,7 @@ class Device:
         self.check()
         code, address = self._attempt(take, max(1, size))
         if code and code == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            self._attempt("cudaGetLastError")  # or a later call would report it again
+            self._attempt("cudaGetLastError")  # clears it, or a later call would report it again
             free, total = self.free_memory()
             raise ContextError(
                 f"no memory for {what}: {_mib(size)} wanted, {_mib(free)} of the GPU's "
@@ -220,8 +223,8 @@ class Device:
         )
 
     def rows(self, to: tuple[int, int], source: tuple[int, int], width: int, count: int) -> None:
-        """Queues a copy of `count` rows of `width` bytes between (address, pitch) and
-        (address, pitch) on the device.
+        """Queues a device-to-device copy of `count` rows of `width` bytes. `to` and
+        `source` are each (address, pitch).
         """
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call("cudaMemcpy2DAsync", *to, *source, width, count, kind, self.stream)
@@ -231,19 +234,20 @@ class Device:
         self.call("cudaMemsetAsync", memory.address, 0, memory.size, self.stream)
 
     def zero_rows(self, to: tuple[int, int], width: int, count: int) -> None:
-        """Queues filling `count` rows of `width` bytes at (address, pitch) with zeros."""
+        """Queues filling `count` rows of `width` bytes with zeros, at (address, pitch)."""
         self.call("cudaMemset2DAsync", *to, 0, width, count, self.stream)
 
     def wait(self) -> None:
-        """Returns when everything queued is done."""
+        """Waits until all queued work is done."""
         self.call("cudaStreamSynchronize", self.stream)
 
     def capture(self, work: Callable[[], None]) -> tuple[Graph | None, str]:
-        """What `work` queues, as a graph to launch, without running it; (None, why) if
-        it cannot be captured.
+        """Captures the operations that `work` queues as a graph, without running them.
+        Returns the graph and an empty reason, or None and the reason if they cannot be
+        captured.
 
-        Captured per thread: a call that must not be part of a graph then fails instead
-        of being left out of it.
+        Capture is per thread: a call that must not be part of a graph then fails,
+        instead of being left out of it.
         """
         mode, reason = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal, ""
         self.wait()

@@ -1,8 +1,8 @@
-"""A `tensorrt` bundle on an NVIDIA GPU: two engines, caches that never leave the
-device, and a decoding step of which only a token id comes back.
+"""Runs a `tensorrt` bundle on an NVIDIA GPU with two engines. The caches never leave
+the device, and a greedy decode step returns only a token id.
 
-Plain greedy decoding needs no logits on the host; sampling, beams and constraints copy
-one row of them a step.
+Plain greedy decoding needs no logits on the host. Sampling, beam search and constraints
+copy one row of logits per step.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = ["TensorRtEngine"]
 
 
 class _Loaded:
-    """Both engines with everything they compute in. Raises `ContextError` naming what
-    there is no memory for.
+    """Both engines with all the memory they compute in. Raises a `ContextError` that
+    names what does not fit into memory.
     """
 
     def __init__(self, machine: Machine, bundle: Bundle, vision: Part, decoder: Part) -> None:
@@ -50,8 +50,8 @@ class _Loaded:
 
 
 class TensorRtEngine:
-    """The graphs of a `tensorrt` bundle. After an error of the GPU every call raises
-    `EngineError` at once.
+    """Runs the graphs of a `tensorrt` bundle. After a GPU error, every further call
+    raises `EngineError` at once.
     """
 
     verifies = True
@@ -100,13 +100,13 @@ class TensorRtEngine:
             failed = {**failed, "decode": self._wrong_choice}
         self._wrong_choice = ""
         if failed:
-            self._loaded = None  # its memory is needed for what comes instead
+            self._loaded = None  # frees its memory for the replacement
         self._maker.conclude((self._vision, self._decoder), failed)
         if failed:
             self._load()
 
     def _compare(self, logits: NDArray[np.float32], token: int) -> None:
-        """Notes a token that is not the likeliest."""
+        """Records that the GPU chose a token that is not the most likely one."""
         if np.isfinite(logits).all() and logits[token] != logits.max():
             self._wrong_choice = (
                 f"decode chose token {token} on the GPU, its logits say {logits.argmax()}"
@@ -146,8 +146,8 @@ class TensorRtEngine:
         return token
 
     def verify(self, inputs_embeds: NDArray[np.float32], start: int) -> NDArray[np.float32]:
-        """See `Engine.verify`; several calls where more positions are wanted than one
-        call gives logits of.
+        """See `Engine.verify`. Makes several calls if one call cannot return logits for
+        all positions.
         """
         self._check_room(inputs_embeds, start)
         length, found = inputs_embeds.shape[1], []
@@ -164,8 +164,8 @@ class TensorRtEngine:
         )
 
     def batch(self, slots: int, rows: int) -> TensorRtBatch:
-        """See `Engine.batch`. Each slot has room for all rows of the engine, since that
-        is what the decoder was built for.
+        """See `Engine.batch`. Each slot has as many rows as the engine's own caches,
+        because the decoder was built for that number.
         """
         ready = self._ready
         what = f"the key/value caches of {slots} beams or questions, each"
@@ -177,8 +177,8 @@ class TensorRtEngine:
 
 
 class TensorRtBatch:
-    """See `runtime.engines.Batch`: sequences with caches of their own, decoded one
-    after the other. The last of `caches` is for exchanging rows.
+    """See `runtime.engines.Batch`: sequences with their own caches, decoded one after
+    the other. With several slots, the last of `caches` is a spare for exchanging rows.
     """
 
     def __init__(self, machine: Machine, step: Step, own: Caches, caches: Sequence[Caches]) -> None:
@@ -209,8 +209,8 @@ class TensorRtBatch:
 
 
 def _moves(sources: list[int], spare: int) -> list[tuple[int, int]]:
-    """(target, source) copies in an order in which slot i ends with what slot
-    sources[i] held before; rings of slots go through the spare one.
+    """Returns (target, source) copies, in an order that leaves in slot i the earlier
+    content of slot sources[i]. Cycles of slots go through the spare slot.
     """
     pending = {target: source for target, source in enumerate(sources) if target != source}
     moves = []

@@ -1,9 +1,9 @@
-"""Engines on disk, under a fingerprint of everything they depend on; and what is known
-of each: that it passed its trial here, or why it is not used.
+"""Keeps engines on disk under a fingerprint of everything they depend on. Records for
+each whether it passed validation here, or why it is not used.
 
-Only the very file this machine wrote is opened again: its inode, size, time and SHA-256
-are in the mark beside it. Deserialising an engine executes what is in it, so nothing
-else ever gets that far.
+Only the exact file that this machine wrote is opened again: the metadata file beside it
+holds its inode, size, time and SHA-256. Deserialising an engine executes its content,
+so no other file is ever deserialised.
 """
 
 from __future__ import annotations
@@ -38,14 +38,16 @@ from runtime.output.console import note
 
 __all__ = ["Store", "fingerprint"]
 
-_RECIPE = 1  # part of the fingerprint: raise it when what is built changes
+_RECIPE = 1  # part of the fingerprint: increase it when the built engines change
 _ENGINE, _SHA256, _PASSED, _REFUSED = "engine.trt", "sha256", "passed", "refused"
 _POLL_SECONDS = 0.2
 _MAX_TIMINGS = 4
 
 
 def fingerprint(bundle: Bundle, machine: Machine, form: Form) -> str:
-    """The name of the engine of one form of a graph, made for and on this machine."""
+    """Returns the name of the engine built for and on this machine from one variant of
+    a graph.
+    """
     files = [form.file, *sorted(external_locations(bundle.file(form.file)))]
     sizes = form.profiles(form.rows or bundle.spec.decoder.context)
     parts = [
@@ -59,8 +61,8 @@ def fingerprint(bundle: Bundle, machine: Machine, form: Form) -> str:
 
 
 class Store:
-    """The folder of engines. Where `keep` is off or the cache's bound is zero it
-    remembers its verdicts as long as it lives, and nothing else.
+    """The folder of cached engines. If `keep` is false or the cache limit is zero, it
+    keeps no files and remembers validation results and rejections only in memory.
     """
 
     def __init__(self, keep: bool) -> None:
@@ -74,12 +76,12 @@ class Store:
         return self._limit > 0
 
     def folder(self, name: str) -> Path:
-        """Where the engine of that name lies."""
+        """Returns the folder of the engine with that name."""
         return self._root / name
 
     def timings(self, machine: Machine) -> Path | None:
-        """Where builds on this machine note what they measured; None if nothing is
-        kept. All but the latest such files are removed.
+        """Returns the file in which builds on this machine keep their measured timings,
+        or None if nothing is kept. Removes all but the latest such files.
         """
         if not self.keeps:
             return None
@@ -94,7 +96,9 @@ class Store:
         )
 
     def read(self, name: str) -> mmap.mmap | None:
-        """The engine, mapped; None if there is none, or not the one that was written."""
+        """Returns the engine, memory-mapped. Returns None if there is none, or if it is
+        not the file that was written.
+        """
         path, mark = self.folder(name) / _ENGINE, self._mark(name)
         try:
             if not self.keeps or mark.get(_ENGINE) != identity(path):
@@ -107,8 +111,8 @@ class Store:
         return content if hashlib.sha256(content).hexdigest() == mark.get(_SHA256) else None
 
     def write(self, name: str, content: Any) -> None:
-        """Keeps an engine, all of it or nothing; the caller holds `making`. One that
-        cannot be kept is built again next time, with a note now.
+        """Stores an engine, completely or not at all; the caller holds `making`. If it
+        cannot be stored, a note is printed and the next start builds it again.
         """
         if not self.keeps:
             return
@@ -140,19 +144,21 @@ class Store:
         self._marks.pop(name, None)
 
     def passed(self, name: str, trial: str) -> bool:
-        """Whether an engine has passed a trial, named by what it consists of."""
+        """Checks whether an engine has passed a validation, identified by a hash of its
+        goldens and tolerances.
+        """
         return bool(self._mark(name).get(_PASSED) == trial)
 
     def refused(self, name: str) -> str:
-        """Why an engine is not used here; empty if nothing is known against it."""
+        """Returns why an engine is not used here; empty if it was not rejected."""
         return str(self._mark(name).get(_REFUSED, ""))
 
     def accept(self, name: str, trial: str) -> None:
-        """Remembers that an engine has passed a trial."""
+        """Records that an engine has passed a validation."""
         self._remember(name, {_PASSED: trial})
 
     def refuse(self, name: str, reason: str) -> None:
-        """Remembers why an engine is not used; its file goes."""
+        """Records why an engine is not used, and deletes its file."""
         with contextlib.suppress(OSError):
             (self.folder(name) / _ENGINE).unlink(missing_ok=True)
         self._remember(name, {_REFUSED: reason})
@@ -167,7 +173,7 @@ class Store:
             return
         folder = self.folder(name)
         part = folder / f".{MARK}.{os.getpid()}"
-        with contextlib.suppress(OSError):  # a read-only home costs another trial at the next start
+        with contextlib.suppress(OSError):  # with a read-only home, the next start validates again
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             part.write_text(json.dumps(read_mark(folder) | what))
             sync_file(part)
@@ -175,8 +181,8 @@ class Store:
 
     @contextlib.contextmanager
     def making(self, name: str) -> Iterator[None]:
-        """Holds the right to build an engine, once whoever has it is done. A build that
-        was killed is told of, since its reason may come again.
+        """Holds the lock for building an engine, after waiting for any process that has
+        it. Prints a note if the last build was killed, since the cause may recur.
         """
         if self.keeps:
             with contextlib.suppress(OSError):

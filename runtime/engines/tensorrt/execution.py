@@ -1,8 +1,8 @@
-"""Engines bound to memory: execution contexts on their profiles, pinned staging for
-what crosses, a captured graph for the decoding step.
+"""Binds engines to memory: execution contexts on their profiles, pinned staging buffers
+for transfers, and a captured graph for the decode step.
 
-Everything is allocated when an engine is loaded, so that running out of memory happens
-then. All contexts share one block for their activations, since one stream runs them one
+Everything is allocated when an engine is loaded, so that a lack of memory shows then.
+All contexts share one block for their activations, because one stream runs them one
 after the other.
 """
 
@@ -41,8 +41,8 @@ Array = NDArray[Any]
 
 
 class Activations:
-    """The memory in which contexts compute, as large as the hungriest profile of the
-    engines needs.
+    """Memory for the activations of all contexts, as large as the most demanding
+    profile of the engines needs.
     """
 
     def __init__(self, machine: Machine, engines: Mapping[str, Any]) -> None:
@@ -53,8 +53,9 @@ class Activations:
 
 
 class _Packet:
-    """Arrays that cross between host and device: one pinned block and one on the
-    device, laid out alike, so that one copy moves many.
+    """A staging buffer for arrays copied between host and device. It has one pinned
+    block and one device block with the same layout, so that one copy moves several
+    arrays.
     """
 
     def __init__(
@@ -75,19 +76,19 @@ class _Packet:
         }
 
     def address(self, name: str) -> int:
-        """Where an array is on the device."""
+        """Returns the device address of an array."""
         return self._memory.address + self._places[name]
 
     def up(self, last: str, count: int) -> None:
-        """Queues copying all arrays before `last` to the device, and `count` elements
-        of that one.
+        """Queues one copy to the device: all arrays before `last`, and the first
+        `count` elements of `last`.
         """
         size = self._places[last] + count * self.arrays[last].itemsize
         self._device.up(self._memory.address, self._host.address, size)
 
     def down(self, first: str, last: str, count: int) -> None:
-        """Queues copying arrays `first` up to `last` to the host, of that one `count`
-        elements.
+        """Queues one copy to the host: the arrays from `first` up to `last`, and of
+        `last` only the first `count` elements.
         """
         at = self._places[first]
         size = self._places[last] - at + count * self.arrays[last].itemsize
@@ -115,19 +116,19 @@ class _Context:
         self._context.set_device_memory(memory.address, memory.size)
 
     def bind(self, addresses: Mapping[str, int]) -> None:
-        """Says where tensors are."""
+        """Sets the addresses of tensors."""
         for name, address in addresses.items():
             self._machine.must(self._context.set_tensor_address(name, address), f"binding {name}")
 
     def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Says how large inputs are."""
+        """Sets the shapes of inputs."""
         for name, shape in shapes.items():
             self._machine.must(
                 self._context.set_input_shape(name, shape), f"giving {name} the shape {shape}"
             )
 
     def run(self) -> None:
-        """Queues the network."""
+        """Queues one run of the network."""
         self._machine.device.check()
         self._machine.must(
             self._context.execute_async_v3(self._machine.device.handle), "running the network"
@@ -135,7 +136,7 @@ class _Context:
 
 
 class Vision:
-    """The vision engine, for one picture at a time."""
+    """Runs the vision engine, one image at a time."""
 
     def __init__(
         self, machine: Machine, engine: Any, activations: Activations, spec: ModelSpec
@@ -163,7 +164,7 @@ class Vision:
     def __call__(
         self, pixels: NDArray[np.float32], pool: NDArray[np.float32]
     ) -> NDArray[np.float32]:
-        """Embeddings [1,T,H] of pixels [1,3,S,S] pooled by [T,s*s]."""
+        """Returns the embeddings [1,T,H] of pixels [1,3,S,S] pooled by [T,s*s]."""
         rows = len(pool)
         self._in.arrays[PIXELS][...] = pixels
         self._in.arrays[POOL][:rows] = pool
@@ -177,8 +178,8 @@ class Vision:
 
 
 class _Decoder:
-    """The decoder engine on one profile. `fresh` is where the plain form puts new rows;
-    the fused one writes into the caches (None).
+    """Runs the decoder engine on one profile. The plain variant puts new rows into
+    `fresh`; the fused one writes them into the caches (`fresh` is None).
     """
 
     def __init__(
@@ -211,14 +212,14 @@ class _Decoder:
             {name: self._in.address(name) for name in given}
             | {name: self._out.address(name) for name in found}
         )
-        self._bound: weakref.ref[Caches] | None = None  # a batch's caches go when it does
+        self._bound: weakref.ref[Caches] | None = None  # weak: a batch's caches are freed with it
 
     def _fill(self, inputs_embeds: NDArray[np.float32], start: int) -> None:
-        """Puts the embeddings [1,L,H] and their positions where the GPU fetches them."""
+        """Writes the embeddings [1,L,H] and their positions into the staging buffer."""
         length = inputs_embeds.shape[1]
         with np.errstate(
             over="ignore"
-        ):  # what half precision cannot hold becomes infinite, which the mass of the call shows
+        ):  # values too large for float16 become infinite, which the logits' mass reveals
             self._in.arrays[INPUTS_EMBEDS][:, :length] = inputs_embeds
         self._in.arrays[POSITION_IDS][0, :length] = np.arange(start, start + length)
 
@@ -231,7 +232,7 @@ class _Decoder:
         self._context.shape(shapes | dict.fromkeys(caches.names, caches.shape))
 
     def _bind(self, caches: Caches) -> None:
-        """Has the network work on these caches."""
+        """Binds the network to these caches, unless it is bound to them already."""
         if self._bound is None or self._bound() is not caches:
             self._context.bind(dict(caches.addresses()))
             if self._fresh is None:
@@ -239,7 +240,9 @@ class _Decoder:
             self._bound = weakref.ref(caches)
 
     def _place(self, rows: int) -> None:
-        """Has the network put that many new rows where they lie evenly."""
+        """Lays out the buffer for that many new rows, evenly spaced, and binds the
+        network to it.
+        """
         if self._fresh is not None:
             self._fresh.fit(rows)
             self._context.bind(
@@ -247,30 +250,30 @@ class _Decoder:
             )
 
     def _settle(self, caches: Caches, start: int, rows: int) -> None:
-        """Queues moving new rows into the caches.
+        """Queues a copy of the new rows into the caches.
 
-        It comes behind the network, never into a captured graph: its destination moves
-        with every token, and one queued copy costs less than changing a node of a
-        graph, in a way that every driver has.
+        The copy follows the network and is never part of a captured graph, because its
+        destination changes with every token. One queued copy costs less than changing a
+        node of a graph, and it works with every driver.
         """
         if self._fresh is not None:
             self._fresh.fit(rows)
             caches.take(self._fresh, 0, start, rows)
 
     def logits(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
-        """The logits [wanted,V] of the call before, which wrote rows `start` and on;
-        valid until the next.
+        """Returns the logits [wanted,V] of the last call, which wrote rows from `start`
+        on. They are valid until the next call.
         """
         self._out.down(LOGITS_MASS, LOGITS, wanted * self._vocabulary)
         mass, found = self._arrived(wanted, caches, start), self._out.arrays[LOGITS][:wanted]
         found[~np.isfinite(mass)] = (
             np.nan
-        )  # 8-bit layers make numbers of what is not finite; nobody may take them for logits
+        )  # 8-bit layers can turn non-finite values into numbers, which must not pass as logits
         return found
 
     def _arrived(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
-        """Waits for a call; the sums [wanted] of its logits' magnitudes. If they are
-        not finite, neither may be the rows it wrote.
+        """Waits for a call and returns the sums [wanted] of its logits' magnitudes. If
+        one is non-finite, the rows that the call wrote may be too and are marked.
         """
         self._device.wait()
         mass: NDArray[np.float32] = self._out.arrays[LOGITS_MASS][:wanted]
@@ -280,8 +283,8 @@ class _Decoder:
 
 
 class Step(_Decoder):
-    """One token. For its own caches the step is a captured graph: a copy up, the
-    network, the token down.
+    """Runs the decoder for one token. On the engine's own caches, the step is a
+    captured graph: copy the inputs up, run the network, copy the token down.
     """
 
     def __init__(
@@ -300,7 +303,7 @@ class Step(_Decoder):
         self._own = caches
         self._fill(np.zeros((1, 1, self._hidden), np.float32), 0)
         self._in.arrays[LOGITS_ROWS][0] = 0
-        self._queue()  # TensorRT wants to have run once before it is captured
+        self._queue()  # TensorRT must run once before it can be captured
         self._graph: Graph | None
         self._graph, reason = machine.device.capture(self._queue)
         machine.device.wait()
@@ -327,11 +330,11 @@ class Step(_Decoder):
         self._settle(caches, start, 1)
 
     def token(self, caches: Caches, start: int) -> tuple[int, NDArray[np.float32]]:
-        """The likeliest token of the step before, and the sum [1] of its logits'
-        magnitudes, finite exactly if all of them are.
+        """Returns the most likely token of the last step and the sum [1] of its logits'
+        magnitudes. The sum is finite exactly if all logits are.
 
-        Equal logits: ONNX has the lowest id win, and the graph asks for that; TensorRT
-        documents no order of its own for equal values.
+        For equal logits, ONNX gives the lowest id, and the graph asks for that.
+        TensorRT documents no order of its own for equal values.
         """
         mass = self._arrived(1, caches, start)
         token = int(self._out.arrays[NEXT_TOKEN][0])
@@ -344,7 +347,9 @@ class Step(_Decoder):
 
 
 class Prefill(_Decoder):
-    """Several tokens at once, with the logits of some of them."""
+    """Runs the decoder for several tokens at once and returns the logits of some of
+    them.
+    """
 
     def __init__(
         self,
@@ -370,8 +375,8 @@ class Prefill(_Decoder):
     def run(
         self, inputs_embeds: NDArray[np.float32], start: int, wanted: int
     ) -> NDArray[np.float32]:
-        """Writes rows `start` and on from inputs [1,L,H]; the logits [wanted,V] of the
-        last `wanted` positions, valid until the next call.
+        """Writes rows from `start` on, from inputs [1,L,H]. Returns the logits
+        [wanted,V] of the last `wanted` positions, valid until the next call.
         """
         length = inputs_embeds.shape[1]
         self._fill(inputs_embeds, start)

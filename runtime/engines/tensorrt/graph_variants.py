@@ -1,9 +1,9 @@
-"""What a `tensorrt` bundle's graphs take and give: names, types, shapes, and the ranges
-of sizes engines are built for.
+"""Inputs and outputs of a `tensorrt` bundle's graphs: names, types, shapes, and the
+size ranges that engines are built for.
 
-Each graph comes in one or two forms. The plain one gives the caches' new rows, for
-every TensorRT from 10.3; the fused one updates the caches itself and has attention as
-one operator, for TensorRT from 10.15.
+Each graph comes in one or two variants. The plain variant returns the caches' new rows
+and works with every TensorRT from 10.3. The fused variant updates the caches itself,
+has attention as one operator, and works with TensorRT from 10.15.
 """
 
 from __future__ import annotations
@@ -45,29 +45,30 @@ __all__ = [
 ]
 
 MOST_ROWS = 8
-"""Positions of one call that can have logits."""
+"""Largest number of positions with logits in one call."""
 
 MOST_TOKENS = 512
-"""Positions of one call. Scores of a call take memory by its length times the cache's:
-2048 at once would need 5 GB for a 7 B model.
+"""Largest number of positions in one call. The attention scores take memory
+proportional to the length of the call times that of the cache: 2048 positions at once
+would need 5 GB for a 7 B model.
 """
 
 DECODE, PREFILL = 0, 1
-"""The decoder's optimization profiles: one token, and several."""
+"""Indices of the decoder's optimization profiles: for one token, and for several."""
 
-# text tokens of a usual prompt: the prefill profile is tuned for these and the default visual
-# tokens
+# Text tokens of a typical prompt. The prefill profile is tuned for these plus the default number
+# of visual tokens.
 _PROMPT = 64
 _ATTENTION, _CACHE = ("Attention", "add_attention"), ("TensorScatter", "add_kv_cache_update")
 
 Shape = tuple[int, ...]
 Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
-"""Smallest, usual and largest shape of each input."""
+"""Smallest, typical and largest shape of each input."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: its type, and its shape with None for what varies."""
+    """Type and shape of an input or output; None is a variable dimension."""
 
     dtype: type
     shape: tuple[int | None, ...]
@@ -75,11 +76,11 @@ class Port:
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a graph. `rows` are the cache rows to build for, None where the graph
-    itself says.
+    """One variant of a graph. `rows` is the number of cache rows to build for, or None
+    if the graph fixes it.
 
-    `profiles` gives the ranges for a number of rows; `operators` maps those a TensorRT
-    may lack to how its networks call them.
+    `profiles` returns the ranges for a number of rows. `operators` maps operators that
+    a TensorRT may lack to the network methods that add them.
     """
 
     file: str
@@ -96,12 +97,12 @@ class Form:
 
     @property
     def updates_caches(self) -> bool:
-        """True if the caches it gives are those it takes, in place."""
+        """True if the graph updates its input caches in place."""
         return _CACHE[0] in self.operators
 
 
 def vision_form(spec: ModelSpec, fused: bool) -> Form:
-    """The vision graph, for one picture and every pool size."""
+    """Returns a variant of the vision graph, for one image and every pool size."""
     size, grid, hidden = spec.vision.image_size, spec.vision.grid, spec.decoder.hidden
     most, usual = max(spec.pool_sizes) ** 2, spec.pool_sizes[0] ** 2
     pixels = (1, 3, size, size)
@@ -120,7 +121,9 @@ def vision_form(spec: ModelSpec, fused: bool) -> Form:
 
 
 def decoder_form(spec: ModelSpec, fused: bool, rows: int) -> Form:
-    """The decoder graph; the plain form for caches of `rows` rows."""
+    """Returns a variant of the decoder graph. The plain variant is built for caches of
+    `rows` rows.
+    """
     decoder = spec.decoder
     cache = Port(np.float16, (None, decoder.kv_heads, None, decoder.head_dim))
     held = dict.fromkeys(decoder.cache_names, cache)
@@ -163,8 +166,8 @@ def _decoder_profiles(spec: ModelSpec, rows: int) -> tuple[Ranges, Ranges]:
 def check_ports(
     found: Mapping[str, tuple[Any, Shape]], expected: Mapping[str, Port], where: Path
 ) -> None:
-    """Raises `BundleError` unless a network has these inputs or outputs; `found` are
-    their types and shapes, -1 for what varies.
+    """Raises `BundleError` unless a network's inputs or outputs are the expected ones.
+    `found` gives their types and shapes, with -1 for a variable dimension.
     """
     for name in sorted(set(found) ^ set(expected)):
         raise BundleError(

@@ -1,5 +1,5 @@
-"""Keys and values of one sequence on the GPU, all layers in one block, so that rows of
-every layer move in a single two-dimensional copy.
+"""Keys and values of one sequence on the GPU. All layers are in one block, so that a
+single two-dimensional copy moves rows of every layer.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _HALF = 2  # bytes of a float16
 
 
 class Rows:
-    """Room for the keys and values [2*layers, KV, rows, D] float16 of up to `most`
-    rows, in as much of it as `rows` of them need.
+    """Memory for the keys and values [2*layers, KV, rows, D] float16 of up to `most`
+    rows; the layout uses only as much of it as `rows` rows need.
 
-    Tensors begin at aligned addresses; without padding between them all heads of all
-    layers are evenly spaced.
+    Tensors begin at aligned addresses. If no padding is needed between them, all heads
+    of all layers are evenly spaced.
     """
 
     def __init__(self, device: Device, spec: DecoderSpec, most: int, what: str) -> None:
@@ -33,7 +33,7 @@ class Rows:
         return aligned(self._spec.kv_heads * self.pitch(rows))
 
     def pitch(self, rows: int) -> int:
-        """Bytes from one head to the next in tensors of that many rows."""
+        """Returns the bytes from one head to the next in tensors of that many rows."""
         return rows * self.row
 
     @property
@@ -42,24 +42,24 @@ class Rows:
         return self._spec.head_dim * _HALF
 
     def fit(self, rows: int) -> None:
-        """Lays the tensors out for that many rows each."""
+        """Lays out the tensors for that many rows each."""
         assert 0 < rows <= self.most, f"{rows} rows do not fit {self.most}"
         self.rows = rows
 
     def addresses(self) -> Iterator[tuple[str, int]]:
-        """Each cache's name and the address of its tensor."""
+        """Yields each cache's name and the address of its tensor."""
         for index, name in enumerate(self.names):
             yield name, self.memory.address + index * self._stride(self.rows)
 
     @property
     def packed(self) -> bool:
-        """True if nothing lies between the tensors."""
+        """True if there is no padding between the tensors."""
         return self._stride(self.rows) == self._spec.kv_heads * self.pitch(self.rows)
 
 
 class Caches(Rows):
-    """The caches themselves. Zeroed when made: rows that are not attended are masked,
-    and masking does not remove a NaN among them.
+    """The key/value caches. They are zeroed when created: rows that are not attended to
+    are masked, but masking does not remove a NaN in them.
     """
 
     def __init__(
@@ -71,20 +71,21 @@ class Caches(Rows):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of each cache, [B, KV, C, D]."""
+        """Shape of each cache, [B, KV, C, D]."""
         return (1, self._spec.kv_heads, self.rows, self._spec.head_dim)
 
     def spoil(self, start: int) -> None:
-        """Notes that rows from `start` on may hold numbers that are none, of a call
-        whose logits were not finite.
+        """Marks rows from `start` on as possibly non-finite, after a call whose logits
+        were non-finite.
         """
         self._spoilt = min(self._spoilt, start)
 
     def heal(self, start: int) -> None:
-        """Queues zeroing rows from `start` on, which a call is about to write, if
-        spoilt ones are among them.
+        """Queues zeroing the rows from `start` on, which a call is about to write, if
+        the marked rows begin there or later.
 
-        Spoilt rows before `start` stay: who attends them is to notice.
+        Marked rows before `start` stay, so that a call that attends to them reports
+        them.
         """
         if start <= self._spoilt < self.rows:
             width = (self.rows - start) * self.row
@@ -95,8 +96,8 @@ class Caches(Rows):
             self._spoilt = self.rows
 
     def take(self, source: Rows, at: int, start: int, count: int) -> None:
-        """Queues copying `count` rows of another block, from its row `at`, to rows
-        `start` and on.
+        """Queues a copy of `count` rows of another block, from its row `at`, to the
+        rows from `start` on.
         """
         heads, pairs = (
             self._spec.kv_heads * len(self.names),

@@ -1,8 +1,8 @@
-"""Getting a graph's engine: opened from the store, or built now; and which form of the
-graph that is.
+"""Provides a graph's engine: chooses the variant of the graph, then opens its engine
+from the cache or builds it now.
 
-A form that TensorRT refuses, or that failed its trial on this machine, gives way to the
-next, with a note.
+If TensorRT rejects a variant, or the variant failed its validation on this machine, the
+next variant is used and a note is printed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _COPIES = 3
 
 
 class Part:
-    """One of the two graphs: the forms it still may take, the first being the one in
-    use, and that one's engine.
+    """One of the two graphs: its remaining variants, of which the first is in use, and
+    the engine of that variant.
 
-    `stages` are the stages of the trial that it answers for; `proved` is true once it
-    passed them on this machine.
+    `stages` are the validation stages that depend on this graph. `proved` is true once
+    it has passed them on this machine.
     """
 
     def __init__(self, stages: Sequence[str], forms: Sequence[Form]) -> None:
@@ -45,21 +45,21 @@ class Part:
 
     @property
     def form(self) -> Form:
-        """The form in use."""
+        """The variant in use."""
         return self.forms[0]
 
 
 def vision_forms(bundle: Bundle, machine: Machine) -> list[Form]:
-    """The vision graph's forms that this bundle and this TensorRT have, the fastest
-    first.
+    """Returns the vision graph's variants that this bundle contains and this TensorRT
+    supports, fastest first.
     """
     forms = [vision_form(bundle.spec, fused) for fused in (True, False)]
     return _available(forms, bundle, machine)
 
 
 def decoder_forms(bundle: Bundle, machine: Machine, context: int | None) -> list[Form]:
-    """The decoder's forms likewise. Caches of the fused one have the size the bundle
-    was built with: a smaller `context` rules it out.
+    """Returns the decoder's variants in the same way. The caches of the fused variant
+    have the size the bundle was built with, so a smaller `context` rules it out.
     """
     most = bundle.capacity
     rows = min(context or most, most)
@@ -82,7 +82,7 @@ def _available(forms: Sequence[Form], bundle: Bundle, machine: Machine) -> list[
 
 
 class Maker:
-    """Makes engines of one bundle on one machine."""
+    """Opens or builds the engines of one bundle on one machine."""
 
     def __init__(self, bundle: Bundle, machine: Machine, options: EngineOptions) -> None:
         self._bundle, self._machine, self._options = bundle, machine, options
@@ -90,10 +90,10 @@ class Maker:
         judged = json.dumps([bundle.files[GOLDENS][1], dict(bundle.tolerance)], sort_keys=True)
         self._validation_key = hashlib.sha256(
             judged.encode()
-        ).hexdigest()  # a verdict holds for these goldens and bounds
+        ).hexdigest()  # a validation result holds only for these goldens and tolerances
 
     def fill(self, part: Part) -> None:
-        """Gives a part an engine, of the first form that has one. Raises `EngineError`,
+        """Gives a part the engine of its first usable variant. Raises `EngineError` or
         `BundleError`.
         """
         while part.engine is None:
@@ -110,10 +110,10 @@ class Maker:
         part.proved = self._store.passed(self._name(part.form), self._validation_key)
 
     def conclude(self, parts: Sequence[Part], failed: Mapping[str, str]) -> None:
-        """Accepts the parts whose stages passed; those that failed get an engine of
-        their next form, on trial.
+        """Accepts the parts whose stages passed. A part that failed gets the engine of
+        its next variant, which must then be validated.
 
-        Raises `EngineError` if there is none.
+        Raises `EngineError` if there is no other variant.
         """
         for part in parts:
             reasons = [failed[stage] for stage in part.stages if stage in failed]
@@ -131,8 +131,8 @@ class Maker:
             self.fill(part)
 
     def _next(self, part: Part, error: RefusedError) -> None:
-        """Takes a form out of use. Raises the error, with what to do, if it was the
-        last.
+        """Removes the variant in use. Raises the error, with advice, if it was the last
+        one.
         """
         if error.lasting:
             self._store.refuse(self._name(part.form), str(error))
@@ -147,8 +147,8 @@ class Maker:
         return fingerprint(self._bundle, self._machine, form)
 
     def _opened(self, name: str, form: Form) -> Any:
-        """The stored engine, or None; one that TensorRT cannot read any more is
-        removed.
+        """Returns the cached engine, or None. Removes an engine that TensorRT can no
+        longer read.
         """
         content = self._store.read(name)
         if content is None:
@@ -169,7 +169,7 @@ class Maker:
                 return engine
             self._store.drop(
                 name
-            )  # a verdict on an engine that is gone is none on the one made now
+            )  # a validation result of an earlier engine does not apply to a new one
             workspace = workspace_bytes(self._machine, self._options.workspace_mb)
             self._tell_of_memory(form)
             content = build(
@@ -186,8 +186,8 @@ class Maker:
         return self._checked(engine, form)
 
     def _tell_of_memory(self, form: Form) -> None:
-        """Warns of a build that may be ended by the system: weights are held as read,
-        as compiled and as written.
+        """Warns if the system may kill the build for lack of memory: weights are held
+        three times, as read, as compiled and as written.
         """
         needed = (
             _COPIES
@@ -205,8 +205,8 @@ class Maker:
             )
 
     def _checked(self, engine: Any, form: Form) -> Any:
-        """The engine, if its inputs and outputs are those of the form. Raises
-        `BundleError`, `RefusedError`.
+        """Returns the engine if its inputs and outputs match the variant. Raises
+        `BundleError` or `RefusedError`.
         """
         trt = self._machine.trt
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]

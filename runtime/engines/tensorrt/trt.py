@@ -1,5 +1,5 @@
-"""TensorRT's Python module on this machine: its messages collected for ours, its
-abilities asked for rather than guessed.
+"""Wraps TensorRT's Python module on this machine: collects its error messages and
+queries which features it has.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _KEPT = 20
 
 
 class Journal:
-    """What TensorRT complained of, oldest first, since it was last read; `logger` is
-    the `ILogger` that writes it.
+    """Errors that TensorRT logged since the last read, oldest first. `logger` is the
+    `ILogger` that records them.
     """
 
     def __init__(self, trt: Any) -> None:
@@ -26,7 +26,7 @@ class Journal:
 
         class Logger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
-                trt.ILogger.__init__(self)  # TensorRT's classes want to be initialised by name
+                trt.ILogger.__init__(self)  # TensorRT's classes must be initialised by name
 
             def log(self, severity: Any, message: str) -> None:
                 if severity in errors and len(lines) < _KEPT:
@@ -35,18 +35,22 @@ class Journal:
         self._lines, self.logger = lines, Logger()
 
     def clear(self) -> None:
-        """Forgets what was not read: it belongs to something that went well in the end."""
+        """Discards unread messages: they belong to an operation that succeeded in the
+        end.
+        """
         self._lines.clear()
 
     def read(self) -> str:
-        """The first complaint, which the others follow from; forgets all."""
+        """Returns the first error, which caused the later ones, and discards all of
+        them.
+        """
         found = self._lines[0] if self._lines else "TensorRT gave no reason"
         self.clear()
         return found[:300]
 
 
 class Machine:
-    """The GPU and the TensorRT that are here. Raises `ImportError`, `EngineError`."""
+    """The GPU and the TensorRT of this machine. Raises `ImportError` or `EngineError`."""
 
     def __init__(self) -> None:
         import tensorrt
@@ -63,38 +67,40 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """GPU and TensorRT, for a person."""
+        """GPU name and TensorRT version, as readable text."""
         return f"{self.device.name} with TensorRT {self.release}"
 
     @property
     def fingerprint(self) -> tuple[str, ...]:
-        """What an engine built here depends on."""
+        """Everything on this machine that an engine built here depends on."""
         driver, runtime = self.device.versions
         return (self.device.name, self.device.capability, str(driver), str(runtime), self.release)
 
     def has(self, layers: Iterable[str]) -> bool:
-        """Whether networks of this TensorRT can have layers, by the names of the
-        methods that add them.
+        """Checks whether networks of this TensorRT support layers, given by the names
+        of the methods that add them.
         """
         return all(hasattr(self.trt.INetworkDefinition, name) for name in layers)
 
     def must(self, ok: bool, doing: str) -> None:
-        """Raises `EngineError`, and gives the device up, unless TensorRT did what it
-        was told.
+        """Raises `EngineError` and marks the device as lost if a TensorRT call failed
+        (`ok` is false).
         """
         if not ok:
             self.device.fail(f"{doing}: {self.journal.read()}")
 
     def opened(self, serialized: Any) -> Any:
-        """The engine in a buffer, or None if TensorRT cannot read it. Weights go to the
-        GPU now.
+        """Deserialises the engine in a buffer, which copies its weights to the GPU.
+        Returns None if TensorRT cannot read it.
         """
         self.device.check()
         self.journal.clear()
         return self.runtime.deserialize_cuda_engine(serialized)
 
     def refusal(self, what: str) -> EngineError:
-        """Why something cannot be loaded; most often there is no memory for it."""
+        """Returns an error that says why something cannot be loaded. The most common
+        reason is a lack of memory.
+        """
         free, total = self.device.free_memory()
         return EngineError(
             f"{what} cannot be loaded ({self.journal.read()}; {free >> 20} of the GPU's "
