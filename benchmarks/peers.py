@@ -8,7 +8,8 @@ also measures the machine's own limits.
 
     pip install torch==2.13.0 && pip install -e ".[peers]"
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python
-    python benchmarks/peers.py --folder DIR [--rounds 5] [--only NAME ...] [--json FILE] [--markdown FILE] [--python ENGINE=INTERPRETER ...]
+    python benchmarks/peers.py --folder DIR [--rounds 5] [--only NAME ...] \
+        [--json FILE] [--markdown FILE] [--python ENGINE=INTERPRETER ...]
 
 The folder keeps weights and conversions for the next run (25 GB with everything). If a
 package is missing, only its rows are absent. Engines whose packages conflict with

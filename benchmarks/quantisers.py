@@ -94,9 +94,8 @@ def main() -> None:
             {"made_by": "onnxruntime.quantization"},
             parity,
         )
-        print(
-            f"{name}: {sum((folder / graph).stat().st_size for graph in (VISION, DECODER)) / 1e6:.2f} MB of graphs"
-        )
+        size = sum((folder / graph).stat().st_size for graph in (VISION, DECODER))
+        print(f"{name}: {size / 1e6:.2f} MB of graphs")
 
 
 if __name__ == "__main__":

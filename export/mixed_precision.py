@@ -243,7 +243,7 @@ def _measure_blocks(
     checkpoint: StoredCheckpoint, source: str, samples: int, folder: Path, detail: Detail
 ) -> dict[str, dict[str, float]]:
     """Returns the divergence in nats of every block and candidate."""
-    draw: Callable[[int, int, int], Any] = lambda count, seed, least: draw_cases(  # noqa: E731
+    draw: Callable[[int, int, int], Any] = lambda count, seed, least: draw_cases(
         draw_examples(source, count, seed, least), checkpoint.spec, checkpoint.tokenizer, seed
     )
     model = StreamedModel(checkpoint.spec, checkpoint.read)

@@ -31,7 +31,7 @@ Examples:
 
     infmllm-train --out checkpoints/demo
 
-    infmllm-train --data train.jsonl --start-from checkpoints/demo --stage instruction --out checkpoints/mine
+    infmllm-train --data train.jsonl --start-from trainer/demo --stage joint --out checkpoints/mine
 
     torchrun --nproc-per-node 2 -m trainer.cli --batch 16 --out checkpoints/demo
 """

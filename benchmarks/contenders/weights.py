@@ -89,12 +89,27 @@ def llama_folder(folder: Path) -> Path:
     names = [name for name in stored.places if name.startswith("decoder.")]
     spec = stored.spec.decoder
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": spec.vocab_size, "hidden_size": spec.hidden,
-        "num_hidden_layers": spec.layers, "num_attention_heads": spec.heads, "num_key_value_heads": spec.kv_heads, "head_dim": spec.head_dim,
-        "intermediate_size": spec.mlp_width, "max_position_embeddings": spec.context, "rope_theta": spec.rope_theta, "hidden_act": "silu",
-        "rms_norm_eps": spec.rms_norm_eps, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "torch_dtype": "bfloat16",
-        "bos_token_id": stored.spec.bos_id, "eos_token_id": stored.spec.eos_id, "pad_token_id": stored.spec.pad_id,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.mlp_width,
+        "max_position_embeddings": spec.context,
+        "rope_theta": spec.rope_theta,
+        "hidden_act": "silu",
+        "rms_norm_eps": spec.rms_norm_eps,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": stored.spec.bos_id,
+        "eos_token_id": stored.spec.eos_id,
+        "pad_token_id": stored.spec.pad_id,
+    }
     with staged_folder(place, "config.json") as staged:
         write_shards(
             staged, ((_llama_name(name), stored.read(name).to(torch.bfloat16)) for name in names)

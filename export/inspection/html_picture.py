@@ -23,8 +23,10 @@ _OTHER = "#b8b8b8"
 _WIDTH = 560
 _STYLE = """
 td, th { text-align: left; }
-.bar{display:flex;height:1.1rem;border-radius:2px;overflow:hidden} .bar span{display:block;height:100%}
-.key span{display:inline-block;width:.9rem;height:.9rem;margin:0 .3rem 0 1rem;vertical-align:-2px;border-radius:2px}
+.bar{display:flex;height:1.1rem;border-radius:2px;overflow:hidden}
+.bar span{display:block;height:100%}
+.key span{display:inline-block;width:.9rem;height:.9rem;margin:0 .3rem 0 1rem;vertical-align:-2px;
+  border-radius:2px}
 .bad{color:var(--bad);font-weight:600} .muted{color:var(--dim)}
 """
 

@@ -48,7 +48,7 @@ Examples:
 
     infmllm-bench diff before.json after.json
 
-    infmllm-bench diff before.json after.json --fail-if "ttft>+5%" --fail-if "tokens_per_s<-3%" --fail-if "peak_rss_mb>+50"
+    infmllm-bench diff before.json after.json --fail-if "ttft>+5%" --fail-if "peak_rss_mb>+50"
 """
 
 

@@ -34,10 +34,13 @@ _STYLE = (
     """
 .heads { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
 .heads div { background: var(--soft); border-radius: 8px; padding: .6rem 1rem; }
-.heads b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .heads span, .note { color: var(--dim); font-size: .88rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: .5rem 2rem; }
+.heads b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.heads span, .note { color: var(--dim); font-size: .88rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr));
+  gap: .5rem 2rem; }
 figure { margin: 0; } figcaption { font-weight: 600; margin: .8rem 0 .3rem; }
-.wide { overflow-x: auto; } td:last-child.what, th:last-child.what { text-align: left; color: var(--dim); }
+.wide { overflow-x: auto; }
+td:last-child.what, th:last-child.what { text-align: left; color: var(--dim); }
 ul { padding-left: 1.2rem; } li { margin: .15rem 0; overflow-wrap: anywhere; }
 """
     + STYLE
@@ -65,10 +68,13 @@ def report_page(report: Report) -> str:
         if svg
     )
     words = throttling(report)
+    conditions = "".join(f"<li>{escape(line)}</li>" for line in condition_lines(report))
     body = (
-        f"<h1>{escape(title)}{verdict}</h1>{_headlines(report)}<p>{escape(words[:1].upper() + words[1:])}</p>"
-        f'<div class="plots">{figures}</div><h2>Stages</h2>{_stages(report)}<h2>Metrics</h2>{_metrics(report)}'
-        f"{_energy(report)}<h2>Conditions</h2><ul>{''.join(f'<li>{escape(line)}</li>' for line in condition_lines(report))}</ul>"
+        f"<h1>{escape(title)}{verdict}</h1>{_headlines(report)}"
+        f"<p>{escape(words[:1].upper() + words[1:])}</p>"
+        f'<div class="plots">{figures}</div><h2>Stages</h2>{_stages(report)}'
+        f"<h2>Metrics</h2>{_metrics(report)}"
+        f"{_energy(report)}<h2>Conditions</h2><ul>{conditions}</ul>"
     )
     return html_page(title, body, _STYLE)
 
@@ -94,7 +100,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], last: str = "") -
             + "</tr>"
         )
 
-    return f'<div class="wide"><table>{line(head, "th")}{"".join(line(row, "td") for row in rows)}</table></div>'
+    body = "".join(line(row, "td") for row in rows)
+    return f'<div class="wide"><table>{line(head, "th")}{body}</table></div>'
 
 
 def _stages(report: Report) -> str:

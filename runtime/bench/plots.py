@@ -23,10 +23,15 @@ STYLE = """
 :root { --s1: #3b6fb6; --s2: #2a9d8f; --s3: #d9a030; --s4: #d9694a; --s5: #98a2b3; }
 @media (prefers-color-scheme: dark) { :root { --s1: #6c9be0; } }
 svg { width: 100%; height: auto; display: block; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 3px; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--ink); paint-order: stroke;
+  stroke: var(--paper); stroke-width: 3px; }
 svg .dim { fill: var(--dim); }
-svg .grid { stroke: var(--line); } svg .axis { stroke: var(--dim); } svg .mark { stroke: var(--ink); stroke-dasharray: 4 3; fill: none; }
-svg .line { stroke: var(--s1); stroke-width: 1.8; fill: none; } svg .band { fill: var(--s1); opacity: .2; } svg .dot { fill: var(--s1); }
+svg .grid { stroke: var(--line); }
+svg .axis { stroke: var(--dim); }
+svg .mark { stroke: var(--ink); stroke-dasharray: 4 3; fill: none; }
+svg .line { stroke: var(--s1); stroke-width: 1.8; fill: none; }
+svg .band { fill: var(--s1); opacity: .2; }
+svg .dot { fill: var(--s1); }
 svg .late { stroke: var(--s4); stroke-width: 2; } svg .early { stroke: var(--s2); stroke-width: 2; }
 """ + " ".join(f"svg .s{i} {{ fill: var(--s{i}); }}" for i in range(1, 6))
 
@@ -196,7 +201,9 @@ def histogram_plot(report: Report) -> str:
     right = min(float(steps.max()), 1.25 * marks[99]) * 1.02 or 1.0
     counts, edges = np.histogram(steps[steps <= right], bins=_BINS, range=(0, right))
     beyond = int((steps > right).sum())
-    label = f"ms between tokens{f' ({beyond} of {len(steps)} lie beyond, up to {figure(float(steps.max()))})' if beyond else ''}"
+    label = "ms between tokens"
+    if beyond:
+        label += f" ({beyond} of {len(steps)} lie beyond, up to {figure(float(steps.max()))})"
     frame = _Frame(right, float(counts.max()) * 1.3, label, "steps")
     for count, start, end in zip(counts, edges, edges[1:], strict=False):
         top, width = frame.y(float(count)), frame.x(end) - frame.x(start)

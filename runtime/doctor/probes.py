@@ -65,26 +65,32 @@ for index in range((ask("cuDeviceGetCount") or 0) if found["code"] == 0 else 0):
     cuda.cuDeviceGetName(name, 256, device)
     cuda.cuDeviceTotalMem_v2(ctypes.byref(size), device)
     capability = [ask("cuDeviceGetAttribute", attribute, device) for attribute in (75, 76)]
-    found["devices"].append({"name": name.value.decode(), "capability": capability, "memory_mb": size.value / 1e6})
+    memory = size.value / 1e6
+    found["devices"].append(
+        {"name": name.value.decode(), "capability": capability, "memory_mb": memory}
+    )
 """
 
 _ONNXRUNTIME = """
 import onnxruntime as ort
 from onnxruntime.capi import build_and_package_info as built
 found["version"], found["package"] = ort.__version__, getattr(built, "package_name", "")
-found["cuda"], found["providers"] = str(getattr(built, "cuda_version", "") or ""), ort.get_available_providers()
+found["cuda"] = str(getattr(built, "cuda_version", "") or "")
+found["providers"] = ort.get_available_providers()
 """
 
 # A session with one matrix product. If CUDA fails, onnxruntime falls back to the CPU and prints
 # the reason.
 _CUDA_PROVIDER = """
 import numpy, onnxruntime as ort
-from runtime.bench.limits import one_node_model
+from runtime.hardware.probe_model import one_node_model
 if hasattr(ort, "preload_dlls"):
     ort.preload_dlls()
 left, kind = numpy.ones((2, 2), numpy.float32), numpy.dtype(numpy.float32)
-session = ort.InferenceSession(one_node_model("MatMul", left, (2, 2), kind, kind, left), providers=["CUDAExecutionProvider"])
-found["runs"] = session.get_providers()[0] == "CUDAExecutionProvider" and float(session.run(None, {"a": left})[0][0, 0]) == 2.0
+model = one_node_model("MatMul", left, (2, 2), kind, kind, left)
+session = ort.InferenceSession(model, providers=["CUDAExecutionProvider"])
+right = float(session.run(None, {"a": left})[0][0, 0]) == 2.0
+found["runs"] = session.get_providers()[0] == "CUDAExecutionProvider" and right
 """
 
 # The library is asked too, because its version can differ from that of the bindings. Since
@@ -92,7 +98,8 @@ found["runs"] = session.get_providers()[0] == "CUDAExecutionProvider" and float(
 _TENSORRT = """
 import ctypes
 import tensorrt as trt
-found["version"], found["fused"] = trt.__version__, hasattr(trt.INetworkDefinition, "add_kv_cache_update")
+found["version"] = trt.__version__
+found["fused"] = hasattr(trt.INetworkDefinition, "add_kv_cache_update")
 paths = [line.split()[-1] for line in open("/proc/self/maps") if "/libnvinfer.so" in line]
 if paths:
     number = ctypes.CDLL(paths[0]).getInferLibVersion()

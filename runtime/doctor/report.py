@@ -15,9 +15,15 @@ from runtime.output.html import html_page
 __all__ = ["diagnosis_json", "diagnosis_page", "diagnosis_text", "verdict"]
 
 _STYLE = """
-table { width: 100%; } td { text-align: left; vertical-align: top; overflow-wrap: anywhere; } th { text-align: left; }
-td:nth-child(-n+2) { white-space: nowrap; } .wide { overflow-x: auto; } code { background: var(--soft); border-radius: 4px; padding: .05rem .3rem; }
-.problem td:first-child { color: var(--bad); font-weight: 600; } .warning td:first-child { font-weight: 600; } .aside { color: var(--dim); }
+table { width: 100%; }
+td { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+th { text-align: left; }
+td:nth-child(-n+2) { white-space: nowrap; }
+.wide { overflow-x: auto; }
+code { background: var(--soft); border-radius: 4px; padding: .05rem .3rem; }
+.problem td:first-child { color: var(--bad); font-weight: 600; }
+.warning td:first-child { font-weight: 600; }
+.aside { color: var(--dim); }
 """
 
 
@@ -112,7 +118,10 @@ def diagnosis_json(facts: Facts, diagnosis: Diagnosis) -> str:
 
 def diagnosis_page(facts: Facts, diagnosis: Diagnosis) -> str:
     """Builds the HTML page."""
-    body = f"<h1>Doctor</h1><p>{escape(_machine(facts))}</p><p><b>{escape(verdict(diagnosis))}</b></p>{_table(_ordered(diagnosis))}"
+    body = (
+        f"<h1>Doctor</h1><p>{escape(_machine(facts))}</p>"
+        f"<p><b>{escape(verdict(diagnosis))}</b></p>{_table(_ordered(diagnosis))}"
+    )
     packages = (
         ", ".join(f"{name} {version}" for name, version in facts.packages.items())
         or "none of those looked for"
@@ -122,9 +131,11 @@ def diagnosis_page(facts: Facts, diagnosis: Diagnosis) -> str:
 
 def _table(results: list[Result]) -> str:
     rows = "".join(
-        f'<tr class="{result.finding.level}{" aside" if result.aside else ""}"><td>{result.finding.level}</td><td>{escape(result.check)}</td>'
+        f'<tr class="{result.finding.level}{" aside" if result.aside else ""}">'
+        f"<td>{result.finding.level}</td><td>{escape(result.check)}</td>"
         f"<td>{escape(result.finding.found)}</td><td>{escape(result.finding.cause)}</td>"
-        f"<td>{f'<code>{escape(result.finding.fix)}</code>' if result.finding.fix else ''}</td><td>{', '.join(result.targets)}</td></tr>"
+        f"<td>{f'<code>{escape(result.finding.fix)}</code>' if result.finding.fix else ''}</td>"
+        f"<td>{', '.join(result.targets)}</td></tr>"
         for result in results
     )
     head = "".join(

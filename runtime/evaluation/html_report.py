@@ -18,13 +18,17 @@ __all__ = ["report_page"]
 _MAX_ROWS = 400
 
 _STYLE = """
-.bar { display: inline-block; width: 12rem; height: .7rem; background: var(--soft); position: relative; vertical-align: middle; }
+.bar { display: inline-block; width: 12rem; height: .7rem; background: var(--soft);
+  position: relative; vertical-align: middle; }
 .bar i { position: absolute; top: 0; bottom: 0; left: 0; background: #7fb08a; }
 .bar b { position: absolute; top: 25%; bottom: 25%; background: var(--ink); opacity: .55; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
-figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; } figure.wrong { border-color: #d99; }
-figure img { width: 100%; height: 11rem; object-fit: contain; background: var(--soft); display: block; }
-figcaption { padding: .5rem .7rem; font-size: .88rem; overflow-wrap: anywhere; } figcaption em { color: var(--dim); font-style: normal; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
+figure.wrong { border-color: #d99; }
+figure img { width: 100%; height: 11rem; object-fit: contain; background: var(--soft);
+  display: block; }
+figcaption { padding: .5rem .7rem; font-size: .88rem; overflow-wrap: anywhere; }
+figcaption em { color: var(--dim); font-style: normal; }
 """
 
 
@@ -84,7 +88,8 @@ def _figure(row: AnswerRow) -> str:
         f'<figure class="{"right" if value >= 0.5 else "wrong"}">{picture}'
         f"<figcaption><em>{escape(row.name)} · "
         f"{escape(sample.task)}{overlap}</em><br>{turns}{escape(sample.text)}<br>"
-        f"<b>{escape(row.answer) or '(nothing)'}</b>{'' if value == 1 else f'<br><em>expected</em> {escape(expected)}'}</figcaption></figure>"
+        f"<b>{escape(row.answer) or '(nothing)'}</b>"
+        f"{'' if value == 1 else f'<br><em>expected</em> {escape(expected)}'}</figcaption></figure>"
     )
 
 
@@ -108,7 +113,8 @@ def report_page(result: Mapping[str, Any], rows: Sequence[AnswerRow]) -> str:
         else f"All {len(rows)} answers, worst first"
     )
     body = (
-        f"<h1>{escape(title)}</h1><h2>Tasks</h2>{_table(result['tasks'], result.get('control', {}))}"
+        f"<h1>{escape(title)}</h1><h2>Tasks</h2>"
+        f"{_table(result['tasks'], result.get('control', {}))}"
         f"<h2>Kinds</h2>{_table(dict(sorted(result['kinds'].items())), {})}"
         f'<h2>{shown}</h2><p>{legend}</p><div class="grid">{"".join(map(_figure, ordered))}</div>'
     )

@@ -9,10 +9,13 @@ from html import escape
 __all__ = ["html_page"]
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #e3e7ee; --soft: #eef1f6; --dim: #667; --bad: #b00020; }
+:root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --line: #e3e7ee; --soft: #eef1f6;
+  --dim: #667; --bad: #b00020; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ef; --paper: #14181f; --line: #313846; --soft: #232936; --dim: #9aa4b4; --bad: #ff8a80; } }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: var(--ink); background: var(--paper); }
+  :root { --ink: #e4e8ef; --paper: #14181f; --line: #313846; --soft: #232936; --dim: #9aa4b4;
+  --bad: #ff8a80; } }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem;
+  padding: 0 1rem; color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid var(--line); }

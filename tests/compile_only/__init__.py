@@ -27,7 +27,8 @@ import sys
 
 sys.setdlopenflags(sys.getdlopenflags() | ctypes.RTLD_GLOBAL)
 for name in ("nvinfer", "nvonnxparser", "nvinfer_plugin"):
-    ctypes.CDLL(str(next(pathlib.Path(__file__).parent.glob(f"lib{name}.so.*"))), mode=ctypes.RTLD_GLOBAL)
+    library = next(pathlib.Path(__file__).parent.glob(f"lib{name}.so.*"))
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 from tensorrt_bindings import *  # noqa: E402,F403
 from tensorrt_bindings import __version__  # noqa: E402,F401

@@ -2,10 +2,12 @@
 All runs into the same folder share one report.
 
 examples:
-  python -m tests.gpu --out gpu-report                                   the demo and the edge preset, everything that loads; hours of building
-  python -m tests.gpu --out gpu-report --preset nano --quick             the demo alone, few rounds: minutes
+  python -m tests.gpu --out gpu-report
+      the demo and the edge preset, everything that loads; hours of building
+  python -m tests.gpu --out gpu-report --preset nano --quick
+      the demo alone, few rounds: minutes
   python -m tests.gpu --out gpu-report --preset edge --targets cuda --minutes 9 --resume
-                                                                         goes on where the last command stopped; repeat until nothing is left
+      goes on where the last command stopped; repeat until nothing is left
   python -m tests.gpu --out gpu-report --preset 7b --schemes fp16 int8-weights
 
 The folder keeps checkpoints, bundles, compiled engines, `log.txt` (output of

@@ -21,11 +21,15 @@ __all__ = ["report_page"]
 _STYLE = """
 .heads { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1rem 0; }
 .heads div { background: var(--soft); border-radius: 8px; padding: .6rem 1rem; }
-.heads b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; } .heads span, .note { color: var(--dim); font-size: .88rem; }
-.verdict { font-weight: 600; font-size: 1.15rem; overflow-wrap: anywhere; } .bad { color: var(--bad); font-weight: 600; } .dim { color: var(--dim); }
+.heads b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.heads span, .note { color: var(--dim); font-size: .88rem; }
+.verdict { font-weight: 600; font-size: 1.15rem; overflow-wrap: anywhere; }
+.bad { color: var(--bad); font-weight: 600; }
+.dim { color: var(--dim); }
 .wide { overflow-x: auto; } td { white-space: nowrap; } th, td { padding: .25rem .55rem; }
 th.left, td:nth-child(-n+3), th:nth-child(-n+3), td.left { text-align: left; }
-td.words, th.words { text-align: left; white-space: normal; } td.words:not(:empty) { min-width: 16rem; }
+td.words, th.words { text-align: left; white-space: normal; }
+td.words:not(:empty) { min-width: 16rem; }
 ul { padding-left: 1.2rem; } li { margin: .15rem 0; overflow-wrap: anywhere; }
 """
 _STAGES = ("vision", "prefill", "decode", "choice")
@@ -90,7 +94,10 @@ def _heads(report: Report) -> str:
         if copied and copied.outcome == MEASURED
         else "–",
     }
-    return f'<div class="heads">{"".join(f"<div><b>{escape(value)}</b><span>{name}</span></div>" for name, value in cells.items())}</div>'
+    boxes = "".join(
+        f"<div><b>{escape(value)}</b><span>{name}</span></div>" for name, value in cells.items()
+    )
+    return f'<div class="heads">{boxes}</div>'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]], empty: str) -> str:

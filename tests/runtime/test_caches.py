@@ -128,7 +128,7 @@ def test_beams_and_batches_leave_the_cache_usable(
     )
 
 
-@pytest.mark.parametrize("other", ["ask", "ask_many", "self-test", "forget"])
+@pytest.mark.parametrize("other", ["ask", "ask_many", "self-test", "clear"])
 def test_a_stream_that_was_overtaken_says_so(
     built: Callable[[str], Path], scene_image: Image.Image, other: str
 ) -> None:
@@ -140,7 +140,7 @@ def test_a_stream_that_was_overtaken_says_so(
         "ask": lambda: session.ask(scene_image, "what is it?", "vqa"),
         "ask_many": lambda: session.ask_many([Question(scene_image, "what is it?", "vqa")]),
         "self-test": lambda: session.replay(),
-        "forget": session.forget,
+        "clear": session.clear_caches,
     }
     uses[other]()
     with pytest.raises(UsageError, match="used again before this stream was read"):

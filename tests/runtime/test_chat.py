@@ -39,7 +39,7 @@ def test_a_conversation_computes_only_what_is_new(
         # in the cache.
         again = load(built(precision)).chat(scene_image, 4)
         assert again.ask("Hi.", 5).tokens == first.tokens
-        again._session.runner.prefix_cache.clear()
+        again._runner.prefix_cache.clear()
         repeated = again.ask("And then?", 5)
         assert repeated.cached_tokens == 0 and repeated.tokens == second.tokens
 
@@ -55,7 +55,7 @@ def test_a_conversation_is_the_rendered_one(
     session = load(built("fp32"))
     chat = session.chat(scene_image, 4)
     chat.ask("Hi.", 5)
-    tokens = chat._segments[-1].key[1] + chat._unfed  # type: ignore[index]
+    tokens = chat._segments[-1].key[1] + chat._uncached  # type: ignore[index]
     text = session.tokenizer.decode(tokens)
     second = chat.ask("And then?", 5)
     before, after = session.tokenizer.encode_prompt(

@@ -110,7 +110,8 @@ BLOCKED = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('torch', 'transformers', 'onnx', 'onnx_ir', 'onnxscript', 'safetensors'):
+        heavy = ('torch', 'transformers', 'onnx', 'onnx_ir', 'onnxscript', 'safetensors')
+        if name.split('.')[0] in heavy:
             raise ImportError('blocked ' + name)
 sys.meta_path.insert(0, Block())
 from export.cli import main

@@ -15,6 +15,8 @@ from export.parity.cpu_reference import reference_session
 from runtime import Decoding, Session, load
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import NonFiniteError
+from runtime.generation import request as requests
+from runtime.generation.token_embeddings import embed_prompt
 from tests.runtime.conftest import Install
 
 CHOICES = [Decoding(lookup=0), Decoding(temperature=1.0), Decoding(beams=2)]
@@ -34,13 +36,12 @@ def session(
 
 
 def test_rows_that_overflow_give_no_token(session: Session, scene_image: Image.Image) -> None:
-    embed = session.embed_prompt
-    session.embed_prompt = lambda *parts: embed(*parts) * 1e6  # type: ignore[method-assign]
-    for decoding in CHOICES:
-        session.clear_caches()
-        with pytest.raises(NonFiniteError):
-            session.ask(scene_image, "tell me all about every single thing", decoding=decoding)
-    session.embed_prompt = embed  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(requests, "embed_prompt", lambda *parts: embed_prompt(*parts) * 1e6)
+        for decoding in CHOICES:
+            session.clear_caches()
+            with pytest.raises(NonFiniteError):
+                session.ask(scene_image, "tell me all about every single thing", decoding=decoding)
     session.clear_caches()
     assert session.ask(scene_image, "describe", max_new_tokens=4).tokens
 

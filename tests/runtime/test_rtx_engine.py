@@ -143,7 +143,7 @@ def test_a_tensorrt_bundle_runs_in_the_plugin_where_tensorrt_is_not_installed(
             raise ModuleNotFoundError("No module named 'tensorrt'", name="tensorrt")
         return "the engine"
 
-    monkeypatch.setattr(runtime.engines, "_made", absent)
+    monkeypatch.setattr(runtime.engines, "_create", absent)
     bundle = read_bundle(built_for("tensorrt", "fp16"))
     assert load_engine(bundle, EngineOptions()) == "the engine" and made == ["tensorrt", "rtx"]
     assert "plugin on a desktop RTX GPU runs this bundle" in capsys.readouterr().err

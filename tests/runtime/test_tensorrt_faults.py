@@ -18,6 +18,8 @@ from export.parity.cpu_reference import ReferenceEngine
 from runtime import Decoding, Session, load
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import BundleError, ContextError, EngineError, NonFiniteError
+from runtime.generation import request
+from runtime.generation.token_embeddings import embed_prompt
 from runtime.hardware.system import Memory
 from tests.runtime.conftest import Install
 from tests.simulated_cuda import cudaError_t
@@ -131,7 +133,7 @@ def test_a_trial_that_was_cut_short_comes_again(
         def killed(*arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr("runtime.parity.replay", killed)
+        patch.setattr("runtime.parity.replay_goldens", killed)
         with pytest.raises(KeyboardInterrupt):
             load(bundle)
     again = gpu()
@@ -236,13 +238,12 @@ def test_logits_that_are_not_finite_give_no_token(
     with pytest.raises(NonFiniteError):
         session.engine.greedy(huge, 4)
     assert not np.isfinite(session.engine.forward(huge, 4)).all()
-    embed = session.embed_prompt
-    session.embed_prompt = lambda *parts: embed(*parts) * 1e6  # type: ignore[method-assign]
-    for decoding in (GREEDY, Decoding(temperature=1.0), Decoding(beams=2)):
-        session.clear_caches()
-        with pytest.raises(NonFiniteError):
-            session.ask(scene_image, "tell me all about every single thing", decoding=decoding)
-    session.embed_prompt = embed  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "embed_prompt", lambda *parts: embed_prompt(*parts) * 1e6)
+        for decoding in (GREEDY, Decoding(temperature=1.0), Decoding(beams=2)):
+            session.clear_caches()
+            with pytest.raises(NonFiniteError):
+                session.ask(scene_image, "tell me all about every single thing", decoding=decoding)
     session.clear_caches()
     assert tokens(session, scene_image) == expected(bundle, scene_image, fused), (
         "NaN in rows that are masked now does no harm"

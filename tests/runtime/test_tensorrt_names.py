@@ -135,7 +135,7 @@ def test_every_name_the_engine_writes_is_in_the_real_one(version: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["12.9.4", "13.3.1"])
 def test_every_cuda_name_is_in_the_real_one(version: str) -> None:
-    names = set(re.findall(r"\bcuda[A-Z]\w+(?:\.cuda\w+)?", (ENGINE / "device.py").read_text()))
+    names = set(re.findall(r"\bcuda[A-Z]\w+(?:\.cuda\w+)?", (ENGINE / "cuda.py").read_text()))
     assert {
         "cudaMemcpy2DAsync",
         "cudaStreamBeginCapture",

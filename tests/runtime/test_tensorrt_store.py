@@ -272,11 +272,11 @@ def test_what_cannot_be_tried_is_said(
     """
     gpu()
     session = load(bundle, context=24)
-    assert session.engine.capacity == 24 and "answer untried" in capsys.readouterr().err
+    assert session.engine.capacity == 24 and "answer without validation" in capsys.readouterr().err
     marked = tmp_path / "marked"
     shutil.copytree(bundle, marked)
     manifest = json.loads((marked / MANIFEST).read_text())
     manifest["parity"]["verdict"] = "UNVERIFIED"
     (marked / MANIFEST).write_text(json.dumps(manifest))
     load(marked)
-    assert "is UNVERIFIED: its engines answer untried" in capsys.readouterr().err
+    assert "is UNVERIFIED: its engines answer without validation" in capsys.readouterr().err

@@ -71,7 +71,8 @@ def vqav2(folder: Path) -> str:
             for number, kind, best in ((90, "number", "2"), (91, "yes/no", "yes"))
         ]
     }
-    return f"vqav2:{dump(folder / 'q.json', questions)},answers={dump(folder / 'a.json', annotations)},images={folder / 'train2014'}"
+    asked, answers = dump(folder / "q.json", questions), dump(folder / "a.json", annotations)
+    return f"vqav2:{asked},answers={answers},images={folder / 'train2014'}"
 
 
 def refcoco(folder: Path) -> str:
@@ -116,7 +117,10 @@ def jsonl(folder: Path) -> str:
     return str(folder / "d.jsonl")
 
 
-VOC_OBJECT = "<object><name>{}</name><difficult>0</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+VOC_OBJECT = (
+    "<object><name>{}</name><difficult>0</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
+    "<xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
 
 
 def voc(folder: Path, objects: str = VOC_OBJECT.format("potted_plant", 10, 20, 60, 70)) -> str:

@@ -271,7 +271,8 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 from trainer.imports.convert import ImportOptions, import_checkpoint
 import trainer.model
 before, peak, done = anonymous(), [0.0], threading.Event()
@@ -280,7 +281,8 @@ def watch():
         peak[0] = max(peak[0], anonymous()); time.sleep(0.002)
 thread = threading.Thread(target=watch); thread.start()
 source, out, tokenizer = map(Path, sys.argv[1:4])
-import_checkpoint(ImportOptions(source, out, tokenizer=tokenizer, vision_heads=4, decoder_heads=8, shard_bytes=32 << 20))
+heads = dict(vision_heads=4, decoder_heads=8)
+import_checkpoint(ImportOptions(source, out, tokenizer=tokenizer, shard_bytes=32 << 20, **heads))
 done.set(); thread.join()
 print(peak[0] - before)
 """
