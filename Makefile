@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SAMPLE := trainer/demo/sample.png
+SAMPLE := runtime/demo/sample.png
 
 .PHONY: run test gpu-test lint bench clean
 

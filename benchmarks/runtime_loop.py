@@ -1,7 +1,7 @@
 """Measures, for one bundle, the cost of the runtime's Python code per token and the
 time that caches save for a second question.
 
-python benchmarks/runtime_loop.py infmllm-bundle [--image trainer/demo/sample.png]
+python benchmarks/runtime_loop.py infmllm-bundle [--image runtime/demo/sample.png]
 [--repetitions 9] [--tokens 30]
 """
 
@@ -74,7 +74,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--image", type=Path, default=Path("trainer/demo/sample.png"))
+    parser.add_argument("--image", type=Path, default=Path("runtime/demo/sample.png"))
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=30)
     given = parser.parse_args()
@@ -92,7 +92,7 @@ def main() -> None:
         note(
             "first question, ms to first token", lambda: first_token(session, image, "what is it?")
         )
-        note("second question on the same picture", lambda: first_token(session, image, _SECOND))
+        note("second question on the same image", lambda: first_token(session, image, _SECOND))
         session.runner.prefix_cache.clear()
         note(
             "second question in another process (embeddings from disk)",

@@ -1,7 +1,7 @@
 """Measures the start-up of `infmllm-run`: seconds from process start to the last token
 of a caption, and import times. Run it on a quiet machine.
 
-python benchmarks/startup.py [--bundle infmllm-bundle] [--image trainer/demo/sample.png]
+python benchmarks/startup.py [--bundle infmllm-bundle] [--image runtime/demo/sample.png]
 [--repetitions 9]
 """
 
@@ -35,7 +35,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bundle", type=Path, default=Path("infmllm-bundle"))
-    parser.add_argument("--image", type=Path, default=Path("trainer/demo/sample.png"))
+    parser.add_argument("--image", type=Path, default=Path("runtime/demo/sample.png"))
     parser.add_argument("--repetitions", type=int, default=9)
     arguments = parser.parse_args()
     rows = {name: [sys.executable, "-c", code] for name, code in IMPORTS.items()}

@@ -46,7 +46,7 @@ def main() -> None:
         pairs += sum(len(set(row.tolist()) - {-1, 0}) for row in batch.segments)
     rate, share = given.batch / statistics.median(making), pairs / given.batch / given.steps
     print(
-        f"{share:.1f} question-answer pairs a picture; making batches: {rate:.0f} images/s in one "
+        f"{share:.1f} question-answer pairs an image; making batches: {rate:.0f} images/s in one "
         f"process"
     )
     accelerator = make_accelerator(given.precision)

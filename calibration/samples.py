@@ -60,7 +60,7 @@ def default_source(card: Mapping[str, Any], calib: str) -> str:
         return SCENES
     said = f"was trained on {', '.join(names)}" if names else "does not say what it was trained on"
     raise UsageError(
-        f"calibration needs pictures of the kind the model was trained on, and its card {said}; "
+        f"calibration needs images of the kind the model was trained on, and its card {said}; "
         f"name some: --calib DATA"
     )
 
@@ -75,7 +75,7 @@ def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Ex
     found = _opened(source)
     if len(found) < least:
         raise DataError(
-            f"data {source!r} has {len(found)} pictures, calibration needs at least {least}; add "
+            f"data {source!r} has {len(found)} images, calibration needs at least {least}; add "
             f"some"
         )
     return [found[int(index)] for index in rng.permutation(len(found))[:count]]
@@ -116,7 +116,7 @@ def draw_cases(
             image, samples = example.load()
         except InfMLLMError as error:
             raise DataError(
-                f"calibration picture {example.name or example.picture} cannot be used: {error}"
+                f"calibration image {example.name or example.picture} cannot be used: {error}"
             ) from None
         _check_picture(image.convert("RGB"), example.name)
         sample = _pick(samples, index, rng)
@@ -153,7 +153,7 @@ def _check_picture(image: Image.Image, name: str) -> None:
     values = np.asarray(image, np.float32)
     if float((values.max((0, 1)) - values.min((0, 1))).max()) < _FLAT:
         raise DataError(
-            f"calibration picture {name or 'without a name'} is one flat colour; ranges from it "
+            f"calibration image {name or 'without a name'} is one flat colour; ranges from it "
             f"would be wrong, remove it"
         )
 

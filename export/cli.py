@@ -51,7 +51,7 @@ def build(
             "training mix."
         ),
     ] = "",
-    samples: Annotated[int, typer.Option(min=4, help="Pictures to calibrate with.")] = 32,
+    samples: Annotated[int, typer.Option(min=4, help="Images to calibrate with.")] = 32,
     ranges: Annotated[
         str, typer.Option(help="How static ranges are found: min-max, percentile, mse or entropy.")
     ] = "mse",
@@ -88,12 +88,12 @@ def build(
         ),
     ] = "mean",
     auto_questions: Annotated[
-        int, typer.Option(min=1, help="auto: pictures whose questions measure a mixture.")
+        int, typer.Option(min=1, help="auto: images whose questions measure a mixture.")
     ] = 150,
     questions: Annotated[
         int,
         typer.Option(
-            min=0, help="Pictures the bundle answers against PyTorch; 0 leaves this check out."
+            min=0, help="Images the bundle answers against PyTorch; 0 leaves this check out."
         ),
     ] = 16,
     context: Annotated[
@@ -228,7 +228,7 @@ def plan(
         typer.Option(min=1, help="Rows of the key/value cache. Default: the model's context."),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=4, help="Pictures the build would calibrate with.")
+        int, typer.Option(min=4, help="Images the build would calibrate with.")
     ] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -251,7 +251,7 @@ def inspect(
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with a picture of every block.")
+        Path | None, typer.Option(help="Write a page with an image of every block.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -299,7 +299,7 @@ def import_(
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side of the square picture; positions are resized. Default: the tower's."
+            min=1, help="Side of the square image; positions are resized. Default: the tower's."
         ),
     ] = None,
     image_mode: Annotated[

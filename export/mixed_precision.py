@@ -75,7 +75,7 @@ Choice = dict[str, str]
 
 @dataclass(frozen=True)
 class Budget:
-    """The points of a metric that may be lost, measured on questions about `pictures`
+    """The points of a metric that may be lost, measured on questions about `images`
     images.
     """
 

@@ -275,13 +275,13 @@ def _location(build: Build, stage: str) -> str:
     return (
         str(drift)
         if drift
-        else "The picture and the prompt alone are within bounds: it is the steps after them that "
+        else "The image and the prompt alone are within bounds: it is the steps after them that "
         "drift"
     )
 
 
 _REMEDY = (
-    "Try --calib with pictures of the kind the model was trained on, --keep for that block, or a "
+    "Try --calib with images of the kind the model was trained on, --keep for that block, or a "
     "higher --precision; "
     "--allow-unverified keeps it, marked"
 )

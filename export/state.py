@@ -185,7 +185,7 @@ def _check_context(options: BuildOptions, checkpoint: StoredCheckpoint) -> None:
     if not least <= options.context <= most:
         raise UsageError(
             f"--context {options.context} does not suit {checkpoint.spec.name}; choose {least} "
-            f"(picture and text) to {most}"
+            f"(image and text) to {most}"
         )
 
 

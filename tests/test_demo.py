@@ -15,6 +15,7 @@ import pytest
 
 from export.pipeline import BuildOptions, build
 from export.schemes import SCHEMES
+from runtime.cli.run import SAMPLE_IMAGE
 from runtime.contract.files import sha256_file
 from runtime.evaluation.cli import BundleAnswerer
 from runtime.evaluation.evaluate import evaluate
@@ -117,7 +118,7 @@ def test_the_sample_image_is_described_correctly(bundles: dict[str, Path]) -> No
     environment = os.environ | {"INFMLLM_BUNDLE": str(bundles["int8"])}
     code = "from runtime.cli.run import main; main()"
     result = subprocess.run(
-        [sys.executable, "-c", code, str(DEMO / "sample.png"), "describe"],
+        [sys.executable, "-c", code, str(SAMPLE_IMAGE), "describe"],
         env=environment,
         capture_output=True,
         text=True,

@@ -1,5 +1,5 @@
 """The documentation's examples run as they stand: shell lines and Python blocks, in a
-folder with a bundle and a picture.
+folder with a bundle and an image.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def run(
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --start-from: side of the square picture; positions are resized."
+            min=1, help="With --start-from: side of the square image; positions are resized."
         ),
     ] = None,
     new_words: Annotated[
@@ -106,7 +106,7 @@ def run(
         typer.Option(min=0, help="Optimiser steps between sheets of sample answers; 0 for none."),
     ] = 250,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that read pictures, per training process.")
+        int, typer.Option(min=0, help="Processes that read images, per training process.")
     ] = 1,
     save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between saved states.")] = 2.0,
     threads: Annotated[

@@ -166,7 +166,7 @@ def format_description(data: dict[str, Any]) -> str:
     calibration = data["provenance"].get("calibration")
     if calibration:
         lines.append(
-            f"calibrated with {calibration['count']} pictures of {calibration['source']}, sha256 "
+            f"calibrated with {calibration['count']} images of {calibration['source']}, sha256 "
             f"{calibration['sha256'][:12]}…"
         )
     refused = [reason for row in data["provenance"].get("passes", []) for reason in row["refused"]]

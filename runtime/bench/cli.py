@@ -68,7 +68,7 @@ def run(
         int | None, typer.Option(min=1, help="CPU threads. Default: all available cores.")
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Picture to describe. Default: a made one of 640x480.")
+        Path | None, typer.Option(help="Image to describe. Default: a made one of 640x480.")
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the whole report here, for `diff`.")

@@ -156,9 +156,9 @@ def _share(name: str, help: str, work: Values, time: Values, limit: str) -> Metr
 
 
 _METRICS = (
-    _over_answers("ttft", "picture in to first text out, median", lambda answer: answer.ttft_ms),
+    _over_answers("ttft", "image in to first text out, median", lambda answer: answer.ttft_ms),
     _over_answers("ttft_p90", "the same, 90th percentile", lambda answer: answer.ttft_ms, 90),
-    _stage("decode_image", "the picture's file to RGB"),
+    _stage("decode_image", "the image's file to RGB"),
     _stage("preprocess", "RGB to the tower's pixels"),
     _stage("vision", "tower and pool-adapter"),
     _stage("prefill", "the decoder over the prompt"),
@@ -166,7 +166,7 @@ _METRICS = (
     _inter_token(50),
     _inter_token(90),
     _inter_token(99),
-    _over_answers("total", "picture in to last text out, median", lambda answer: answer.total_ms),
+    _over_answers("total", "image in to last text out, median", lambda answer: answer.total_ms),
     Metric(
         "tokens_per_s",
         "1/s",

@@ -18,11 +18,11 @@ _MAX_SCHEMA = 1 << 20
 _NUMBERS: dict[str, tuple[type, str]] = {
     "temperature": (
         float,
-        "above 0: sample, the higher the wilder; default: 0, the likeliest token",
+        "above 0: sample, the higher the wilder; default: 0, the most likely token",
     ),
-    "top_k": (int, "sample from that many likeliest tokens"),
-    "top_p": (float, "sample from the likeliest tokens that make up this share"),
-    "min_p": (float, "sample from tokens at least this likely relative to the likeliest"),
+    "top_k": (int, "sample from that many most likely tokens"),
+    "top_p": (float, "sample from the most likely tokens that make up this share"),
+    "min_p": (float, "sample from tokens at least this likely relative to the most likely"),
     "repetition_penalty": (float, "above 1: tokens of the answer become less likely to come again"),
     "seed": (int, "makes sampling repeatable"),
     "min_new_tokens": (int, "shortest answer in tokens"),

@@ -27,9 +27,17 @@ if TYPE_CHECKING:
     from runtime.questions import Answer, Stream
     from runtime.session import Session
 
-__all__ = ["main"]
+__all__ = ["SAMPLE_IMAGE", "main"]
 
-_EXAMPLES = """examples:
+SAMPLE_IMAGE = Path(__file__).parents[1] / "demo" / "sample.png"
+"""A scene of coloured shapes, which the demo checkpoint knows."""
+
+_EXAMPLES = """first steps:
+  pip install 'infmllm-edge[export]'            # brings PyTorch, which building a bundle needs
+  infmllm-export build --precision int8         # the demo checkpoint, into ./infmllm-bundle
+  infmllm-run --demo                            # describes the sample image
+
+examples:
   infmllm-run photo.jpg "describe"
   infmllm-run photo.jpg "where is the red circle?" --draw found.png
   cat photo.jpg | infmllm-run - "how many circles are there?" --json
@@ -45,13 +53,14 @@ _EXAMPLES = """examples:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="infmllm-run",
-        description="Ask a bundle about a picture.",
+        description="Ask a bundle about an image.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("image", nargs="?", help="JPEG, PNG, WebP or BMP file; - reads standard input")
     add("prompt", nargs="?", help='what to ask, for example "describe"')
+    add("--demo", action="store_true", help="ask about the sample image of this package")
     add(
         "--bundle", type=Path, help="bundle folder; default: $INFMLLM_BUNDLE, then ./infmllm-bundle"
     )
@@ -72,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--chat",
         action="store_true",
-        help="a conversation about the picture: one turn a line on standard input",
+        help="a conversation about the image: one turn a line on standard input",
     )
     add(
         "--batch",
@@ -84,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--no-cache",
         action="store_true",
-        help="keep no image embeddings on disk for the next question on the same picture",
+        help="keep no image embeddings on disk for the next question on the same image",
     )
     add("--threads", type=positive, metavar="N", help="CPU threads; default: all available cores")
     add(
@@ -94,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="rows of the key/value cache; default: the model's context",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
-    add("--draw", type=Path, metavar="OUT.png", help="write the picture with the answer's boxes")
+    add("--draw", type=Path, metavar="OUT.png", help="write the image with the answer's boxes")
     add(
         "--self-test",
         action="store_true",
@@ -106,6 +115,8 @@ def _parser() -> argparse.ArgumentParser:
 def run() -> None:
     """Loads the bundle and runs the mode that the command line selects."""
     given = _parser().parse_args()
+    if given.demo:
+        _use_demo(given)
     mode = _mode(given)
     check_output(given.draw)
     decoding = decoding_of(given, given.prompt or "")
@@ -124,6 +135,15 @@ def run() -> None:
     mode(session, given, decoding)
 
 
+def _use_demo(given: argparse.Namespace) -> None:
+    """Takes the sample image; one argument alone is then the prompt. Raises `UsageError`."""
+    if given.prompt is not None:
+        raise UsageError("--demo has an image of its own; give a prompt only")
+    given.image, given.prompt = str(SAMPLE_IMAGE), given.image
+    if given.prompt is None and not given.chat:
+        given.prompt = "describe"
+
+
 def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace, Decoding], None]:
     """Returns the function of the selected mode. Raises `UsageError` if options exclude
     each other or are missing.
@@ -140,19 +160,19 @@ def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace, D
         raise UsageError(f"--draw draws the boxes of one answer; leave it out with {chosen[0]}")
     if given.self_test:
         if given.image is not None:
-            raise UsageError("--self-test replays what the bundle holds; leave the picture out")
+            raise UsageError("--self-test replays what the bundle holds; leave the image out")
         return _self_test
     if given.batch is not None:
         if given.image is not None:
             raise UsageError(
-                "--batch takes pictures and prompts from its file; leave them out of the command "
+                "--batch takes images and prompts from its file; leave them out of the command "
                 "line"
             )
         return _batch
     if given.chat:
         if given.image is None or given.image == "-":
             raise UsageError(
-                "--chat needs a picture's file, for example: infmllm-run photo.jpg --chat"
+                "--chat needs an image's file, for example: infmllm-run photo.jpg --chat"
             )
         if given.task not in ("auto", "chat"):
             raise UsageError(f"--chat and --task {given.task} exclude each other; leave --task out")

@@ -111,7 +111,7 @@ def check_inside(box: Sequence[float], width: int, height: int, what: str) -> No
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
         raise DataError(
-            f"{what} does not lie inside the {width}x{height} picture with x1 < x2 and y1 < y2"
+            f"{what} does not lie inside the {width}x{height} image with x1 < x2 and y1 < y2"
         )
 
 

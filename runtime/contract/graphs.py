@@ -34,7 +34,7 @@ LOGITS_TO_KEEP = (
     "logits_to_keep"  # [1] int64, cpu target: how many of the last positions get logits
 )
 LOGITS_ROWS = "logits_rows"  # [n] int64, targets on GPUs: positions along L that get logits
-NEXT_TOKEN = "next_token"  # [n] int64, targets on GPUs: the likeliest token of each such position
+NEXT_TOKEN = "next_token"  # [n] int64, targets on GPUs: the most likely token of each such position
 
 
 # [n] float32, targets on GPUs: the sum of |logits| and of |hidden rows| of the call, finite

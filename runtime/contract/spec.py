@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar, get_type_hints
 
 from runtime.contract.errors import SpecError
@@ -41,15 +41,21 @@ def _positive(spec: Any, *names: str) -> None:
 
 
 def _read(cls: type[T], data: object, where: str) -> T:
-    """Builds a flat dataclass from a JSON object that has exactly its fields and types."""
+    """Builds a flat dataclass from a JSON object with fields of exactly its types.
+
+    A field with a default may be missing: bundles and checkpoints that were written before
+    the field existed stay readable.
+    """
     if not isinstance(data, Mapping):
         raise SpecError(f"model spec: {where} is {type(data).__name__}, expected an object")
     hints = get_type_hints(cls)
-    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-    unknown, missing = sorted(set(map(str, data)) - names), sorted(names - set(data))
+    known = fields(cls)  # type: ignore[arg-type]
+    names = {f.name for f in known}
+    required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
+    unknown, missing = sorted(set(map(str, data)) - names), sorted(required - set(data))
     _require(not unknown and not missing, f"{where} has unknown fields {unknown}, lacks {missing}")
     values: dict[str, Any] = {}
-    for name in names:
+    for name in names & set(data):
         value, hint = data[name], hints[name]
         if hint is float and type(value) is int and abs(value) <= _MAX_FLOAT:
             value = float(value)

@@ -86,7 +86,7 @@ def run(
     control: Annotated[
         bool,
         typer.Option(
-            "--control", help="Also score with plain pictures: what the questions alone give away."
+            "--control", help="Also score with plain images: what the questions alone give away."
         ),
     ] = False,
     skip_bad: Annotated[
@@ -97,7 +97,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Write every answer to this jsonl file.")] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write a page with pictures, answers and boxes, worst first."),
+        typer.Option(help="Write a page with images, answers and boxes, worst first."),
     ] = None,
 ) -> None:
     """Prints accuracy per task with its 95 % interval."""
@@ -122,7 +122,7 @@ def run(
     if control:
         blank, _, _ = evaluate(
             answerer,
-            track(examples, len(examples), "answering without pictures"),
+            track(examples, len(examples), "answering without images"),
             visual_tokens,
             True,
             faults=Faults(skip_bad),
@@ -145,7 +145,7 @@ def format_result(result: dict[str, Any]) -> str:
         extra = f", mean IoU {figures['mean_iou']:.3f}" if "mean_iou" in figures else ""
         extra += f", CIDEr-D {figures['cider']:.1f}" if "cider" in figures else ""
         if "control" in result:
-            extra += f", without pictures {result['control'][task]['accuracy']:.1f}"
+            extra += f", without images {result['control'][task]['accuracy']:.1f}"
         lines.append(
             f"{task:8} {_share(figures)} {METRIC_NAMES[task]} ({figures['count']:.0f} "
             f"samples{extra})"

@@ -69,7 +69,7 @@ def _table(
         "",
         "mean IoU",
         "CIDEr-D",
-        "without picture, %",
+        "without image, %",
     )
     kept = [column for column in range(len(head)) if any(row[column] for row in rows)]
     lines = ["".join(f"<th>{head[column]}</th>" for column in kept)]

@@ -200,7 +200,7 @@ def test_the_set_is_reproducible_listed_and_hashed(stored: StoredCheckpoint) -> 
 def test_bad_sets_are_refused(stored: StoredCheckpoint, tmp_path: Path) -> None:
     sample = Sample("vqa", "what?", "x")
     flat = Example(Image.new("RGB", (40, 30), (9, 9, 9)), (sample,), "flat.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     broken = Example(tmp_path / "broken.png", (sample,), "broken.png")
     for example, message in (
         (flat, "flat.png is one flat colour"),
@@ -210,7 +210,7 @@ def test_bad_sets_are_refused(stored: StoredCheckpoint, tmp_path: Path) -> None:
             draw_cases([example], stored.spec, stored.tokenizer, 0)
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "a.png")
     (tmp_path / "d.jsonl").write_text('{"image": "a.png", "task": "caption", "answer": "x"}\n')
-    with pytest.raises(DataError, match="has 1 pictures, calibration needs at least 4"):
+    with pytest.raises(DataError, match="has 1 images, calibration needs at least 4"):
         draw_examples(str(tmp_path / "d.jsonl"), 32, 0, 4)
     with pytest.raises(UsageError, match=r"was trained on voc:X.*--calib"):
         default_source({"data": [{"name": "voc:X"}]}, "")

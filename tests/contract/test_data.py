@@ -83,7 +83,7 @@ def test_a_bad_line_is_named_with_its_number(data: Path, line: str, words: str) 
 )
 def test_boxes_outside_the_picture(data: Path, box: list[int]) -> None:
     data.write_text(json.dumps(GOOD[2] | {"box": box}))
-    with pytest.raises(DataError, match="does not lie inside the 100x50 picture"):
+    with pytest.raises(DataError, match="does not lie inside the 100x50 image"):
         read_jsonl(data)[0].load()
 
 

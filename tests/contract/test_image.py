@@ -1,4 +1,4 @@
-"""Pictures in: every pixel mode has a defined conversion, every hostile file one typed
+"""Images in: every pixel mode has a defined conversion, every hostile file one typed
 error, and pixels are bit-exact.
 """
 

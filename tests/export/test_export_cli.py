@@ -67,7 +67,7 @@ def test_inspect_shows_blocks_as_text_json_and_picture(
     assert (
         "decoder.layers.1" in text
         and "7 int4/32" in text
-        and "calibrated with 32 pictures of synthetic" in text
+        and "calibrated with 32 images of synthetic" in text
     )
     assert (
         "answers not compared" not in text

@@ -115,7 +115,7 @@ def _settings(arguments: Sequence[str]) -> tuple[Settings, bool]:
         help="precisions (default: all a target has; with --quick fp16 int8 int8-weights)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="few rounds, answers and calibration pictures"
+        "--quick", action="store_true", help="few rounds, answers and calibration images"
     )
     parser.add_argument("--rounds", type=positive, help="timed rounds over all contenders")
     parser.add_argument(

@@ -48,7 +48,7 @@ _LATENCY = (
 _PARITY_NOTE = (
     "Relative RMS errors against PyTorch fp32 on the CPU, and what is allowed; choice is how "
     "often the token taken on the device is not the "
-    "likeliest of its logits. PyTorch's own rows say what a precision costs on this GPU. Answers "
+    "most likely of its logits. PyTorch's own rows say what a precision costs on this GPU. Answers "
     "are equal if they are PyTorch fp32's on the same "
     "GPU token for token; they are not judged, since near ties turn them."
 )

@@ -188,7 +188,7 @@ def test_another_process_finds_the_embeddings(
     answer = second.ask(scene_png, "where is the circle?")
     assert counted.images == 0 and answer.timings["decode_image"] == 0
     assert answer.boxes[0].box == first.ask(scene_png, "where is the circle?").boxes[0].box, (
-        "the picture's size travels with its embeddings"
+        "the image's size travels with its embeddings"
     )
     assert second.ask(scene_png, "describe").tokens == expected.tokens
     (file,) = (cache_folder() / "images").iterdir()
@@ -227,15 +227,15 @@ def test_the_disk_cache_stays_within_its_bound(
     size = 4 * 4 * 8 + 48
     cache = ImageEmbeddingCache("bundle", 8, memory=1, disk=3 * size)
     for index in range(6):
-        cache.put(f"picture {index}", 2, EmbeddedImage(np.full((4, 8), index, np.float32), (3, 5)))
+        cache.put(f"image {index}", 2, EmbeddedImage(np.full((4, 8), index, np.float32), (3, 5)))
         for age, file in enumerate(
             sorted((tmp_path / "images").iterdir(), key=lambda f: f.stat().st_mtime_ns)
         ):
             os.utime(file, ns=(10**9 * age, 10**9 * age))
     assert len(list((tmp_path / "images").iterdir())) == 3
     fresh = ImageEmbeddingCache("bundle", 8, disk=3 * size)
-    assert fresh.get("picture 0", 2) is None
-    found = fresh.get("picture 5", 2)
+    assert fresh.get("image 0", 2) is None
+    found = fresh.get("image 5", 2)
     assert found and found.size == (3, 5) and (found.embeds == 5).all()
     ImageEmbeddingCache("bundle", 8, disk=size - 1).put("too large", 2, found)
     assert ImageEmbeddingCache("bundle", 8, disk=size).get("too large", 2) is None

@@ -56,11 +56,11 @@ def test_figures_rows_and_page(
     assert len(rows.read_text().splitlines()) == 9 == page.read_text().count("<figure ")
     run(monkeypatch, built("fp32"), "synthetic:3", "--control")
     text = capsys.readouterr().out
-    assert "without pictures" in text and "CIDEr-D" in text and "[" in text
+    assert "without images" in text and "CIDEr-D" in text and "[" in text
 
 
 class Answers:
-    """Says what it was shown: the mean colour of the picture's first pixel, or a fixed
+    """Says what it was shown: the mean colour of the image's first pixel, or a fixed
     box.
     """
 

@@ -29,7 +29,7 @@ from trainer.datasets.draw import move_samples
 def test_a_box_drawn_before_equals_the_box_computed_after(
     name: str, seed: int, size: tuple[int, int], place: tuple[float, float, float, float]
 ) -> None:
-    """A rectangle is painted on a black picture; after the augmentation its pixels span
+    """A rectangle is painted on a black image; after the augmentation its pixels span
     the box the sample then has, to within a pixel.
     """
     width, height = size

@@ -1,4 +1,4 @@
-"""Starting from a checkpoint: another picture size, more words, and what a user can
+"""Starting from a checkpoint: another image size, more words, and what a user can
 combine.
 """
 

@@ -312,7 +312,7 @@ def test_curves_and_sample_sheets_are_written(tokenizer: Tokenizer, tmp_path: Pa
 def test_a_fault_in_a_worker_keeps_its_one_line(
     workers: int, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "d.jsonl").write_text('{"image": "a.png", "task": "caption", "answer": "x"}')
     with pytest.raises(DataError) as caught:
         options = TrainOptions(tmp_path / "s", workers=workers, precision="fp32")

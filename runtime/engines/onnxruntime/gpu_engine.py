@@ -122,7 +122,7 @@ class DeviceEngine(ABC):
             and np.isfinite(logits).all()
             and logits[self._token(call)] != logits.max()
         ):
-            self.conclude({"decode": "the token chosen is not the likeliest"})
+            self.conclude({"decode": "the token chosen is not the most likely"})
         return logits
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
