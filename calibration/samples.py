@@ -75,8 +75,7 @@ def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Ex
     found = _opened(source)
     if len(found) < least:
         raise DataError(
-            f"data {source!r} has {len(found)} images, calibration needs at least {least}; add "
-            f"some"
+            f"data {source!r} has {len(found)} images, calibration needs at least {least}; add some"
         )
     return [found[int(index)] for index in rng.permutation(len(found))[:count]]
 

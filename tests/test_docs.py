@@ -39,7 +39,7 @@ def test_python_examples(workplace: Path) -> None:
     namespace: dict[str, object] = {}
     for block in blocks("api.md", "python"):
         exec(compile(block, "docs/api.md", "exec"), namespace)
-    assert len(namespace["answers"]) == 2 and len(namespace["chat"].messages) == 4  # type: ignore[arg-type, attr-defined]
+    assert len(namespace["answers"]) == 2 and len(namespace["chat"].messages) == 4
 
 
 def test_shell_examples(workplace: Path) -> None:

@@ -19,6 +19,7 @@ SIMPLIFY: tuple[GraphPass, ...] = (INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWR
 are folded before constants, so that weights keep their names.
 """
 
+
 def run_passes(model: ir.Model, passes: Sequence[GraphPass]) -> list[tuple[str, PassResult]]:
     """Runs passes in order, in place. Returns each pass's name and result."""
     results = []

@@ -54,9 +54,10 @@ def _keep(model: ir.Model) -> PassResult:
     count = ir.Value(
         name=LOGITS_TO_KEEP, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64)
     )
+    width = int(hidden.shape[2])  # type: ignore[arg-type]
     ends, axes, rows = (
         initializer(model, f"{LOGITS_TO_KEEP}.{name}", np.array(values, np.int64))
-        for name, values in (("ends", [_END]), ("axes", [1]), ("rows", [-1, int(hidden.shape[2])]))  # type: ignore[arg-type]
+        for name, values in (("ends", [_END]), ("axes", [1]), ("rows", [-1, width]))
     )
     starts = ir.node("Neg", [count])
     cut = ir.node("Slice", [hidden, starts.outputs[0], ends, axes])

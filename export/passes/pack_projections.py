@@ -91,7 +91,8 @@ def _pack(model: ir.Model, nodes: Sequence[ir.Node], attention: ir.Node | None) 
     product = ir.node("MatMul", [nodes[0].inputs[0], packed])
     result, first = product.outputs[0], nodes[0].outputs[0]
     result.type = ir.TensorType(ir.DataType.FLOAT)
-    result.shape = ir.Shape([*first.shape[:-1], sum(widths)]) if first.shape is not None else None  # type: ignore[misc]
+    if first.shape is not None:
+        result.shape = ir.Shape([*first.shape[:-1], sum(widths)])  # type: ignore[misc]
     model.graph.insert_before(nodes[0], product)
     if attention is not None:
         for place, value in enumerate((result, None, None)):

@@ -135,7 +135,8 @@ def _attention(model: ir.Model) -> PassResult:
             continue
         q, k, v = node.inputs[:3]
         assert q is not None and q.shape is not None, "captured graphs carry shapes"
-        root = constant(model, "attention.scale", np.array(float(q.shape[3]) ** -0.25, np.float32))  # type: ignore[arg-type]
+        scale = float(q.shape[3]) ** -0.25  # type: ignore[arg-type]
+        root = constant(model, "attention.scale", np.array(scale, np.float32))
         (q,) = insert(model, node, "Mul", [q, root], _FP32)
         (k,) = insert(model, node, "Mul", [k, root], _FP32)
         (turned,) = insert(model, node, "Transpose", [k], _FP32, perm=[0, 1, 3, 2])

@@ -31,7 +31,8 @@ def _outputs(model: ir.Model, first: bool) -> PassResult:
     hidden, row = gather.inputs[0], gather.outputs[0]
     assert hidden is not None and hidden.shape is not None, "captured graphs carry shapes"
     rows = ir.Value(name=LOGITS_ROWS, shape=ir.Shape(["n"]), type=ir.TensorType(_INT64))
-    width = constant(model, f"{LOGITS_ROWS}.width", np.array([-1, int(hidden.shape[2])], np.int64))  # type: ignore[arg-type]
+    sizes = np.array([-1, int(hidden.shape[2])], np.int64)  # type: ignore[arg-type]
+    width = constant(model, f"{LOGITS_ROWS}.width", sizes)
     (chosen,) = insert(model, gather, "Gather", [hidden, rows], _FP32, axis=1)
     (matrix,) = insert(model, gather, "Reshape", [chosen, width], _FP32)
     ir.convenience.replace_all_uses_with(row, matrix)

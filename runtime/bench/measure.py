@@ -34,10 +34,10 @@ from runtime.hardware.readings import Energy
 from runtime.hardware.tegrastats import Tegrastats
 from runtime.hardware.thermal import ThermalWatch
 from runtime.output.console import note, peak_memory_mib, track
+from runtime.session import Session, load
 
 if TYPE_CHECKING:
     from runtime.questions import Answer
-    from runtime.session import Session
 
 __all__ = ["BenchOptions", "answer_once", "bundle_work", "measure", "sample_jpeg"]
 
@@ -98,7 +98,6 @@ def measure(options: BenchOptions) -> Report:
     """Measures as `options` say. This takes about two seconds more than the answers,
     and longer if power can be measured.
     """
-    from runtime.session import load
 
     machine, threads = read_machine(), options.threads or available_cores()
     picture = read_image_bytes(options.image) if options.image else sample_jpeg()

@@ -165,8 +165,7 @@ def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace, D
     if given.batch is not None:
         if given.image is not None:
             raise UsageError(
-                "--batch takes images and prompts from its file; leave them out of the command "
-                "line"
+                "--batch takes images and prompts from its file; leave them out of the command line"
             )
         return _batch
     if given.chat:

@@ -192,7 +192,8 @@ class Bundle:
         for name in sorted(self.files):
             info = (self.path / name).stat()
             identity.update(
-                f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}\n".encode()
+                f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:"
+                f"{info.st_mtime_ns}:{info.st_ctime_ns}\n".encode()
             )
         marks = cache_folder() / "verified"
         mark = marks / identity.hexdigest()

@@ -139,7 +139,8 @@ TASKS: dict[str, Task] = {
 }
 
 _LOCATE = re.compile(
-    r"^\s*(?:where\s+(?:is|are)|locate|find|point\s+(?:to|at)|ground)\s+(?:the\s+)?(.+?)\s*[?.!]*\s*$",
+    r"^\s*(?:where\s+(?:is|are)|locate|find|point\s+(?:to|at)|ground)"
+    r"\s+(?:the\s+)?(.+?)\s*[?.!]*\s*$",
     re.IGNORECASE | re.DOTALL,
 )
 _DESCRIBE = re.compile(r"^\s*(?:please\s+)?(?:describe|caption|summari[sz]e)\b", re.IGNORECASE)

@@ -149,7 +149,7 @@ def rounded_walk(
 
     @contextmanager
     def round_inputs(block: object, model: InfMLLM):  # type: ignore[no-untyped-def]
-        names = [name for feed in block.feeds for name in feed.linears if ".layers." in name]  # type: ignore[attr-defined]
+        names = [name for feed in block.feeds for name in feed.linears if ".layers." in name]
         hook = lambda module, arguments: (
             fake_activation(arguments[0][0], scheme.activation)[None],
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,31 @@ def test_the_guard_survives_every_truncation(built: Callable[[str], Path], tmp_p
         except BundleError:
             refused += 1
     assert refused > 0.9 * len(cuts)  # a cut between two fields leaves a well-formed file
+
+
+OLD_BUNDLE = Path(__file__).parents[1] / "data" / "bundle-0.1"
+"""The tiny model's int8-weights bundle as version 0.1.0 wrote it, before the manifest had
+`row_independent` and `saturation_safe`.
+"""
+
+
+def test_a_bundle_of_0_1_opens_and_reproduces_its_goldens(tmp_path: Path) -> None:
+    session = load(shutil.copytree(OLD_BUNDLE, tmp_path / "bundle"))
+    assert session.bundle.row_independent and session.bundle.saturation_safe
+    assert all(stage.passed for stage in session.replay())
+
+
+def test_a_spec_field_with_a_default_may_be_missing(copied: Path) -> None:
+    def drop(data: dict[str, Any]) -> None:
+        del data["spec"]["vision"]["final_norm_eps"], data["spec"]["pad_id"]
+
+    before = read_bundle(copied).spec
+    edit(copied, drop)
+    assert read_bundle(copied).spec == before
+
+    def drop_required(data: dict[str, Any]) -> None:
+        del data["spec"]["decoder"]["heads"]
+
+    edit(copied, drop_required)
+    with pytest.raises(BundleError, match=r"lacks \['heads'\]"):
+        read_bundle(copied)

@@ -307,10 +307,10 @@ def test_half_precision_is_everywhere_but_where_sums_are_long(simplified: Graphs
 def test_weights_beyond_half_precision_are_refused(simplified: Graphs) -> None:
     _, decoder = simplified()
     weight = decoder.graph.initializers["decoder.layers.0.mlp.up_proj.weight"]
-    weight.const_value = ir.tensor(np.full(weight.shape.numpy(), 7e4, np.float32), name=weight.name)  # type: ignore[union-attr]
+    weight.const_value = ir.tensor(np.full(weight.shape.numpy(), 7e4, np.float32), name=weight.name)
     to_half({LOGITS})(decoder)
     with pytest.raises(BuildError, match=r"up_proj.weight has values beyond 65504"):
-        decoder.graph.initializers["decoder.layers.0.mlp.up_proj.weight.fp16"].const_value.numpy()  # type: ignore[union-attr]
+        decoder.graph.initializers["decoder.layers.0.mlp.up_proj.weight.fp16"].const_value.numpy()
 
 
 def test_a_fixed_capacity_is_written_to_every_cache(simplified: Graphs) -> None:
@@ -359,7 +359,7 @@ def test_blocks_are_those_an_engine_infers(simplified: Graphs) -> None:
     sizes = {node.attributes["block_size"].as_int() for node in found}
     assert len(found) == 15 and sizes == {64, 96}  # all inputs where there are no more than a block
     for node in found:
-        levels, scales = (value.shape.numpy() for value in node.inputs[:2])  # type: ignore[union-attr]
+        levels, scales = (value.shape.numpy() for value in node.inputs[:2])
         assert (
             levels[0] // scales[0] == node.attributes["block_size"].as_int()
             and levels[0] % scales[0] == 0

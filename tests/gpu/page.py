@@ -74,7 +74,8 @@ def report_page(report: Report) -> str:
         f'class="verdict{" bad" if code else ""}">{escape(text)}</p>{_heads(report)}'
         f"<h2>Goals</h2>{_goals(report)}<h2>Parity</h2>{_parity(report)}<h2>Beside "
         f"PyTorch</h2>{_rounds(report)}"
-        f"<h2>Latency</h2>{_latency(report)}<h2>Absent</h2>{_absent(report)}<h2>Conditions</h2>{_conditions(report)}"
+        f"<h2>Latency</h2>{_latency(report)}<h2>Absent</h2>{_absent(report)}"
+        f"<h2>Conditions</h2>{_conditions(report)}"
     )
     return html_page("GPU check", body, _STYLE)
 

@@ -42,7 +42,7 @@ class Counted:
             self.rows += inputs.shape[1] if inputs.shape[1] > 1 else 0
             return forward(inputs, start)
 
-        session.engine.embed_image, session.engine.forward = counted_embed, counted_forward  # type: ignore[method-assign]
+        session.engine.embed_image, session.engine.forward = counted_embed, counted_forward
 
 
 @pytest.mark.parametrize("precision", ALL_PRECISIONS)

@@ -128,7 +128,7 @@ def test_a_form_that_is_complete_ends_however_short(
     session: Session, scene_image: Image.Image
 ) -> None:
     for settings in ({}, {"beams": 5}, {"temperature": 1.0, "seed": 1}):
-        decoding = Decoding(schema='{"enum": ["red", "blue"]}', min_new_tokens=25, **settings)  # type: ignore[arg-type]
+        decoding = Decoding(schema='{"enum": ["red", "blue"]}', min_new_tokens=25, **settings)
         answer = session.ask(scene_image, "describe", "caption", decoding=decoding)
         assert json.loads(answer.text) in ("red", "blue") and answer.finish_reason == "stop"
     boxed = session.ask(

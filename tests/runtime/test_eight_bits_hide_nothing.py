@@ -61,7 +61,7 @@ def test_pictures_that_come_out_as_nan_are_refused(
     session: Session, scene_image: Image.Image
 ) -> None:
     see = session.engine.embed_image
-    session.engine.embed_image = lambda *given: see(*given) * np.float32(np.nan)  # type: ignore[method-assign]
+    session.engine.embed_image = lambda *given: see(*given) * np.float32(np.nan)
     for decoding in CHOICES:
         with pytest.raises(
             NonFiniteError, match="the vision graph produced NaN or infinite embeddings"

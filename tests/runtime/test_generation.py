@@ -162,13 +162,13 @@ def test_beams_that_end_are_those_of_transformers(
 
     class Liking:
         def __init__(self, inner: object) -> None:
-            self.fill, self.copy, self._step = inner.fill, inner.copy, inner.step  # type: ignore[attr-defined]
+            self.fill, self.copy, self._step = inner.fill, inner.copy, inner.step
 
         def step(self, embeds: np.ndarray, starts: np.ndarray) -> np.ndarray:
             return liked(self._step(embeds, starts))
 
-    session.engine.forward = lambda embeds, start: liked(forward(embeds, start))  # type: ignore[method-assign]
-    session.engine.batch = lambda slots, rows: Liking(batch(slots, rows))  # type: ignore[method-assign]
+    session.engine.forward = lambda embeds, start: liked(forward(embeds, start))
+    session.engine.batch = lambda slots, rows: Liking(batch(slots, rows))
     lengths = set()
     try:
         for task, text in PROMPTS:
@@ -320,7 +320,7 @@ def test_lookup_takes_what_repeats(
             scene_image, "describe", max_new_tokens=40, decoding=Decoding(lookup=4)
         )
     finally:
-        session.engine.forward, session.engine.verify = forward, verify  # type: ignore[method-assign]
+        session.engine.forward, session.engine.verify = forward, verify
         session.runner.prefix_cache.clear()
     assert (
         answer.tokens == plain.tokens and answer.accepted_tokens > 20 and len(answer.step_ms) < 20

@@ -409,7 +409,7 @@ def test_runs_into_one_folder_merge(
     assert len(second.runs) == 2 and second.find("latency", "tiny", "cuda", "fp16") == first.find(
         "latency", "tiny", "cuda", "fp16"
     )
-    assert second.find("parity", "tiny", "rtx", "fp16").outcome == PASSED  # type: ignore[union-attr]
+    assert second.find("parity", "tiny", "rtx", "fp16").outcome == PASSED
     over = check(replace(settings, seconds=0.0), facts, Local)
     assert over.rows == second.rows, "a run without time loses nothing"
     again = check(replace(settings, targets=("cuda", "rtx"), resume=True), facts, Local)

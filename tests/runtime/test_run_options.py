@@ -85,7 +85,7 @@ def test_a_second_command_finds_the_picture(
         for extra in ((), (), ("--no-cache",))
     )
     assert first["tokens"] == second["tokens"] == third["tokens"]
-    visions = [times["timings"]["vision"] for times in (first, second, third)]  # type: ignore[index]
+    visions = [times["timings"]["vision"] for times in (first, second, third)]
     assert visions[0] > 0 and visions[1] == 0 and visions[2] > 0
 
 

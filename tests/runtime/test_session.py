@@ -151,7 +151,7 @@ def test_nothing_is_shown_when_the_network_overflows(
     session: Session, scene_image: Image.Image
 ) -> None:
     forward = session.engine.forward
-    session.engine.forward = lambda inputs, start: np.full(960, np.nan, np.float32)  # type: ignore[method-assign]
+    session.engine.forward = lambda inputs, start: np.full(960, np.nan, np.float32)
     try:
         with pytest.raises(NonFiniteError):
             list(session.stream(scene_image, "describe"))

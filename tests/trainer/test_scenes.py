@@ -95,7 +95,7 @@ def true_answer(kind: str, text: str, things: list[dict[str, object]]) -> str:
     if kind == "existence":
         return "yes" if fitting(words, things) else "no"
     cut = next(i for i, word in enumerate(words) if word in ("left", "right", "above", "below"))
-    (ax, ay), (bx, by) = (fitting(part, things)[0]["centre"] for part in (words[:cut], words[cut:]))  # type: ignore[misc]
+    (ax, ay), (bx, by) = (fitting(part, things)[0]["centre"] for part in (words[:cut], words[cut:]))
     return (
         "yes"
         if {"left": ax < bx, "right": ax > bx, "above": ay < by, "below": ay > by}[words[cut]]

@@ -31,7 +31,7 @@ from runtime.contract.graphs import (
     TOTAL_LENGTH,
     present,
 )
-from runtime.engines import EngineOptions
+from runtime.engines import PIP_ONNXRUNTIME_GPU, EngineOptions
 from runtime.engines.onnxruntime.check_io import Shape, check_values, check_vision
 from runtime.engines.onnxruntime.gpu_batch import DeviceBatch
 from runtime.engines.onnxruntime.gpu_engine import CallShape, DeviceEngine
@@ -106,7 +106,6 @@ class OrtCudaEngine(DeviceEngine):
 
 
 def _remedy() -> str:
-    from runtime.engines import PIP_ONNXRUNTIME_GPU
 
     return (
         f"run: {PIP_ONNXRUNTIME_GPU} (infmllm-export doctor --target {_TARGET} tells what is "
