@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE := runtime/demo/sample.png
 
-.PHONY: run test gpu-test lint bench clean
+.PHONY: run test test-fast gpu-test lint docs bench clean
 
 # torch is installed first and pinned, so that a CPU build at hand is taken and no other one is fetched later.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -29,8 +29,16 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(VENV)/.dev lint
+test: $(VENV)/.dev lint docs
 	$(BIN)/python -m pytest -q
+
+# Leaves out the tests marked slow.
+test-fast: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+# The documentation as a site; a warning is an error.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Without a GPU it says what is absent, and why; docs/gpu.md has its other commands.
 gpu-test: $(VENV)/.export

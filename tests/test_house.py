@@ -18,6 +18,8 @@ from export.schemes import TARGET_SCHEMES
 from export.targets import LOWERING
 from runtime.engines import TARGETS
 from tools.architecture_tree import PAGE, tree
+from tools.cli_reference import PAGE as CLI_PAGE
+from tools.cli_reference import reference
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("runtime", "trainer", "calibration", "export")
@@ -83,6 +85,10 @@ print('light')
 def test_the_documented_tree_is_true() -> None:
     block = re.search(r"```text tree\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert block and block[1] == tree(), "run: python tools/architecture_tree.py --write"
+
+
+def test_the_command_reference_is_current() -> None:
+    assert reference() == CLI_PAGE.read_text(), "run: python tools/cli_reference.py --write"
 
 
 def test_the_readme_is_short() -> None:

@@ -191,7 +191,8 @@ def _places(
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as file:
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+                names = file.keys()  # safe_open is not a mapping
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{shard} cannot be read ({error}); copy the checkpoint again"

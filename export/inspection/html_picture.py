@@ -39,7 +39,8 @@ def block_page(data: dict[str, Any]) -> str:
     verdict = verdict if data["verdict"] == "VERIFIED" else f'<span class="bad">{verdict}</span>'
     title = f"{data['model']['name']} for {data['target']}, {data['bytes'] / 1e6:.1f} MB"
     stages = "".join(
-        f"<tr><td>{html.escape(s['stage'])}</td><td>{s['error']:.3g}</td><td>{s['tolerance']:.3g}</td>"
+        f"<tr><td>{html.escape(s['stage'])}</td><td>{s['error']:.3g}</td>"
+        f"<td>{s['tolerance']:.3g}</td>"
         f"<td>{_percent(s['agreement'])}</td></tr>"
         for s in data["parity"].get("stages", [])
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from calibration.linear import LinearScheme
 from runtime.contract.errors import UsageError
+from runtime.engines import available_cores
 
 __all__ = ["DEVICES", "Device", "find_device", "this_machine"]
 
@@ -117,18 +118,13 @@ def this_machine() -> Device:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     block = np.ones(_PROBE_BYTES // 4, np.float32)
     reading = min(_timed(lambda: float(block.sum())) for _ in range(3))
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
     matrix = np.ones((_PROBE_SIZE, _PROBE_SIZE), np.float32)
     product = min(_timed(lambda: matrix @ matrix) for _ in range(3))
     flops = 2e-12 * _PROBE_SIZE**3 / product
-    faster = (
-        4.0 if _has("avx512_vnni", "avx_vnni", "asimddp") else 1.3
-    )  # measured: docs/benchmarks.md
-    bandwidth = (
-        _PROBE_BYTES / reading / 1e9 * min(2, cores)
-    )  # numpy sums on one core; two cores read about twice that
+    # Measured: docs/benchmarks.md.
+    faster = 4.0 if _has("avx512_vnni", "avx_vnni", "asimddp") else 1.3
+    # numpy sums on one core, and two cores read about twice that.
+    bandwidth = _PROBE_BYTES / reading / 1e9 * min(2, available_cores())
     return Device("this machine", memory, bandwidth, flops, faster * flops, "measured")
 
 

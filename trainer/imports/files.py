@@ -81,7 +81,8 @@ def _files(path: Path) -> list[Path]:
 def _safetensors(file: Path) -> dict[str, Stored]:
     try:
         with safe_open(file, framework="pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            names = opened.keys()  # safe_open is not a mapping
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); download it again") from None
 
