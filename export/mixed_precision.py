@@ -220,23 +220,33 @@ def choose_mixture(
                 Mixture(_summary(choice), scheme, _total(checkpoint, scheme), predicted)
             )
 
-        low, high, found = -1, len(path) - 1, dict[int, Mixture]()
-        found[0] = mixture(0)
-        if _lost(found[0]) <= budget.max_drop:
-            high = 0
-        else:
-            low, found[high] = 0, mixture(high)
-            if _lost(found[high]) > budget.max_drop:
-                raise ParityError(
-                    f"no mixture keeps within {budget.max_drop} points of {budget.metric}: the "
-                    f"best loses {_lost(found[high]):.2f}; raise --max-drop"
-                )
-        while high - low > 1 and low >= 0:
-            middle = (low + high) // 2
-            found[middle] = mixture(middle)
-            low, high = (low, middle) if _lost(found[middle]) <= budget.max_drop else (middle, high)
-    rows += [replace(row, chosen=position == high) for position, row in found.items()]
-    return found[high].scheme, sorted(rows, key=lambda row: row.bytes)
+        found, best = _search_path(mixture, len(path), budget)
+    rows += [replace(row, chosen=position == best) for position, row in found.items()]
+    return found[best].scheme, sorted(rows, key=lambda row: row.bytes)
+
+
+def _search_path(
+    mixture: Callable[[int], Mixture], length: int, budget: Budget
+) -> tuple[dict[int, Mixture], int]:
+    """Searches a path of mixtures, cheapest first, by bisection. Returns the measured
+    mixtures by position, and the position of the cheapest within the budget. Raises
+    `ParityError` if not even the most exact one is.
+    """
+    found = {0: mixture(0)}
+    if _lost(found[0]) <= budget.max_drop:
+        return found, 0
+    low, high = 0, length - 1
+    found[high] = mixture(high)
+    if _lost(found[high]) > budget.max_drop:
+        raise ParityError(
+            f"no mixture keeps within {budget.max_drop} points of {budget.metric}: the best "
+            f"loses {_lost(found[high]):.2f}; raise --max-drop"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        found[middle] = mixture(middle)
+        low, high = (low, middle) if _lost(found[middle]) <= budget.max_drop else (middle, high)
+    return found, high
 
 
 def _measure_blocks(
