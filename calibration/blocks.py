@@ -24,14 +24,14 @@ from runtime.contract.spec import ModelSpec
 from trainer.decoder import rotary_tables, rotate_half
 from trainer.model import InfMLLM
 
-__all__ = ["Block", "Fed", "Reader", "StreamedModel", "Trace"]
+__all__ = ["Block", "LinearGroup", "Reader", "StreamedModel", "Trace"]
 
 Reader = Callable[[str], Tensor]
 """Reads a parameter by name as float32."""
 
 
 @dataclass(frozen=True)
-class Fed:
+class LinearGroup:
     """Linear layers that share one input, by module name, and the layer that can absorb
     a scale of that input.
 
@@ -68,7 +68,7 @@ class Block:
     name: str
     prefixes: tuple[str, ...]
     run: Callable[[Trace], None] = field(repr=False)
-    feeds: tuple[Fed, ...] = ()
+    feeds: tuple[LinearGroup, ...] = ()
     norms: tuple[str, ...] = ()
 
 
@@ -105,13 +105,13 @@ class StreamedModel:
                 "decoder.lm_head",
                 ("decoder.norm", "decoder.lm_head"),
                 self._head,
-                (Fed(("decoder.lm_head",), "decoder.norm"),),
+                (LinearGroup(("decoder.lm_head",), "decoder.norm"),),
                 ("decoder.norm",),
             ),
         ]
 
     @torch.no_grad()
-    def walk(
+    def run_blockwise(
         self,
         cases: Sequence[Case],
         observe: Observer | None = None,
@@ -163,8 +163,15 @@ class StreamedModel:
         def run(trace: Trace) -> None:
             trace.x = module(trace.x)
 
-        attention = (Fed((f"{name}.attn.qkv",), f"{name}.norm1"), Fed((f"{name}.attn.proj",)))
-        feeds = (*attention, Fed((f"{name}.mlp.fc1",), f"{name}.norm2"), Fed((f"{name}.mlp.fc2",)))
+        attention = (
+            LinearGroup((f"{name}.attn.qkv",), f"{name}.norm1"),
+            LinearGroup((f"{name}.attn.proj",)),
+        )
+        feeds = (
+            *attention,
+            LinearGroup((f"{name}.mlp.fc1",), f"{name}.norm2"),
+            LinearGroup((f"{name}.mlp.fc2",)),
+        )
         return Block(name, (name,), run, feeds, (f"{name}.norm1", f"{name}.norm2"))
 
     def _adapter(self) -> Block:
@@ -175,7 +182,10 @@ class StreamedModel:
 
         # Pooling mixes tokens but not channels, so the last norm of the tower can absorb
         # a scale of the adapter's input.
-        feeds = (Fed(("pool_adapter.fc1",), "vision_tower.norm"), Fed(("pool_adapter.fc2",)))
+        feeds = (
+            LinearGroup(("pool_adapter.fc1",), "vision_tower.norm"),
+            LinearGroup(("pool_adapter.fc2",)),
+        )
         return Block(
             "pool_adapter",
             ("vision_tower.norm", "pool_adapter"),
@@ -198,13 +208,13 @@ class StreamedModel:
 
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         feeds = (
-            Fed(
+            LinearGroup(
                 (f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"),
                 f"{name}.input_layernorm",
             ),
-            Fed((f"{attention}.o_proj",)),
-            Fed((f"{mlp}.gate_proj", f"{mlp}.up_proj"), f"{name}.post_attention_layernorm"),
-            Fed((f"{mlp}.down_proj",), rows=f"{mlp}.up_proj"),
+            LinearGroup((f"{attention}.o_proj",)),
+            LinearGroup((f"{mlp}.gate_proj", f"{mlp}.up_proj"), f"{name}.post_attention_layernorm"),
+            LinearGroup((f"{mlp}.down_proj",), rows=f"{mlp}.up_proj"),
         )
         return Block(
             name,

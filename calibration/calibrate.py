@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from calibration.blocks import Block, Fed, Reader, StreamedModel, Trace
+from calibration.blocks import Block, LinearGroup, Reader, StreamedModel, Trace
 from calibration.gptq import gptq
 from calibration.linear import (
     SIGNED,
@@ -87,20 +87,20 @@ def calibrate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     observe = partial(
-        _observed,
+        _observe,
         wanted=wanted,
         folder=folder,
         keep=max(1, _ROWS // max(1, len(cases))),
         method=range_method,
         cache=cache,
     )
-    return model.walk([*goldens, *cases], observe if cases else None, progress, len(goldens))[
-        : len(goldens)
-    ]
+    return model.run_blockwise(
+        [*goldens, *cases], observe if cases else None, progress, len(goldens)
+    )[: len(goldens)]
 
 
 @contextlib.contextmanager
-def _observed(
+def _observe(
     block: Block, model: InfMLLM, wanted: Wanted, folder: Path, keep: int, method: str, cache: bool
 ) -> Iterator[None]:
     """Collects statistics while one block runs, then writes the block's file."""
@@ -171,7 +171,7 @@ def _watch_cache(block: Block, model: InfMLLM, found: dict[str, NDArray[Any]]) -
 def _results(
     block: Block,
     model: InfMLLM,
-    feeds: Sequence[Fed],
+    feeds: Sequence[LinearGroup],
     statistics: Sequence[_Statistics],
     wanted: Wanted,
     method: str,
@@ -200,7 +200,7 @@ def _results(
         columns = scales.get(f"{feed.linears[0]}|columns")
         rows = torch.cat(row.rows) if columns is None else torch.cat(row.rows) / columns
         for name in feed.linears:
-            weight = _scaled(
+            weight = _scale(
                 model.get_parameter(f"{name}.weight").detach(), columns, scales.get(f"{name}|rows")
             )
             for scheme in wanted(f"{name}.weight"):
@@ -216,7 +216,7 @@ def _results(
                     )
                     levels = gptq(weight, moments, grid_for(weight, scheme))
                     levels = fit_pairs(levels) if scheme.pairs else levels
-                    found |= _stored(f"{name}.weight", scheme, levels)
+                    found |= _store(f"{name}.weight", scheme, levels)
     return found
 
 
@@ -236,7 +236,7 @@ def _static_range(
     return find_range((torch.cat([values, -values]) if signed else values).numpy(), method)
 
 
-def _scaled(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
+def _scale(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tensor:
     """Returns a weight [N, K] multiplied by its input scales and divided by its output
     scales.
     """
@@ -244,7 +244,7 @@ def _scaled(tensor: Tensor, columns: Tensor | None, rows: Tensor | None) -> Tens
     return tensor if rows is None else tensor / rows[:, None]
 
 
-def _stored(name: str, scheme: LinearScheme, quantised: Quantised) -> dict[str, NDArray[Any]]:
+def _store(name: str, scheme: LinearScheme, quantised: Quantised) -> dict[str, NDArray[Any]]:
     kind = np.uint8 if quantised.grid.low >= 0 else np.int8
     key = f"{name}|{scheme.text()}"
     return {
@@ -285,7 +285,7 @@ class Calibrated:
             return tensor / torch.from_numpy(rows)
         if tensor.ndim != 2:
             return tensor
-        return _scaled(
+        return _scale(
             tensor, *(None if side is None else torch.from_numpy(side) for side in (columns, rows))
         )
 

@@ -205,13 +205,13 @@ def _grid_of_rows(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
         1, (-1, block)
     )  # zeros are on every grid
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
-    grid = _fitted(low, high, scheme, block)
+    grid = _fit(low, high, scheme, block)
     if scheme.rounding == "nearest":
         return grid
     best = _error(padded, grid)
     for step in range(1, _CANDIDATES + 1):
         share = 1 - (1 - _SHRINK) * step / _CANDIDATES
-        trial = _fitted(low * share, high * share, scheme, block)
+        trial = _fit(low * share, high * share, scheme, block)
         error = _error(padded, trial)
         better = error < best
         best = torch.where(better, error, best)
@@ -223,7 +223,7 @@ def _grid_of_rows(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
     return grid
 
 
-def _fitted(low: Tensor, high: Tensor, scheme: LinearScheme, block: int) -> Grid:
+def _fit(low: Tensor, high: Tensor, scheme: LinearScheme, block: int) -> Grid:
     """Returns the grid that spans [low, high] of every block; an all-zero block gets
     scale 1.
     """
@@ -275,7 +275,7 @@ def round_in_pairs(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
     Each channel gets the scale, between the 8-bit and the 7-bit scale, with the least
     total cost of rounding and subtraction.
     """
-    parts = [_paired(rows, scheme) for rows in weight_NK.split(_rows_at_once(weight_NK))]
+    parts = [_pair(rows, scheme) for rows in weight_NK.split(_rows_at_once(weight_NK))]
     scale, levels = (
         torch.cat([part.grid.scale for part in parts]),
         torch.cat([part.levels for part in parts]),
@@ -283,7 +283,7 @@ def round_in_pairs(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
     return Quantised(levels, replace(parts[0].grid, scale=scale, zero=torch.zeros_like(scale)))
 
 
-def _paired(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
+def _pair(weight_NK: Tensor, scheme: LinearScheme) -> Quantised:
     grid = grid_for(weight_NK, scheme)
     pairs = torch.nn.functional.pad(weight_NK, (0, weight_NK.shape[1] % 2)).unflatten(1, (-1, 2))
     sums = (

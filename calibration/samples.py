@@ -72,7 +72,7 @@ def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Ex
     rng = np.random.default_rng(seed)
     if source == SCENES:
         return list(_scenes(count, rng))
-    found = _opened(source)
+    found = _open(source)
     if len(found) < least:
         raise DataError(
             f"data {source!r} has {len(found)} images, calibration needs at least {least}; add some"
@@ -81,7 +81,7 @@ def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Ex
 
 
 @lru_cache(maxsize=2)
-def _opened(source: str) -> list[Example]:
+def _open(source: str) -> list[Example]:
     """Opens the examples of a data argument once. Unusable rows are counted and
     skipped. An image that is drawn later must be readable.
     """

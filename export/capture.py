@@ -81,7 +81,7 @@ def capture(spec: ModelSpec, read: Callable[[str], Tensor]) -> Graphs:
     """Exports both graphs of a spec. `read` supplies a parameter as float32 each time
     the data of its tensor is needed.
     """
-    graphs = Graphs(*(graph.clone() for graph in _captured(spec)))
+    graphs = Graphs(*(graph.clone() for graph in _capture(spec)))
     tables = dict(zip(_TABLES, rotary_tables(spec.decoder), strict=True))
     for graph in (graphs.vision, graphs.decoder):
         for name, value in graph.graph.initializers.items():
@@ -94,7 +94,7 @@ def capture(spec: ModelSpec, read: Callable[[str], Tensor]) -> Graphs:
 
 
 @lru_cache(maxsize=4)
-def _captured(spec: ModelSpec) -> tuple[ir.Model, ir.Model]:
+def _capture(spec: ModelSpec) -> tuple[ir.Model, ir.Model]:
     """Captures both graphs without weights. Builds in one process share the result,
     because tracing takes ten times as long as the rest of a small build.
     """

@@ -100,7 +100,7 @@ def write(build: Build) -> None:
     if any(plan.fixed for plan in lowering.graphs.values()):
         schemes[CAPACITY] = str(build.options.context or build.checkpoint.spec.decoder.context)
     provenance |= {"tools": tools(), "passes": passes, "steps": build.costs, **build.options.notes}
-    provenance["plan"] = _predicted(build)
+    provenance["plan"] = _predict(build)
     write_manifest(
         build.folder,
         build.checkpoint.spec,
@@ -111,7 +111,7 @@ def write(build: Build) -> None:
     )
 
 
-def _predicted(build: Build) -> dict[str, Any]:
+def _predict(build: Build) -> dict[str, Any]:
     """Returns the plan's predictions next to the actual values: bytes on disk (without
     the manifest) and peak memory of the process.
     """

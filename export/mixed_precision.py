@@ -233,19 +233,19 @@ def _search_path(
     `ParityError` if not even the most exact one is.
     """
     found = {0: mixture(0)}
-    if _lost(found[0]) <= budget.max_drop:
+    if _loss_of(found[0]) <= budget.max_drop:
         return found, 0
     low, high = 0, length - 1
     found[high] = mixture(high)
-    if _lost(found[high]) > budget.max_drop:
+    if _loss_of(found[high]) > budget.max_drop:
         raise ParityError(
             f"no mixture keeps within {budget.max_drop} points of {budget.metric}: the best "
-            f"loses {_lost(found[high]):.2f}; raise --max-drop"
+            f"loses {_loss_of(found[high]):.2f}; raise --max-drop"
         )
     while high - low > 1:
         middle = (low + high) // 2
         found[middle] = mixture(middle)
-        low, high = (low, middle) if _lost(found[middle]) <= budget.max_drop else (middle, high)
+        low, high = (low, middle) if _loss_of(found[middle]) <= budget.max_drop else (middle, high)
     return found, high
 
 
@@ -339,7 +339,7 @@ class _Meter:
         return {task: row["accuracy"] for task, row in figures.figures().items()} | {SAME: same}
 
 
-def _lost(mixture: Mixture) -> float:
+def _loss_of(mixture: Mixture) -> float:
     assert mixture.drop is not None, "measured before"
     return mixture.drop
 

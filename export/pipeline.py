@@ -71,7 +71,7 @@ def _calibrate(build: Build) -> Build:
             model,
             build.goldens,
             build.cases,
-            scheme.wanted,
+            scheme.schemes_for,
             work / "blocks",
             build.options.ranges,
             scheme.cache == "int8",

@@ -99,7 +99,7 @@ class Scheme:
             self.embeddings == "fp16" and parameter.startswith(VISION) and dimensions > 2
         )
 
-    def wanted(self, parameter: str) -> tuple[LinearScheme, ...]:
+    def schemes_for(self, parameter: str) -> tuple[LinearScheme, ...]:
         """Returns all schemes in which a weight is stored."""
         both = (
             self.linear(parameter),
@@ -326,7 +326,7 @@ def choose_scheme(
     if rounding is not None and rounding not in ROUNDINGS:
         raise UsageError(f"unknown rounding {rounding!r}; choose one of: {', '.join(ROUNDINGS)}")
     changed = {
-        prefix: replace(linear, **_given(block=block, rounding=rounding))
+        prefix: replace(linear, **_override(block=block, rounding=rounding))
         if prefix in four
         else linear
         for prefix, linear in scheme.parts.items()
@@ -346,7 +346,7 @@ def _loosest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, 
     return {stage: max(one[stage], other[stage]) for stage in one}
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _override(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 

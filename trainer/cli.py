@@ -156,7 +156,7 @@ def run(
         sample_every=sample_every,
         samples=examples[:SHEET_EXAMPLES],
     )
-    trained = _explained(
+    trained = _explain(
         lambda: train(start.model, start.tokenizer, source, recipe, options), options.state_dir
     )
     leave_processes()  # so that other processes do not wait while the main one scores
@@ -175,7 +175,7 @@ def run(
         note(f"wrote {out}; curves: tensorboard --logdir {options.state_dir}")
 
 
-def _explained(run: Callable[[], T], state_dir: Path) -> T:
+def _explain(run: Callable[[], T], state_dir: Path) -> T:
     """Calls `run` and returns its result. Turns out-of-memory and write errors into
     one-line errors that suggest a fix.
     """

@@ -124,7 +124,7 @@ def resized(model: InfMLLM, image_size: int) -> InfMLLM:
     )
     weights = model.state_dict()
     weights["vision_tower.pos_embed"] = resized_positions(weights["vision_tower.pos_embed"], grid)
-    return _filled(spec, weights)
+    return _fill(spec, weights)
 
 
 def extended(model: InfMLLM, old: RawTokenizer, texts: Sequence[str]) -> tuple[InfMLLM, str]:
@@ -160,10 +160,10 @@ def extended(model: InfMLLM, old: RawTokenizer, texts: Sequence[str]) -> tuple[I
             elif pieces := old.encode(new.decode([row]), add_special_tokens=False).ids:
                 grown[row] = table[pieces].mean(0)
         weights[name] = grown
-    return _filled(spec, weights), new.to_str()
+    return _fill(spec, weights), new.to_str()
 
 
-def _filled(spec: ModelSpec, weights: dict[str, Tensor]) -> InfMLLM:
+def _fill(spec: ModelSpec, weights: dict[str, Tensor]) -> InfMLLM:
     model = InfMLLM(spec)
     model.load_state_dict(weights)
     return model

@@ -90,11 +90,11 @@ def _layer(node: ir.Node) -> tuple[str, str] | None:
     if node.op_type == "MatMulInteger":
         return name, "int8 x int8"
     if producer is not None and producer.op_type == "DequantizeLinear":
-        return name, _dequantised(node, producer)
+        return name, _describe_dequantised(node, producer)
     return name, "fp32" if weight.dtype == ir.DataType.FLOAT else "fp16"
 
 
-def _dequantised(product: ir.Node, weight: ir.Node) -> str:
+def _describe_dequantised(product: ir.Node, weight: ir.Node) -> str:
     """Returns how a product with a dequantised weight is computed: "int8 x int8
     static", "int8", "int4/128".
     """

@@ -63,7 +63,7 @@ class ReferenceEngine:
             fused,
         )
         self._vision, self._decoder = (
-            _opened(str(bundle.file(file)), threads)
+            _open(str(bundle.file(file)), threads)
             for file in ((VISION_FUSED, DECODER_FUSED) if fused else (VISION, DECODER))
         )
         shape = (1, spec.kv_heads, self.capacity, spec.head_dim)
@@ -151,7 +151,7 @@ def open_session(path: Path) -> Session:
         return reference_session(bundle)
 
 
-def _opened(path: str, threads: int | None) -> ort.InferenceSession:
+def _open(path: str, threads: int | None) -> ort.InferenceSession:
     settings = session_options(threads)
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(path, settings, providers=["CPUExecutionProvider"])

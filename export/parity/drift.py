@@ -82,8 +82,8 @@ def find_drift(
     the vision graph is within tolerance. Returns None if both are.
     """
     streams: dict[str, Array] = {}
-    (trace,) = StreamedModel(checkpoint.spec, checkpoint.read).walk(
-        [case], partial(_watched, streams)
+    (trace,) = StreamedModel(checkpoint.spec, checkpoint.read).run_blockwise(
+        [case], partial(_watch, streams)
     )
     assert trace.image_embeds is not None and trace.logits is not None
     spec = checkpoint.spec
@@ -137,7 +137,7 @@ def find_drift(
 
 
 @contextmanager
-def _watched(streams: dict[str, Array], block: Block, model: InfMLLM) -> Iterator[None]:
+def _watch(streams: dict[str, Array], block: Block, model: InfMLLM) -> Iterator[None]:
     def keep(norm: str, module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
         streams[norm] = arguments[0].numpy().copy()
 

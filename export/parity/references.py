@@ -120,7 +120,7 @@ def compare_with_checkpoint(
         checkpoint.tokenizer,
         _FRESH_SEED,
     )
-    goldens = goldens_of(StreamedModel(checkpoint.spec, checkpoint.read).walk(fresh))
+    goldens = goldens_of(StreamedModel(checkpoint.spec, checkpoint.read).run_blockwise(fresh))
     return session.replay(goldens, session.bundle.tolerance)
 
 

@@ -35,7 +35,7 @@ def _add(model: ir.Model) -> PassResult:
             _without_last(model, value)
         _with_last(model, match.output)
     _with_last(model, graph_input(model, INPUTS_EMBEDS))
-    _doubled(model, gather)
+    _double(model, gather)
     for node in model.graph:  # most values that had L rows now have L + 1
         for output in node.outputs:
             if output.shape is not None and len(output.shape) == 3:
@@ -76,7 +76,7 @@ def _with_last(model: ir.Model, value_BLH: ir.Value) -> None:
         use.node.replace_input_with(use.idx, both)
 
 
-def _doubled(model: ir.Model, gather: ir.Node) -> None:
+def _double(model: ir.Model, gather: ir.Node) -> None:
     """Lets the head compute its rows twice, and keeps the first copy."""
     row = gather.outputs[0]
     (use,) = row.uses()

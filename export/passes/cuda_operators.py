@@ -58,7 +58,7 @@ def _split(value: ir.Value | None) -> tuple[ir.Value, int]:
     return shaped.inputs[0], int(value.shape[1])  # type: ignore[arg-type]
 
 
-def _merged(attention: ir.Node) -> ir.Node:
+def _merge(attention: ir.Node) -> ir.Node:
     """Returns the node that merges the heads again. Raises `LookupError` if there is
     none.
     """
@@ -83,7 +83,7 @@ def _attention(model: ir.Model) -> PassResult:
             refused.append(f"multi_head_attention: {node.name} has a mask or a scale of its own")
             continue
         try:
-            merged, projections = _merged(node), [_split(value) for value in node.inputs[:3]]
+            merged, projections = _merge(node), [_split(value) for value in node.inputs[:3]]
         except LookupError as error:
             refused.append(f"multi_head_attention: {node.name}: {error}")
             continue

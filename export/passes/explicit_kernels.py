@@ -21,7 +21,7 @@ _FP32, _I8, _I4 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT4
 _MIDDLE = 8  # 4-bit level that means zero; the calibration stores levels 0 to 15
 
 
-def _signed(layer: Layer) -> None:
+def _to_signed(layer: Layer) -> None:
     """Multiplies 8-bit activations by 8-bit weights."""
     key = (layer.x, SIGNED)
     if key not in layer.shared:
@@ -32,15 +32,15 @@ def _signed(layer: Layer) -> None:
         zero = layer.constant("zero_point.int8", np.array(0, np.int8))
         (levels,) = layer.insert("QuantizeLinear", [layer.x, scale, zero], _I8)
         (layer.shared[key],) = layer.insert("DequantizeLinear", [levels, scale], _FP32)
-    layer.finish(layer.insert("MatMul", [layer.shared[key], _restored(layer)], _FP32)[0])
+    layer.finish(layer.insert("MatMul", [layer.shared[key], _restore(layer)], _FP32)[0])
 
 
 def _weights(layer: Layer) -> None:
     """Multiplies float activations by 8-bit or 4-bit weights."""
-    layer.finish(layer.insert("MatMul", [layer.x, _restored(layer)], _FP32)[0])
+    layer.finish(layer.insert("MatMul", [layer.x, _restore(layer)], _FP32)[0])
 
 
-def _restored(layer: Layer) -> ir.Value:
+def _restore(layer: Layer) -> ir.Value:
     """Returns the weight [K,N] in float, computed from levels and scales."""
     if layer.scheme.bits == 8:
         assert layer.scheme.block == 0, "8-bit weights have a scale per channel here"
@@ -73,4 +73,4 @@ def _four(quantised: Quantised) -> NDArray[np.generic]:
     )
 
 
-EXPLICIT_KERNELS: Kernels = {SIGNED: _signed, "float": _weights}
+EXPLICIT_KERNELS: Kernels = {SIGNED: _to_signed, "float": _weights}

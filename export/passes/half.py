@@ -127,7 +127,7 @@ class _Halves:
             return value
         if value not in self._half:
             self._half[value] = (
-                self._stored(value) if value.is_initializer() else self._cast(value, node, _FP16)
+                self._store(value) if value.is_initializer() else self._cast(value, node, _FP16)
             )
         return self._half[value]
 
@@ -145,16 +145,16 @@ class _Halves:
         self.model.graph.insert_before(node, cast)
         return cast.outputs[0]
 
-    def _stored(self, value: ir.Value) -> ir.Value:
+    def _store(self, value: ir.Value) -> ir.Value:
         tensor = value.const_value
         assert tensor is not None and value.name, "initializers hold tensors"
         self.modified += 1
         return lazy_initializer(
-            self.model, f"{value.name}.fp16", partial(_rounded, tensor), _FP16, tensor.shape.numpy()
+            self.model, f"{value.name}.fp16", partial(_round, tensor), _FP16, tensor.shape.numpy()
         )
 
 
-def _rounded(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
+def _round(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
     """Returns the tensor in fp16. Raises `BuildError` if a value would become infinite,
     or if a scale would lose too much precision.
     """

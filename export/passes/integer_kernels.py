@@ -36,11 +36,11 @@ class _Levels:
 
 def _weight(layer: Layer) -> tuple[ir.Value, ir.Value]:
     """Returns 8-bit levels [K,N] and a scale per output channel [N]."""
-    levels = layer.stored("int8", _fitted, _I8, (layer.k, layer.n))
+    levels = layer.stored("int8", _fit, _I8, (layer.k, layer.n))
     return levels, layer.stored("scale", lambda q: q.grid.scale.numpy()[:, 0], _FP32, (layer.n,))
 
 
-def _fitted(quantised: Quantised) -> NDArray[np.int8]:
+def _fit(quantised: Quantised) -> NDArray[np.int8]:
     """Returns the levels in the kernel's layout. The manifest says that their products
     fit 16 bits, so this is checked (`calibration.linear.round_in_pairs`).
     """
@@ -132,7 +132,7 @@ def _weight_only(layer: Layer, accuracy: int = _BYTES) -> None:
     offset = 128 if bits == 8 else 0
     levels = layer.stored(
         f"int{bits}",
-        lambda q: _packed(q.levels.numpy() + offset, block, bits),
+        lambda q: _pack(q.levels.numpy() + offset, block, bits),
         _U8,
         (layer.n, count, block * bits // 8),
     )
@@ -145,7 +145,7 @@ def _weight_only(layer: Layer, accuracy: int = _BYTES) -> None:
     ):  # without zero points, the kernel uses the middle of the range, which is faster
         zero = layer.stored(
             "zero",
-            lambda q: _packed(_per_block(q.grid.zero, count), count, 4)[:, 0],
+            lambda q: _pack(_per_block(q.grid.zero, count), count, 4)[:, 0],
             _U8,
             (layer.n, pairs),
         )
@@ -170,7 +170,7 @@ def _per_block(values: Tensor, count: int) -> NDArray[Any]:
     return np.ascontiguousarray(np.broadcast_to(values.numpy(), (values.shape[0], count)))
 
 
-def _packed(levels: NDArray[np.integer], block: int, bits: int) -> NDArray[np.uint8]:
+def _pack(levels: NDArray[np.integer], block: int, bits: int) -> NDArray[np.uint8]:
     """Packs levels [N, K] into bytes [N, blocks, bytes], with zeros after the end. The
     earlier of two 4-bit levels is the low half of a byte.
     """

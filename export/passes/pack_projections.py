@@ -84,7 +84,7 @@ def _pack(model: ir.Model, nodes: Sequence[ir.Node], attention: ir.Node | None) 
     packed = lazy_initializer(
         model,
         PACKED.join(names),
-        partial(_joined, tensors),
+        partial(_join, tensors),
         ir.DataType.FLOAT,
         (int(shapes[0][0]), sum(widths)),
     )
@@ -109,5 +109,5 @@ def _pack(model: ir.Model, nodes: Sequence[ir.Node], attention: ir.Node | None) 
         del model.graph.initializers[name]
 
 
-def _joined(tensors: Sequence[ir.TensorProtocol]) -> NDArray[np.float32]:
+def _join(tensors: Sequence[ir.TensorProtocol]) -> NDArray[np.float32]:
     return np.concatenate([tensor.numpy() for tensor in tensors], axis=1)

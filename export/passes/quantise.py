@@ -90,7 +90,7 @@ def quantise_linears(scheme_of: SchemeOf, calibrated: Calibrated, kernels: Kerne
     def run(model: ir.Model) -> PassResult:
         modified, refused = 0, []
         quantised = lru_cache(maxsize=1)(
-            partial(_quantised, calibrated)
+            partial(_quantise, calibrated)
         )  # cached, because levels, scales and zero points are written one after the other
         shared: dict[tuple[ir.Value, str], Any] = {}
         for node in list(model.graph):
@@ -128,7 +128,7 @@ def quantise_linears(scheme_of: SchemeOf, calibrated: Calibrated, kernels: Kerne
     return GraphPass("quantise_linears", run)
 
 
-def _quantised(calibrated: Calibrated, name: str, scheme: LinearScheme) -> Quantised:
+def _quantise(calibrated: Calibrated, name: str, scheme: LinearScheme) -> Quantised:
     """Returns a quantised weight. The rows of a packed weight are those of its parts."""
     parts = [calibrated.quantised(part, scheme) for part in parts_of(name)]
     scale, zero = (

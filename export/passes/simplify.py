@@ -31,7 +31,7 @@ def _fold_transposes(model: ir.Model) -> PassResult:
     for node in list(model.graph):
         if _is_plain_gemm(node):
             assert node.inputs[1] is not None, "checked above"
-            product = ir.node("MatMul", [node.inputs[0], _transposed(node.inputs[1])])
+            product = ir.node("MatMul", [node.inputs[0], _transpose(node.inputs[1])])
             model.graph.insert_before(node, product)
             replace_node(model, node, product.outputs[0])
             modified += 1
@@ -46,13 +46,13 @@ def _fold_transposes(model: ir.Model) -> PassResult:
         assert weight is not None and weight.const_value is not None
         if len(weight.uses()) > 1:
             continue
-        ir.convenience.replace_all_uses_with(output, _transposed(weight))
+        ir.convenience.replace_all_uses_with(output, _transpose(weight))
         model.graph.remove(node, safe=True)
         modified += 1
     return PassResult(modified)
 
 
-def _transposed(weight: ir.Value) -> ir.Value:
+def _transpose(weight: ir.Value) -> ir.Value:
     stored = weight.const_value
     assert stored is not None and weight.name is not None, "checked by the caller"
     shape = stored.shape.numpy()[::-1]

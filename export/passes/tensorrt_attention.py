@@ -40,7 +40,7 @@ def _heads(model: ir.Model, node: ir.Node, x_BLE: ir.Value, heads: int, head_dim
     return turned
 
 
-def _rotated(
+def _rotate(
     model: ir.Model,
     match: CachedAttention,
     x_BHLD: ir.Value,
@@ -159,10 +159,10 @@ def _plain(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
     """
     node, kv, dim = match.attention, match.kv_heads, match.head_dim
     _plain_shapes(model, match, shared)
-    query = _rotated(
+    query = _rotate(
         model, match, _heads(model, node, match.query, match.heads, dim), shared, dim**-0.5
     )
-    key = _rotated(model, match, _heads(model, node, match.key, kv, dim), shared)
+    key = _rotate(model, match, _heads(model, node, match.key, kv, dim), shared)
     value = _heads(model, node, match.value, kv, dim)
     (grouped,) = insert(model, node, "Reshape", [query, _ints(model, 0, kv, -1, dim)], _FP32)
     (columns,) = insert(model, node, "Transpose", [grouped], _FP32, perm=[0, 1, 3, 2])
@@ -230,12 +230,12 @@ def _merge(
     take_over(match, merged, key, value)
 
 
-def _fused(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
+def _fuse(model: ir.Model, match: CachedAttention, shared: Shared) -> None:
     node, dim = match.attention, match.head_dim
-    query = _rotated(
+    query = _rotate(
         model, match, _heads(model, node, match.query, match.heads, dim), shared, dim**-0.5
     )
-    key = _rotated(model, match, _heads(model, node, match.key, match.kv_heads, dim), shared)
+    key = _rotate(model, match, _heads(model, node, match.key, match.kv_heads, dim), shared)
     value = _heads(model, node, match.value, match.kv_heads, dim)
     mask = _fused_mask(model, match, shared)
     if "write" not in shared:
@@ -279,7 +279,7 @@ def _lower_plain(model: ir.Model) -> PassResult:
 
 
 def _lower_fused(model: ir.Model) -> PassResult:
-    return _lower(model, "fused_cache", _fused)
+    return _lower(model, "fused_cache", _fuse)
 
 
 def fixed_capacity(rows: int) -> GraphPass:

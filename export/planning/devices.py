@@ -117,9 +117,9 @@ def this_machine() -> Device:
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     block = np.ones(_PROBE_BYTES // 4, np.float32)
-    reading = min(_timed(lambda: float(block.sum())) for _ in range(3))
+    reading = min(_time(lambda: float(block.sum())) for _ in range(3))
     matrix = np.ones((_PROBE_SIZE, _PROBE_SIZE), np.float32)
-    product = min(_timed(lambda: matrix @ matrix) for _ in range(3))
+    product = min(_time(lambda: matrix @ matrix) for _ in range(3))
     flops = 2e-12 * _PROBE_SIZE**3 / product
     # Measured: docs/benchmarks.md.
     faster = 4.0 if _has("avx512_vnni", "avx_vnni", "asimddp") else 1.3
@@ -128,7 +128,7 @@ def this_machine() -> Device:
     return Device("this machine", memory, bandwidth, flops, faster * flops, "measured")
 
 
-def _timed(work: object) -> float:
+def _time(work: object) -> float:
     started = time.perf_counter()
     work()  # type: ignore[operator]
     return time.perf_counter() - started

@@ -263,7 +263,7 @@ def _build_peak(
         (
             k * k
             for name, (_, k) in shapes.items()
-            if any(s.rounding == "gptq" for s in scheme.wanted(name))
+            if any(s.rounding == "gptq" for s in scheme.schemes_for(name))
         ),
         default=0,
     )

@@ -191,14 +191,14 @@ def _one(session: Session, given: argparse.Namespace, decoding: Decoding) -> Non
     stream = session.stream(
         picture, given.prompt, given.task, given.visual_tokens, given.max_new_tokens, decoding
     )
-    answer = _shown(session, stream, given.json)
+    answer = _show(session, stream, given.json)
     if given.draw:
         _draw(open_image(picture), answer, given.draw)
     if not given.json:
         _summary(answer)
 
 
-def _shown(session: Session, stream: Stream, as_json: bool) -> Answer:
+def _show(session: Session, stream: Stream, as_json: bool) -> Answer:
     """Prints an answer, either as it is generated or as JSON, and returns it."""
     try:
         for piece in stream:
@@ -221,7 +221,7 @@ def _chat(session: Session, given: argparse.Namespace, decoding: Decoding) -> No
         if text is None:
             return
         if text.strip():
-            answer = _shown(session, chat.stream(text, given.max_new_tokens), given.json)
+            answer = _show(session, chat.stream(text, given.max_new_tokens), given.json)
             if sys.stderr.isatty():
                 _summary(answer)
 

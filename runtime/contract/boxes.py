@@ -39,7 +39,7 @@ _BOX = re.compile(
 )
 
 
-def _ordered(values: Sequence[float]) -> Box:
+def _order(values: Sequence[float]) -> Box:
     x1, y1, x2, y2 = values
     return (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
@@ -48,7 +48,7 @@ def format_box(box: Sequence[float], width: float = 1.0, height: float = 1.0) ->
     """Formats a pixel box of a width x height image (or a box in [0, 1]) as text, with
     the corners ordered and clamped to the image.
     """
-    x1, y1, x2, y2 = _ordered(to_unit_box(box, width, height))
+    x1, y1, x2, y2 = _order(to_unit_box(box, width, height))
     return (
         f"{x1:.{BOX_DECIMALS}f},{y1:.{BOX_DECIMALS}f} {x2:.{BOX_DECIMALS}f},{y2:.{BOX_DECIMALS}f}"
     )
@@ -56,7 +56,7 @@ def format_box(box: Sequence[float], width: float = 1.0, height: float = 1.0) ->
 
 def find_boxes(text: str) -> list[Box]:
     """Returns every box in `text`, in order, in [0, 1]."""
-    return [_ordered([float(v) for v in match.groups()]) for match in _BOX.finditer(text)]
+    return [_order([float(v) for v in match.groups()]) for match in _BOX.finditer(text)]
 
 
 def parse_box(text: str) -> Box | None:
@@ -64,7 +64,7 @@ def parse_box(text: str) -> Box | None:
     allowed). Returns None for anything else.
     """
     match = _BOX.fullmatch(text.strip().removesuffix("."))
-    return _ordered([float(v) for v in match.groups()]) if match else None
+    return _order([float(v) for v in match.groups()]) if match else None
 
 
 def box_ends(text: str) -> bool:

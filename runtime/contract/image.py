@@ -152,7 +152,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _padded(image: Image.Image) -> Image.Image:
+def _pad(image: Image.Image) -> Image.Image:
     """Pads an image to a square of the mean colour, with the image centred. Extremely
     long images are shrunk first, so that the square stays within the pixel limit.
     """
@@ -191,7 +191,7 @@ def to_square(image: Image.Image, spec: ModelSpec) -> Image.Image:
     """
     size = spec.vision.image_size
     if spec.image_mode == "pad" and image.width != image.height:
-        image = _padded(image)
+        image = _pad(image)
     return (
         image
         if image.size == (size, size)

@@ -147,13 +147,13 @@ class TextStream:
         text = self._tokenizer.decode(self._ids)
         if text.endswith("\ufffd"):
             return ""
-        return self._shown(text)
+        return self._show(text)
 
     def finish(self) -> str:
         """Returns the remaining text; an incomplete code point appears as U+FFFD."""
-        return self._shown(self._tokenizer.decode(self._ids))
+        return self._show(self._tokenizer.decode(self._ids))
 
-    def _shown(self, text: str) -> str:
+    def _show(self, text: str) -> str:
         piece = text[self._behind :]
         if piece:
             self._ids = self._ids[self._known :]

@@ -40,7 +40,7 @@ def verdict(diagnosis: Diagnosis) -> str:
     )
 
 
-def _ordered(diagnosis: Diagnosis) -> list[Result]:
+def _order(diagnosis: Diagnosis) -> list[Result]:
     """Sorts results for the wanted targets first; otherwise the order of the table
     stays.
     """
@@ -64,7 +64,7 @@ def diagnosis_text(facts: Facts, diagnosis: Diagnosis, width: int = 110) -> str:
     targets only gets just its one line.
     """
     lines, aside = [_machine(facts)], False
-    for result in _ordered(diagnosis):
+    for result in _order(diagnosis):
         if result.aside and not aside:
             lines.append("for other targets:")
             aside = True
@@ -120,7 +120,7 @@ def diagnosis_page(facts: Facts, diagnosis: Diagnosis) -> str:
     """Builds the HTML page."""
     body = (
         f"<h1>Doctor</h1><p>{escape(_machine(facts))}</p>"
-        f"<p><b>{escape(verdict(diagnosis))}</b></p>{_table(_ordered(diagnosis))}"
+        f"<p><b>{escape(verdict(diagnosis))}</b></p>{_table(_order(diagnosis))}"
     )
     packages = (
         ", ".join(f"{name} {version}" for name, version in facts.packages.items())

@@ -20,7 +20,7 @@ from runtime.contract.errors import BusyError, UsageError
 from runtime.contract.files import locked
 
 __all__ = [
-    "MARK",
+    "METADATA",
     "ROOTS",
     "engine_cache_bytes",
     "identity",
@@ -29,7 +29,7 @@ __all__ = [
     "staging_of",
 ]
 
-MARK = "engine.json"
+METADATA = "engine.json"
 ROOTS = ("engines", "engines-tensorrt")
 """Cache folders that hold engines; one size limit applies to all of them together."""
 
@@ -70,9 +70,9 @@ def read_mark(folder: Path) -> dict[str, Any]:
     missing or invalid.
     """
     try:
-        if (folder / MARK).stat().st_size > _MAX_MARK:
+        if (folder / METADATA).stat().st_size > _MAX_MARK:
             return {}
-        mark = json.loads((folder / MARK).read_text())
+        mark = json.loads((folder / METADATA).read_text())
     except (OSError, ValueError, RecursionError):
         return {}
     return mark if isinstance(mark, dict) else {}
@@ -86,7 +86,7 @@ def make_room(root: Path, limit: int, wanted: int) -> None:
     for folder in _engines(root):
         with contextlib.suppress(OSError):
             size = sum(file.stat().st_size for file in folder.iterdir())
-            engines.append(((folder / MARK).stat().st_mtime_ns, size, folder))
+            engines.append(((folder / METADATA).stat().st_mtime_ns, size, folder))
     total = sum(size for _, size, _ in engines)
     for _, size, folder in sorted(engines):
         if total + wanted <= limit:

@@ -87,10 +87,10 @@ class InputImage:
         """
         found = self._cache.get(self.digest, self.p)
         if found is None:
-            image = self._timed("decode_image", self._open)
-            pixels = self._timed("preprocess", lambda: to_pixels(image, self._spec))
+            image = self._time("decode_image", self._open)
+            pixels = self._time("preprocess", lambda: to_pixels(image, self._spec))
             pool = pool_matrix(self._spec.vision.grid, self.p)
-            embeds = self._timed("vision", lambda: self._engine.embed_image(pixels, pool)[0])
+            embeds = self._time("vision", lambda: self._engine.embed_image(pixels, pool)[0])
             check_finite(embeds, "the vision graph", "embeddings")
             found = EmbeddedImage(embeds, image.size)
             self._cache.put(self.digest, self.p, found)
@@ -101,7 +101,7 @@ class InputImage:
             return self._source
         return open_image(self._source, self._name)
 
-    def _timed(self, stage: str, call: Callable[[], T]) -> T:
+    def _time(self, stage: str, call: Callable[[], T]) -> T:
         started = time.perf_counter()
         result = call()
         self.timings[stage] = (time.perf_counter() - started) * 1e3

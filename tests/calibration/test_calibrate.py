@@ -49,7 +49,7 @@ def relative(found: list[Trace], expected: list[Trace]) -> float:
 
 def test_the_walk_is_the_model(stored: StoredCheckpoint, tiny_checkpoint: Path) -> None:
     model = load_checkpoint(tiny_checkpoint).model
-    for trace in StreamedModel(stored.spec, stored.read).walk(cases(stored, 4)):
+    for trace in StreamedModel(stored.spec, stored.read).run_blockwise(cases(stored, 4)):
         case = trace.case
         with torch.no_grad():
             embeds = model.embed_image(torch.from_numpy(case.pixels), case.pool_size)[0]
@@ -68,7 +68,7 @@ def test_only_one_block_is_in_memory(stored: StoredCheckpoint) -> None:
     def count(block: object) -> None:
         held.append(sum(p.numel() for p in model.model.parameters() if p.device.type != "meta"))
 
-    model.walk(cases(stored, 1), progress=count)
+    model.run_blockwise(cases(stored, 1), progress=count)
     assert set(held) == {0} and all(p.device.type == "meta" for p in model.model.parameters())
 
 
@@ -79,8 +79,10 @@ def test_moved_scales_change_nothing_but_rounding(stored: StoredCheckpoint, tmp_
     )
     calibrated = Calibrated(stored.read, tmp_path)
     assert any(strength > 0 for strength in calibrated.strengths().values())
-    expected = StreamedModel(stored.spec, stored.read).walk(test)
-    assert relative(StreamedModel(stored.spec, calibrated.read).walk(test), expected) < 1e-5
+    expected = StreamedModel(stored.spec, stored.read).run_blockwise(test)
+    assert (
+        relative(StreamedModel(stored.spec, calibrated.read).run_blockwise(test), expected) < 1e-5
+    )
 
 
 def planted(read: Callable[[str], torch.Tensor]) -> Callable[[str], torch.Tensor]:
@@ -124,9 +126,9 @@ def test_data_aware_rounding_helps_a_model_with_planted_outliers(
     scheme: LinearScheme, plain: LinearScheme, gain: float, stored: StoredCheckpoint, tmp_path: Path
 ) -> None:
     read, test = planted(stored.read), cases(stored, 6, seed=9)
-    expected = StreamedModel(stored.spec, stored.read).walk(test)
+    expected = StreamedModel(stored.spec, stored.read).run_blockwise(test)
     assert (
-        relative(StreamedModel(stored.spec, read).walk(test), expected) < 1e-5
+        relative(StreamedModel(stored.spec, read).run_blockwise(test), expected) < 1e-5
     )  # the same function
     calibrate(
         StreamedModel(stored.spec, read), [], cases(stored, 16), lambda name: (scheme,), tmp_path
@@ -162,7 +164,7 @@ def rounded_walk(
         linear = ".layers." in name and "_proj." in name
         return calibrated.quantised(name, scheme).dequantised() if linear else calibrated.read(name)
 
-    return StreamedModel(stored.spec, read).walk(test, round_inputs)
+    return StreamedModel(stored.spec, read).run_blockwise(test, round_inputs)
 
 
 def test_an_interrupted_walk_goes_on_where_it_stopped(
@@ -170,7 +172,7 @@ def test_an_interrupted_walk_goes_on_where_it_stopped(
 ) -> None:
     def run() -> dict[str, bytes]:
         model = StreamedModel(stored.spec, stored.read)
-        calibrate(model, [], cases(stored), SCHEMES["int4"].wanted, tmp_path, cache=True)
+        calibrate(model, [], cases(stored), SCHEMES["int4"].schemes_for, tmp_path, cache=True)
         return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     first = run()

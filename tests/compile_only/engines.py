@@ -22,7 +22,7 @@ import tensorrt as trt
 from runtime.contract.errors import EngineError
 from runtime.contract.spec import ModelSpec
 from runtime.engines.tensorrt import build_engine as builder
-from runtime.engines.tensorrt.graph_variants import decoder_form, vision_form
+from runtime.engines.tensorrt.graph_variants import decoder_variant, vision_variant
 
 _LAYER = re.compile(
     r"Name: ([^,]+), LayerType: (\w+), Inputs: \[(.*?)\], Constants: \[(.*?)\], Outputs: \[",
@@ -117,7 +117,9 @@ def compiled(folder: Path, spec: ModelSpec, rows: int, graph: str) -> dict[str, 
     """Compiles one graph and returns the result, or the error."""
     log, fused = Log(), graph.endswith("-fused")
     form = (
-        vision_form(spec, fused) if graph.startswith("vision") else decoder_form(spec, fused, rows)
+        vision_variant(spec, fused)
+        if graph.startswith("vision")
+        else decoder_variant(spec, fused, rows)
     )
     journal = SimpleNamespace(
         logger=log, clear=lambda: None, read=lambda: " / ".join(log.errors)[:600]

@@ -98,7 +98,7 @@ def test_labels_of_the_questions_are_in_the_key(tiny_checkpoint: Path, tmp_path:
             for index in range(12)
         ]
         (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        samples._opened.cache_clear()
+        samples._open.cache_clear()
         keys.add(
             open_build(
                 replace(

@@ -214,10 +214,10 @@ def test_a_call_is_bounded(tmp_path: Path) -> None:
     """Scores take memory by the length of a call times that of the cache: see
     `MOST_TOKENS`.
     """
-    from runtime.engines.tensorrt.graph_variants import decoder_form
+    from runtime.engines.tensorrt.graph_variants import decoder_variant
 
     spec = short("7b")
-    prefill = decoder_form(spec, False, spec.decoder.context).profiles(spec.decoder.context)[1]
+    prefill = decoder_variant(spec, False, spec.decoder.context).profiles(spec.decoder.context)[1]
     assert (
         prefill["inputs_embeds"][2][1] == MOST_TOKENS < spec.decoder.context
         and prefill[key_cache(0)][2][2] == spec.decoder.context

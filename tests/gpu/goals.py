@@ -127,7 +127,7 @@ def results(report: Report) -> list[Result]:
     """Returns the results of all goals on all targets. The cuda target has no vision
     goal, because its int8 leaves the tower in fp16.
     """
-    return [_judged(report, goal, *place) for goal in GOALS for place in _places(goal)]
+    return [_judge(report, goal, *place) for goal in GOALS for place in _places(goal)]
 
 
 def _places(goal: Goal) -> Iterator[tuple[str, str, str]]:
@@ -138,7 +138,7 @@ def _places(goal: Goal) -> Iterator[tuple[str, str, str]]:
                     yield model, target, scheme
 
 
-def _judged(report: Report, goal: Goal, model: str, target: str, scheme: str) -> Result:
+def _judge(report: Report, goal: Goal, model: str, target: str, scheme: str) -> Result:
     wanted, row = (
         f"{'≥' if goal.least else '≤'} {goal.bound:g}",
         report.find("rounds", model, target, scheme),

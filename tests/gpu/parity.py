@@ -43,7 +43,7 @@ def prove(bundle: Bundle, engine: Engine) -> dict[str, Any]:
         failed = {
             row[
                 "stage"
-            ]: f"{row['stage']} error {_shown(row['error'])}, allowed {row['tolerance']:.3g}"
+            ]: f"{row['stage']} error {_show(row['error'])}, allowed {row['tolerance']:.3g}"
             for row in stages
             if not row["passed"]
         }
@@ -82,7 +82,7 @@ def _row(stage: StageError) -> dict[str, Any]:
     }
 
 
-def _shown(error: float | None) -> str:
+def _show(error: float | None) -> str:
     return "not finite" if error is None else f"{error:.3g}"
 
 

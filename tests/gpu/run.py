@@ -279,7 +279,7 @@ class Run:
         """
         effort, where = self.settings.effort, (model, target, scheme)
         with self._side("Ours") as ours:
-            if not self._row(("parity", *where), lambda: self._proved(ours, target, bundle)):
+            if not self._row(("parity", *where), lambda: self._prove(ours, target, bundle)):
                 self._forget_times(where)
                 return
         with self._side("Ours") as ours:
@@ -304,7 +304,7 @@ class Run:
             self.report = replace(self.report, rows=rows)
             self._keep(self.report)
 
-    def _proved(self, ours: Side, target: str, bundle: Path) -> Found:
+    def _prove(self, ours: Side, target: str, bundle: Path) -> Found:
         try:
             found = self.ask(ours, "prove", bundle=str(bundle), target=target)
         except Absent as error:

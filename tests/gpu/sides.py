@@ -47,7 +47,7 @@ class Side(Protocol):
         ...
 
 
-def _unwrapped(found: dict[str, Any]) -> dict[str, Any]:
+def _unwrap(found: dict[str, Any]) -> dict[str, Any]:
     if "missing" in found:
         raise Absent(found["missing"])
     if "refused" in found:
@@ -66,7 +66,7 @@ class Local:
 
     def ask(self, do: str, seconds: float, **arguments: Any) -> dict[str, Any]:
         """See `Side.ask`."""
-        return _unwrapped(json.loads(json.dumps(reply(self._worker, do, **arguments))))
+        return _unwrap(json.loads(json.dumps(reply(self._worker, do, **arguments))))
 
     def end(self) -> None:
         """See `Side.end`."""
@@ -120,7 +120,7 @@ class Process:
             raise Broken(
                 f"{do}: its process ended with {self._process.wait()}: {self._last_words()}"
             )
-        return _unwrapped(json.loads(line))
+        return _unwrap(json.loads(line))
 
     def _last_words(self) -> str:
         lines = [

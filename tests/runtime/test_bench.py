@@ -76,7 +76,7 @@ def test_a_report_survives_its_file(report: Report, tmp_path: Path) -> None:
     ] == METRICS["ttft"].value(report)
 
 
-def _edited(report: Report, *keys: str | int, value: Any) -> Any:
+def _edit(report: Report, *keys: str | int, value: Any) -> Any:
     data = json.loads(to_json(report, {}))
     place = data
     for key in keys[:-1]:
@@ -109,7 +109,7 @@ def test_reading_is_strict(
     report: Report, keys: tuple[str | int, ...], value: Any, words: str
 ) -> None:
     with pytest.raises(DataError) as found:
-        parse_report(_edited(report, *keys, value=value), "r.json")
+        parse_report(_edit(report, *keys, value=value), "r.json")
     assert (
         words in str(found.value)
         and str(found.value).startswith("r.json")

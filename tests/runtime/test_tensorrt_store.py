@@ -222,8 +222,8 @@ def test_one_bound_holds_for_engines_of_all_kinds(tmp_path: Path) -> None:
         folder = tmp_path / root / name
         folder.mkdir(parents=True)
         (folder / "content").write_bytes(b"x" * 1000)
-        (folder / shelf.MARK).write_text("{}")
-        os.utime(folder / shelf.MARK, (age, age))
+        (folder / shelf.METADATA).write_text("{}")
+        os.utime(folder / shelf.METADATA, (age, age))
     shelf.make_room(tmp_path / "engines-tensorrt", 3500, 1000)
     left = sorted(path.name for root in shelf.ROOTS for path in (tmp_path / root).iterdir())
     assert left == ["c", "d"]

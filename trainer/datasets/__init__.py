@@ -56,7 +56,7 @@ DATASETS: dict[str, DataSet] = {
 }
 
 
-def _parsed(text: str) -> tuple[DataSource, DataSet]:
+def _parse(text: str) -> tuple[DataSource, DataSet]:
     source = parse_source(text, DATASETS)
     row = DATASETS[source.name]
     source.check_options((*row.options, *_COMMON))
@@ -67,7 +67,7 @@ def read_examples(text: str, skip_bad: bool = False) -> list[Example]:
     """Returns all examples of one data argument, for evaluation. Raises `DataError` or
     `UsageError`.
     """
-    source, row = _parsed(text)
+    source, row = _parse(text)
     faults = Faults(skip_bad)
     examples = row.read(source, faults)
     _tell(text, faults)
@@ -100,7 +100,7 @@ def open_source(texts: Sequence[str], skip_bad: bool = False) -> ExampleSource:
     sources: list[ExampleSource] = []
     weights: list[float] = []
     for text in texts:
-        source, row = _parsed(text)
+        source, row = _parse(text)
         augment, faults = (
             find_augmentation(source.options.get("augment", row.augment)),
             Faults(skip_bad),

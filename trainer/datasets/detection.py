@@ -63,7 +63,7 @@ def visible(things: Sequence[Thing], width: int, height: int) -> list[Thing]:
     return kept
 
 
-def _counted(name: ClassName, count: int) -> str:
+def _count(name: ClassName, count: int) -> str:
     if count == 1:
         return f"{article(name.one)} {name.one}"
     return f"{count if count < MANY else 'many'} {name.several}"
@@ -77,7 +77,7 @@ def detection_samples(
     """
     counts = [sum(thing.label == label for thing in things) for label in range(len(names))]
     parts = listed(
-        [_counted(name, count) for name, count in zip(names, counts, strict=True) if count]
+        [_count(name, count) for name, count in zip(names, counts, strict=True) if count]
     )
     samples = [
         Sample("caption", "describe", f"{scene} with {parts}" if parts else scene, kind="caption")

@@ -201,12 +201,11 @@ def move_samples(
     image, moved = augmentation.move(image, boxes, rng, keep)
     following = iter(moved)
     return image, [
-        _reboxed(sample, next(following), image.size) if sample.box else sample
-        for sample in samples
+        _rebox(sample, next(following), image.size) if sample.box else sample for sample in samples
     ]
 
 
-def _reboxed(sample: Sample, pixels: Box, size: tuple[int, int]) -> Sample:
+def _rebox(sample: Sample, pixels: Box, size: tuple[int, int]) -> Sample:
     box = to_unit_box(pixels, *size)
     return replace(sample, box=box, answer=format_box(box))
 

@@ -48,7 +48,7 @@ def open_weights(path: Path) -> dict[str, Stored]:
     for file in files:
         stored = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
         for name, tensor in stored.items():
-            name = _stripped(name)
+            name = _strip(name)
             if name in found:
                 raise CheckpointError(
                     f"{file}: tensor {name} is also in {found[name].file}; remove one of them"
@@ -118,7 +118,7 @@ def _pickled(file: Path) -> dict[str, Stored]:
             f"{file} cannot be read as plain tensors ({reason}); nothing in it was executed. Save "
             f"it as safetensors"
         ) from None
-    data = _unwrapped(data)
+    data = _unwrap(data)
     tensors = (
         {name: value for name, value in data.items() if isinstance(value, Tensor)}
         if isinstance(data, Mapping)
@@ -134,7 +134,7 @@ def _pickled(file: Path) -> dict[str, Stored]:
     }
 
 
-def _unwrapped(data: object) -> object:
+def _unwrap(data: object) -> object:
     """Returns the mapping of tensors inside the usual wrappers."""
     while isinstance(data, Mapping):
         inner = [data[key] for key in _WRAPPERS if isinstance(data.get(key), Mapping)]
@@ -144,7 +144,7 @@ def _unwrapped(data: object) -> object:
     return data
 
 
-def _stripped(name: str) -> str:
+def _strip(name: str) -> str:
     changed = True
     while changed:
         changed = False

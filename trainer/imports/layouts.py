@@ -55,7 +55,7 @@ class Part:
     spec: Any = None
 
 
-def _prefixed(weights: WeightFiles, *prefixes: str) -> str:
+def _add_prefix(weights: WeightFiles, *prefixes: str) -> str:
     """Returns the first prefix that some tensor name starts with. Raises
     `CheckpointError` if there is none.
     """
@@ -170,7 +170,7 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
     """
     huggingface = any("embeddings.class_embedding" in name for name in weights)
     if huggingface:
-        prefix = _prefixed(weights, "vision_model.embeddings.", "embeddings.").removesuffix(
+        prefix = _add_prefix(weights, "vision_model.embeddings.", "embeddings.").removesuffix(
             "embeddings."
         )
         blocks, block, patch = (
@@ -185,7 +185,7 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
         )
     else:
         prefix = (
-            "" if "cls_token" in weights else _prefixed(weights, "visual_encoder.", "visual.")
+            "" if "cls_token" in weights else _add_prefix(weights, "visual_encoder.", "visual.")
         )  # bare EVA files have no prefix
         blocks, block, patch = f"{prefix}blocks.", _EVA_BLOCK, f"{prefix}patch_embed.proj"
         cls, positions, norm = f"{prefix}cls_token", f"{prefix}pos_embed", "ln_vision"
@@ -253,7 +253,7 @@ def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | N
     unsupported features (rope scaling, biases, sliding windows).
     """
     prefix = "lm_model." if any(name.startswith("lm_model.") for name in weights) else ""
-    body = _prefixed(weights, f"{prefix}model.")
+    body = _add_prefix(weights, f"{prefix}model.")
     _check_llama(config)
     vocabulary, hidden = _shape(weights, f"{body}embed_tokens.weight", 2)
     count = heads or int(_number(config, "num_attention_heads", hidden // _LLAMA_HEAD_DIM))

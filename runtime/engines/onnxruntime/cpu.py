@@ -192,7 +192,7 @@ class OrtEngine:
         """See `Engine.forward`."""
         length = inputs_embeds.shape[1]
         call = self._step if length == 1 else self._own.call(self._prefill, 1, length, 1)
-        logits: NDArray[np.float32] = self._fed(call, inputs_embeds, start)[0]
+        logits: NDArray[np.float32] = self._feed(call, inputs_embeds, start)[0]
         return logits
 
     def greedy(self, inputs_embeds: NDArray[np.float32], start: int) -> int:
@@ -203,9 +203,9 @@ class OrtEngine:
         """See `Engine.verify`."""
         length = inputs_embeds.shape[1]
         assert self.verifies or length == 1, "the caller asks `verifies` first"
-        return self._fed(self._own.call(self._decoder, 1, length, length), inputs_embeds, start)
+        return self._feed(self._own.call(self._decoder, 1, length, length), inputs_embeds, start)
 
-    def _fed(
+    def _feed(
         self, call: _Call, inputs_embeds: NDArray[np.float32], start: int
     ) -> NDArray[np.float32]:
         end = start + inputs_embeds.shape[1]

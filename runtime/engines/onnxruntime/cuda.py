@@ -60,8 +60,8 @@ class OrtCudaEngine(DeviceEngine):
         if device.captures:
             _check_available(device)
         spec = bundle.spec.decoder
-        vision = _opened(bundle, VISION, options, device)
-        decoder = _opened(bundle, DECODER, options, device, captures=device.captures)
+        vision = _open(bundle, VISION, options, device)
+        decoder = _open(bundle, DECODER, options, device, captures=device.captures)
         _check_decoder(bundle, decoder)
         check_vision(bundle, VISION, vision)
         super().__init__(
@@ -128,7 +128,7 @@ def _check_available(device: Device) -> None:
         ort.preload_dlls()
 
 
-def _opened(
+def _open(
     bundle: Bundle, file: str, options: EngineOptions, device: Device, captures: bool = False
 ) -> ort.InferenceSession:
     """Opens a session that runs every node on the device. Raises `EngineError` where

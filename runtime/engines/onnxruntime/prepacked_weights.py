@@ -29,7 +29,7 @@ from runtime.contract.errors import BusyError, EngineError
 from runtime.contract.files import locked
 from runtime.contract.graphs import LOGITS_TO_KEEP, SEQLENS_K, TOTAL_LENGTH
 from runtime.engines.disk_cache import (
-    MARK,
+    METADATA,
     engine_cache_bytes,
     identity,
     make_room,
@@ -90,7 +90,7 @@ def stored(
                 if (usable := _intact(ready)) is None:  # another process may just have made it
                     make_room(root, limit, int(_SPACE * weights[0]))
                     usable = _make(bundle.file(file), ready, settings)
-        os.utime(ready / MARK)
+        os.utime(ready / METADATA)
     except BusyError:
         return None
     # ONNX Runtime's exceptions share no public base class. After any error the plain graph is
@@ -125,10 +125,10 @@ def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions])
         saving.add_session_config_entry(
             "session.save_external_prepacked_constant_initializers", "1"
         )
-        expected = _tried(
+        expected = _try(
             ort.InferenceSession(str(source), saving, providers=["CPUExecutionProvider"])
         )
-        found = _tried(open_stored(staging / _MODEL, settings()))
+        found = _try(open_stored(staging / _MODEL, settings()))
         usable = len(found) == len(expected) and all(
             np.isfinite(a).all() and np.array_equal(a, b)
             for a, b in zip(expected, found, strict=True)
@@ -141,7 +141,7 @@ def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions])
             for file in (staging / _MODEL, staging / _WEIGHTS):
                 file.write_bytes(b"")
         mark = {path.name: identity(path) for path in (staging / _MODEL, staging / _WEIGHTS)}
-        (staging / MARK).write_text(json.dumps(mark | {_USABLE: usable}))
+        (staging / METADATA).write_text(json.dumps(mark | {_USABLE: usable}))
         os.rename(staging, ready)
         return usable
     finally:
@@ -154,7 +154,7 @@ def open_stored(path: Path, settings: ort.SessionOptions) -> ort.InferenceSessio
     return ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
 
 
-def _tried(session: ort.InferenceSession) -> list[NDArray[np.generic]]:
+def _try(session: ort.InferenceSession) -> list[NDArray[np.generic]]:
     """Runs generated inputs of one and of three positions. Returns the first output of
     each run.
     """

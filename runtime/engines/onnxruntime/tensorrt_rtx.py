@@ -51,7 +51,7 @@ class OrtRtxEngine(DeviceEngine):
 
     def __init__(self, bundle: Bundle, options: EngineOptions, device: Device = RTX) -> None:
         spec = bundle.spec.decoder
-        plugin = None if device.memory == "cpu" else _registered(device)
+        plugin = None if device.memory == "cpu" else _register(device)
         longest = {
             INPUTS_EMBEDS: (1, bundle.capacity, spec.hidden),
             POSITION_IDS: (1, bundle.capacity),
@@ -61,8 +61,8 @@ class OrtRtxEngine(DeviceEngine):
             PIXELS: (1, 3, bundle.spec.vision.image_size, bundle.spec.vision.image_size),
             POOL: (max(bundle.spec.pool_sizes) ** 2, bundle.spec.vision.grid**2),
         }
-        vision = _opened(bundle, VISION_FUSED, options, device, plugin, pictures)
-        decoder = _opened(bundle, DECODER_FUSED, options, device, plugin, longest)
+        vision = _open(bundle, VISION_FUSED, options, device, plugin, pictures)
+        decoder = _open(bundle, DECODER_FUSED, options, device, plugin, longest)
         check_vision(bundle, VISION_FUSED, vision)
         _check_decoder(bundle, decoder)
         super().__init__(
@@ -140,7 +140,7 @@ class RtxBatch:
                 write(self._caches[target][name], cache)
 
 
-def _registered(device: Device) -> Any:
+def _register(device: Device) -> Any:
     """Registers the plugin if needed and returns its device on this machine. Raises
     `EngineError` if the plugin does not load or finds no GPU.
     """
@@ -178,7 +178,7 @@ def _devices(device: Device) -> list[Any]:
     return [found for found in ort.get_ep_devices() if found.ep_name == device.provider]
 
 
-def _opened(
+def _open(
     bundle: Bundle,
     file: str,
     options: EngineOptions,

@@ -14,7 +14,7 @@ from typing import Any
 from runtime.contract.errors import EngineError, UsageError
 from runtime.contract.files import sync_file
 from runtime.contract.graphs import key_cache
-from runtime.engines.tensorrt.graph_variants import Form, check_ports
+from runtime.engines.tensorrt.graph_variants import GraphVariant, check_tensors
 from runtime.engines.tensorrt.trt import Machine
 from runtime.output.console import StepBar, step_bar
 
@@ -48,7 +48,9 @@ def workspace_bytes(machine: Machine, asked_mb: int | None) -> int:
     return int(text) << 20
 
 
-def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Path | None) -> Any:
+def build(
+    machine: Machine, path: Path, form: GraphVariant, workspace: int, timings: Path | None
+) -> Any:
     """Builds the engine of the graph at `path` and returns it serialized, as a buffer.
     Raises `RefusedError`, `BundleError` or `KeyboardInterrupt`.
     """
@@ -104,7 +106,7 @@ def build(machine: Machine, path: Path, form: Form, workspace: int, timings: Pat
     return serialized
 
 
-def _check_network(machine: Machine, network: Any, form: Form, path: Path) -> None:
+def _check_network(machine: Machine, network: Any, form: GraphVariant, path: Path) -> None:
     """Raises `BundleError` unless the graph matches the manifest's spec."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
@@ -113,10 +115,10 @@ def _check_network(machine: Machine, network: Any, form: Form, path: Path) -> No
             tensor.name: (machine.trt.nptype(tensor.dtype), tuple(tensor.shape))
             for tensor in tensors
         }
-        check_ports(found, expected, path)
+        check_tensors(found, expected, path)
 
 
-def _add_profiles(builder: Any, network: Any, config: Any, form: Form) -> None:
+def _add_profiles(builder: Any, network: Any, config: Any, form: GraphVariant) -> None:
     """Adds optimization profiles with the ranges of every variable input. The number of
     cache rows comes from the variant or, if it gives none, from the graph.
     """

@@ -83,7 +83,7 @@ class Device:
         self._cuda, self.lost, self._capturing = _bindings(), "", False
         code, count = self._attempt("cudaGetDeviceCount")
         if code or not count:
-            found = self._named(code) if code else "none is visible"
+            found = self._name_of(code) if code else "none is visible"
             raise EngineError(
                 f"no GPU can be used ({found}); check nvidia-smi and the driver, or build with "
                 f"--target cpu"
@@ -122,7 +122,7 @@ class Device:
             ) from None
         return (code if int(code) else 0), (values[0] if values else None)
 
-    def _named(self, code: Any) -> str:
+    def _name_of(self, code: Any) -> str:
         """Returns an error's name and description."""
         found = [
             self._attempt(name, code)[1] for name in ("cudaGetErrorName", "cudaGetErrorString")
@@ -139,7 +139,7 @@ class Device:
         self.check()
         code, value = self._attempt(name, *arguments)
         if code:
-            self.fail(f"{name} gave {self._named(code)}")
+            self.fail(f"{name} gave {self._name_of(code)}")
         return value
 
     def check(self) -> None:
@@ -170,7 +170,7 @@ class Device:
         """Returns (free, total) bytes of device memory."""
         code, *found = self._cuda.cudaMemGetInfo()
         if int(code):
-            self.fail(f"cudaMemGetInfo gave {self._named(code)}")
+            self.fail(f"cudaMemGetInfo gave {self._name_of(code)}")
         return int(found[0]), int(found[1])
 
     def allocate(self, size: int, what: str) -> Memory:
@@ -197,7 +197,7 @@ class Device:
                 "choose a smaller --context, or close other programs"
             )
         if code:
-            self.fail(f"{take} gave {self._named(code)}")
+            self.fail(f"{take} gave {self._name_of(code)}")
         return Memory(int(address), size, lambda address: self.release(give, address))
 
     def up(self, to: int, host: int, size: int) -> None:
@@ -260,13 +260,13 @@ class Device:
                 reason = str(error)
             code, graph = self._attempt("cudaStreamEndCapture", self.stream)
             if code:
-                reason = reason or self._named(code)
+                reason = reason or self._name_of(code)
             elif not reason:
                 code, executable = self._attempt("cudaGraphInstantiate", graph, 0)
                 self.release("cudaGraphDestroy", graph)
                 if not code:
                     return Graph(self, executable), ""
-                reason = self._named(code)
+                reason = self._name_of(code)
         except EngineError as error:
             reason = str(error)
         finally:

@@ -16,10 +16,15 @@ from runtime.contract.bundle import Bundle
 from runtime.contract.graphs import key_cache
 from runtime.engines import EngineOptions, Validation
 from runtime.engines.logits import check_finite
-from runtime.engines.tensorrt.execution import Activations, Prefill, Step, Vision
+from runtime.engines.tensorrt.execution import Activations, DecodeContext, Prefill, Vision
 from runtime.engines.tensorrt.graph_variants import MOST_ROWS, MOST_TOKENS
 from runtime.engines.tensorrt.kv_cache import Caches, Rows
-from runtime.engines.tensorrt.provider import Maker, Part, decoder_forms, vision_forms
+from runtime.engines.tensorrt.provider import (
+    EngineProvider,
+    Part,
+    decoder_variants,
+    vision_variants,
+)
 from runtime.engines.tensorrt.trt import Machine
 
 __all__ = ["TensorRtEngine"]
@@ -45,7 +50,7 @@ class _Loaded:
         )
         self.vision = Vision(machine, vision.engine, activations, spec)
         self.prefill = Prefill(machine, decoder.engine, activations, spec, self.caches, fresh)
-        self.step = Step(machine, decoder.engine, activations, spec, self.caches, fresh)
+        self.step = DecodeContext(machine, decoder.engine, activations, spec, self.caches, fresh)
         device.wait()
 
 
@@ -59,13 +64,13 @@ class TensorRtEngine:
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self._bundle, self._machine = bundle, Machine()
         self._wrong_choice = ""
-        self._maker = Maker(bundle, self._machine, options)
-        self._vision = Part(("vision",), vision_forms(bundle, self._machine))
+        self._provider = EngineProvider(bundle, self._machine, options)
+        self._vision = Part(("vision",), vision_variants(bundle, self._machine))
         self._decoder = Part(
-            ("prefill", "decode"), decoder_forms(bundle, self._machine, options.context)
+            ("prefill", "decode"), decoder_variants(bundle, self._machine, options.context)
         )
         for part in (self._vision, self._decoder):
-            self._maker.fill(part)
+            self._provider.fill(part)
         self._load()
 
     def _load(self) -> None:
@@ -101,7 +106,7 @@ class TensorRtEngine:
         self._wrong_choice = ""
         if failed:
             self._loaded = None  # frees its memory for the replacement
-        self._maker.conclude((self._vision, self._decoder), failed)
+        self._provider.conclude((self._vision, self._decoder), failed)
         if failed:
             self._load()
 
@@ -181,7 +186,9 @@ class TensorRtBatch:
     the other. With several slots, the last of `caches` is a spare for exchanging rows.
     """
 
-    def __init__(self, machine: Machine, step: Step, own: Caches, caches: Sequence[Caches]) -> None:
+    def __init__(
+        self, machine: Machine, step: DecodeContext, own: Caches, caches: Sequence[Caches]
+    ) -> None:
         self._machine, self._step, self._own, self._caches = machine, step, own, caches
 
     def fill(self, slot: int, rows: int) -> None:

@@ -24,7 +24,7 @@ from runtime.contract.errors import BusyError
 from runtime.contract.files import locked, sync_file
 from runtime.contract.onnx_guard import external_locations
 from runtime.engines.disk_cache import (
-    MARK,
+    METADATA,
     ROOTS,
     engine_cache_bytes,
     identity,
@@ -32,11 +32,11 @@ from runtime.engines.disk_cache import (
     read_mark,
     staging_of,
 )
-from runtime.engines.tensorrt.graph_variants import Form
+from runtime.engines.tensorrt.graph_variants import GraphVariant
 from runtime.engines.tensorrt.trt import Machine
 from runtime.output.console import note
 
-__all__ = ["Store", "fingerprint"]
+__all__ = ["EngineCache", "fingerprint"]
 
 _RECIPE = 1  # part of the fingerprint: increase it when the built engines change
 _ENGINE, _SHA256, _PASSED, _REFUSED = "engine.trt", "sha256", "passed", "refused"
@@ -44,7 +44,7 @@ _POLL_SECONDS = 0.2
 _MAX_TIMINGS = 4
 
 
-def fingerprint(bundle: Bundle, machine: Machine, form: Form) -> str:
+def fingerprint(bundle: Bundle, machine: Machine, form: GraphVariant) -> str:
     """Returns the name of the engine built for and on this machine from one variant of
     a graph.
     """
@@ -60,7 +60,7 @@ def fingerprint(bundle: Bundle, machine: Machine, form: Form) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()
 
 
-class Store:
+class EngineCache:
     """The folder of cached engines. If `keep` is false or the cache limit is zero, it
     keeps no files and remembers validation results and rejections only in memory.
     """
@@ -105,7 +105,7 @@ class Store:
                 return None
             with path.open("rb") as file:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            os.utime(self.folder(name) / MARK)
+            os.utime(self.folder(name) / METADATA)
         except (OSError, ValueError):
             return None
         return content if hashlib.sha256(content).hexdigest() == mark.get(_SHA256) else None
@@ -127,8 +127,8 @@ class Store:
             (staging / _ENGINE).write_bytes(view)
             sync_file(staging / _ENGINE)
             mark = {_ENGINE: identity(staging / _ENGINE), _SHA256: hashlib.sha256(view).hexdigest()}
-            (staging / MARK).write_text(json.dumps(mark))
-            sync_file(staging / MARK)
+            (staging / METADATA).write_text(json.dumps(mark))
+            sync_file(staging / METADATA)
             os.rename(staging, ready)
             sync_file(self._root)
         except OSError as error:
@@ -172,12 +172,12 @@ class Store:
         if not self.keeps:
             return
         folder = self.folder(name)
-        part = folder / f".{MARK}.{os.getpid()}"
+        part = folder / f".{METADATA}.{os.getpid()}"
         with contextlib.suppress(OSError):  # with a read-only home, the next start validates again
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             part.write_text(json.dumps(read_mark(folder) | what))
             sync_file(part)
-            os.replace(part, folder / MARK)
+            os.replace(part, folder / METADATA)
 
     @contextlib.contextmanager
     def making(self, name: str) -> Iterator[None]:

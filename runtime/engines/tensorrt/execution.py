@@ -35,7 +35,7 @@ from runtime.engines.tensorrt.kv_cache import Caches, Rows
 from runtime.engines.tensorrt.trt import Machine
 from runtime.output.console import note
 
-__all__ = ["Activations", "Prefill", "Step", "Vision"]
+__all__ = ["Activations", "DecodeContext", "Prefill", "Vision"]
 
 Array = NDArray[Any]
 
@@ -52,7 +52,7 @@ class Activations:
         )
 
 
-class _Packet:
+class StagingBuffer:
     """A staging buffer for arrays copied between host and device. It has one pinned
     block and one device block with the same layout, so that one copy moves several
     arrays.
@@ -147,12 +147,12 @@ class Vision:
             spec.decoder.hidden,
         )
         size, most = spec.vision.image_size, max(spec.pool_sizes) ** 2
-        self._in = _Packet(
+        self._in = StagingBuffer(
             machine.device,
             "pictures",
             {PIXELS: (np.float32, (1, 3, size, size)), POOL: (np.float32, (most, self._grid))},
         )
-        self._out = _Packet(
+        self._out = StagingBuffer(
             machine.device, "image embeddings", {IMAGE_EMBEDS: (np.float32, (most, self._hidden))}
         )
         self._context = _Context(machine, engine, 0, activations)
@@ -205,8 +205,8 @@ class _Decoder:
             LOGITS_MASS: (np.float32, (wanted,)),
             LOGITS: (np.float32, (wanted, decoder.vocab_size)),
         }
-        self._in = _Packet(machine.device, f"inputs of {rows} rows", given)
-        self._out = _Packet(machine.device, "logits", found)
+        self._in = StagingBuffer(machine.device, f"inputs of {rows} rows", given)
+        self._out = StagingBuffer(machine.device, "logits", found)
         self._context = _Context(machine, engine, profile, activations)
         self._context.bind(
             {name: self._in.address(name) for name in given}
@@ -265,24 +265,24 @@ class _Decoder:
         on. They are valid until the next call.
         """
         self._out.down(LOGITS_MASS, LOGITS, wanted * self._vocabulary)
-        mass, found = self._arrived(wanted, caches, start), self._out.arrays[LOGITS][:wanted]
+        mass, found = self._receive(wanted, caches, start), self._out.arrays[LOGITS][:wanted]
         found[~np.isfinite(mass)] = (
             np.nan
         )  # 8-bit layers can turn non-finite values into numbers, which must not pass as logits
         return found
 
-    def _arrived(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
+    def _receive(self, wanted: int, caches: Caches, start: int) -> NDArray[np.float32]:
         """Waits for a call and returns the sums [wanted] of its logits' magnitudes. If
         one is non-finite, the rows that the call wrote may be too and are marked.
         """
         self._device.wait()
         mass: NDArray[np.float32] = self._out.arrays[LOGITS_MASS][:wanted]
         if not np.isfinite(mass).all():
-            caches.spoil(start)
+            caches.mark_nonfinite(start)
         return mass
 
 
-class Step(_Decoder):
+class DecodeContext(_Decoder):
     """Runs the decoder for one token. On the engine's own caches, the step is a
     captured graph: copy the inputs up, run the network, copy the token down.
     """
@@ -321,7 +321,7 @@ class Step(_Decoder):
     def run(self, inputs_embeds: NDArray[np.float32], start: int, caches: Caches) -> None:
         """Queues the step that writes row `start` from inputs [1,1,H]."""
         self._fill(inputs_embeds, start)
-        caches.heal(start)
+        caches.clear_nonfinite(start)
         if self._graph is not None and caches is self._own:
             self._graph.launch()
         else:
@@ -336,7 +336,7 @@ class Step(_Decoder):
         For equal logits, ONNX gives the lowest id, and the graph asks for that.
         TensorRT documents no order of its own for equal values.
         """
-        mass = self._arrived(1, caches, start)
+        mass = self._receive(1, caches, start)
         token = int(self._out.arrays[NEXT_TOKEN][0])
         if np.isfinite(mass[0]) and not 0 <= token < self._vocabulary:
             raise EngineError(
@@ -383,7 +383,7 @@ class Prefill(_Decoder):
         self._in.arrays[LOGITS_ROWS][:wanted] = np.arange(length - wanted, length)
         self._shape(self._own, length, wanted)
         self._place(length)
-        self._own.heal(start)
+        self._own.clear_nonfinite(start)
         self._in.up(INPUTS_EMBEDS, length * self._hidden)
         self._context.run()
         self._settle(self._own, start, length)

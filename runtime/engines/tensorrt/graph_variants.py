@@ -36,12 +36,12 @@ __all__ = [
     "MOST_ROWS",
     "MOST_TOKENS",
     "PREFILL",
-    "Form",
-    "Port",
+    "GraphVariant",
     "Ranges",
-    "check_ports",
-    "decoder_form",
-    "vision_form",
+    "TensorSpec",
+    "check_tensors",
+    "decoder_variant",
+    "vision_variant",
 ]
 
 MOST_ROWS = 8
@@ -67,7 +67,7 @@ Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
 
 
 @dataclass(frozen=True)
-class Port:
+class TensorSpec:
     """Type and shape of an input or output; None is a variable dimension."""
 
     dtype: type
@@ -75,7 +75,7 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Form:
+class GraphVariant:
     """One variant of a graph. `rows` is the number of cache rows to build for, or None
     if the graph fixes it.
 
@@ -84,8 +84,8 @@ class Form:
     """
 
     file: str
-    inputs: Mapping[str, Port]
-    outputs: Mapping[str, Port]
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
     rows: int | None
     profiles: Callable[[int], tuple[Ranges, ...]]
     operators: Mapping[str, str] = field(default_factory=dict)
@@ -101,7 +101,7 @@ class Form:
         return _CACHE[0] in self.operators
 
 
-def vision_form(spec: ModelSpec, fused: bool) -> Form:
+def vision_variant(spec: ModelSpec, fused: bool) -> GraphVariant:
     """Returns a variant of the vision graph, for one image and every pool size."""
     size, grid, hidden = spec.vision.image_size, spec.vision.grid, spec.decoder.hidden
     most, usual = max(spec.pool_sizes) ** 2, spec.pool_sizes[0] ** 2
@@ -110,34 +110,37 @@ def vision_form(spec: ModelSpec, fused: bool) -> Form:
         PIXELS: (pixels, pixels, pixels),
         POOL: ((1, grid**2), (usual, grid**2), (most, grid**2)),
     }
-    return Form(
+    return GraphVariant(
         VISION_FUSED if fused else VISION,
-        {PIXELS: Port(np.float32, (None, 3, size, size)), POOL: Port(np.float32, (None, grid**2))},
-        {IMAGE_EMBEDS: Port(np.float32, (None, None, hidden))},
+        {
+            PIXELS: TensorSpec(np.float32, (None, 3, size, size)),
+            POOL: TensorSpec(np.float32, (None, grid**2)),
+        },
+        {IMAGE_EMBEDS: TensorSpec(np.float32, (None, None, hidden))},
         None,
         lambda rows: (ranges,),
         dict([_ATTENTION]) if fused else {},
     )
 
 
-def decoder_form(spec: ModelSpec, fused: bool, rows: int) -> Form:
+def decoder_variant(spec: ModelSpec, fused: bool, rows: int) -> GraphVariant:
     """Returns a variant of the decoder graph. The plain variant is built for caches of
     `rows` rows.
     """
     decoder = spec.decoder
-    cache = Port(np.float16, (None, decoder.kv_heads, None, decoder.head_dim))
+    cache = TensorSpec(np.float16, (None, decoder.kv_heads, None, decoder.head_dim))
     held = dict.fromkeys(decoder.cache_names, cache)
     inputs = {
-        INPUTS_EMBEDS: Port(np.float16, (None, None, decoder.hidden)),
-        POSITION_IDS: Port(np.int64, (None, None)),
-        LOGITS_ROWS: Port(np.int64, (None,)),
+        INPUTS_EMBEDS: TensorSpec(np.float16, (None, None, decoder.hidden)),
+        POSITION_IDS: TensorSpec(np.int64, (None, None)),
+        LOGITS_ROWS: TensorSpec(np.int64, (None,)),
     }
     outputs = {
-        LOGITS: Port(np.float32, (None, decoder.vocab_size)),
-        NEXT_TOKEN: Port(np.int64, (None,)),
-        LOGITS_MASS: Port(np.float32, (None,)),
+        LOGITS: TensorSpec(np.float32, (None, decoder.vocab_size)),
+        NEXT_TOKEN: TensorSpec(np.int64, (None,)),
+        LOGITS_MASS: TensorSpec(np.float32, (None,)),
     }
-    return Form(
+    return GraphVariant(
         DECODER_FUSED if fused else DECODER,
         inputs | held,
         outputs | {present(name): cache for name in held},
@@ -163,8 +166,8 @@ def _decoder_profiles(spec: ModelSpec, rows: int) -> tuple[Ranges, Ranges]:
     return ranges((1, 1, 1), (1, 1, 1)), ranges((1, usual, most), (1, 1, MOST_ROWS))
 
 
-def check_ports(
-    found: Mapping[str, tuple[Any, Shape]], expected: Mapping[str, Port], where: Path
+def check_tensors(
+    found: Mapping[str, tuple[Any, Shape]], expected: Mapping[str, TensorSpec], where: Path
 ) -> None:
     """Raises `BundleError` unless a network's inputs or outputs are the expected ones.
     `found` gives their types and shapes, with -1 for a variable dimension.

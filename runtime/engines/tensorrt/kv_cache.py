@@ -74,13 +74,13 @@ class Caches(Rows):
         """Shape of each cache, [B, KV, C, D]."""
         return (1, self._spec.kv_heads, self.rows, self._spec.head_dim)
 
-    def spoil(self, start: int) -> None:
+    def mark_nonfinite(self, start: int) -> None:
         """Marks rows from `start` on as possibly non-finite, after a call whose logits
         were non-finite.
         """
         self._spoilt = min(self._spoilt, start)
 
-    def heal(self, start: int) -> None:
+    def clear_nonfinite(self, start: int) -> None:
         """Queues zeroing the rows from `start` on, which a call is about to write, if
         the marked rows begin there or later.
 

@@ -19,13 +19,18 @@ from runtime.contract.graphs import present
 from runtime.contract.onnx_guard import external_locations
 from runtime.engines import EngineOptions
 from runtime.engines.tensorrt.build_engine import RefusedError, build, workspace_bytes
-from runtime.engines.tensorrt.engine_cache import Store, fingerprint
-from runtime.engines.tensorrt.graph_variants import Form, check_ports, decoder_form, vision_form
+from runtime.engines.tensorrt.engine_cache import EngineCache, fingerprint
+from runtime.engines.tensorrt.graph_variants import (
+    GraphVariant,
+    check_tensors,
+    decoder_variant,
+    vision_variant,
+)
 from runtime.engines.tensorrt.trt import Machine
 from runtime.hardware.system import read_memory
 from runtime.output.console import note
 
-__all__ = ["Maker", "Part", "decoder_forms", "vision_forms"]
+__all__ = ["EngineProvider", "Part", "decoder_variants", "vision_variants"]
 
 _COPIES = 3
 
@@ -38,33 +43,33 @@ class Part:
     it has passed them on this machine.
     """
 
-    def __init__(self, stages: Sequence[str], forms: Sequence[Form]) -> None:
+    def __init__(self, stages: Sequence[str], forms: Sequence[GraphVariant]) -> None:
         self.stages, self.forms = stages, list(forms)
         self.engine: Any = None
         self.proved = False
 
     @property
-    def form(self) -> Form:
+    def form(self) -> GraphVariant:
         """The variant in use."""
         return self.forms[0]
 
 
-def vision_forms(bundle: Bundle, machine: Machine) -> list[Form]:
+def vision_variants(bundle: Bundle, machine: Machine) -> list[GraphVariant]:
     """Returns the vision graph's variants that this bundle contains and this TensorRT
     supports, fastest first.
     """
-    forms = [vision_form(bundle.spec, fused) for fused in (True, False)]
+    forms = [vision_variant(bundle.spec, fused) for fused in (True, False)]
     return _available(forms, bundle, machine)
 
 
-def decoder_forms(bundle: Bundle, machine: Machine, context: int | None) -> list[Form]:
+def decoder_variants(bundle: Bundle, machine: Machine, context: int | None) -> list[GraphVariant]:
     """Returns the decoder's variants in the same way. The caches of the fused variant
     have the size the bundle was built with, so a smaller `context` rules it out.
     """
     most = bundle.capacity
     rows = min(context or most, most)
     forms = _available(
-        [decoder_form(bundle.spec, fused, rows) for fused in (True, False)], bundle, machine
+        [decoder_variant(bundle.spec, fused, rows) for fused in (True, False)], bundle, machine
     )
     if rows < most and forms[0].fused:
         note(
@@ -75,18 +80,20 @@ def decoder_forms(bundle: Bundle, machine: Machine, context: int | None) -> list
     return forms
 
 
-def _available(forms: Sequence[Form], bundle: Bundle, machine: Machine) -> list[Form]:
+def _available(
+    forms: Sequence[GraphVariant], bundle: Bundle, machine: Machine
+) -> list[GraphVariant]:
     return [
         form for form in forms if form.file in bundle.files and machine.has(form.operators.values())
     ]
 
 
-class Maker:
+class EngineProvider:
     """Opens or builds the engines of one bundle on one machine."""
 
     def __init__(self, bundle: Bundle, machine: Machine, options: EngineOptions) -> None:
         self._bundle, self._machine, self._options = bundle, machine, options
-        self._store = Store(options.engine_cache)
+        self._store = EngineCache(options.engine_cache)
         judged = json.dumps([bundle.files[GOLDENS][1], dict(bundle.tolerance)], sort_keys=True)
         self._validation_key = hashlib.sha256(
             judged.encode()
@@ -104,7 +111,7 @@ class Maker:
                         f"{reason} (remembered; remove {self._store.folder(name)} to try again)",
                         lasting=False,
                     )
-                part.engine = self._opened(name, part.form) or self._built(name, part.form)
+                part.engine = self._open(name, part.form) or self._build(name, part.form)
             except RefusedError as error:
                 self._next(part, error)
         part.proved = self._store.passed(self._name(part.form), self._validation_key)
@@ -143,10 +150,10 @@ class Maker:
         note(f"{error}; {part.forms[1].file} takes its place")
         del part.forms[0]
 
-    def _name(self, form: Form) -> str:
+    def _name(self, form: GraphVariant) -> str:
         return fingerprint(self._bundle, self._machine, form)
 
-    def _opened(self, name: str, form: Form) -> Any:
+    def _open(self, name: str, form: GraphVariant) -> Any:
         """Returns the cached engine, or None. Removes an engine that TensorRT can no
         longer read.
         """
@@ -161,11 +168,11 @@ class Maker:
             )
             self._store.drop(name)
             return None
-        return self._checked(engine, form)
+        return self._check(engine, form)
 
-    def _built(self, name: str, form: Form) -> Any:
+    def _build(self, name: str, form: GraphVariant) -> Any:
         with self._store.making(name):
-            if engine := self._opened(name, form):  # another process may just have made it
+            if engine := self._open(name, form):  # another process may just have made it
                 return engine
             self._store.drop(
                 name
@@ -183,9 +190,9 @@ class Maker:
         engine = self._machine.opened(content)
         if engine is None:
             raise self._machine.refusal(f"the engine of {form.file}, built a moment ago,")
-        return self._checked(engine, form)
+        return self._check(engine, form)
 
-    def _tell_of_memory(self, form: Form) -> None:
+    def _tell_of_memory(self, form: GraphVariant) -> None:
         """Warns if the system may kill the build for lack of memory: weights are held
         three times, as read, as compiled and as written.
         """
@@ -204,7 +211,7 @@ class Maker:
                 f"it is killed, close other programs or add swap"
             )
 
-    def _checked(self, engine: Any, form: Form) -> Any:
+    def _check(self, engine: Any, form: GraphVariant) -> Any:
         """Returns the engine if its inputs and outputs match the variant. Raises
         `BundleError` or `RefusedError`.
         """
@@ -222,7 +229,7 @@ class Maker:
                 )
                 for name in mine
             }
-            check_ports(found, expected, self._bundle.path / form.file)
+            check_tensors(found, expected, self._bundle.path / form.file)
         shared = (
             {name: engine.get_aliased_input_tensor(name) for name in form.outputs}
             if form.updates_caches
