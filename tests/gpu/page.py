@@ -123,7 +123,7 @@ def _goals(report: Report) -> str:
     rows = [
         [
             *_plain(
-                goal.model, goal.target, goal.scheme, goal.goal, goal.schemes_for, figure(goal.found)
+                goal.model, goal.target, goal.scheme, goal.goal, goal.wanted, figure(goal.found)
             ),
             (goal.outcome, "bad" if goal.outcome == MISSED else ""),
         ]

@@ -60,7 +60,7 @@ def test_decode_is_held_against_copies_and_pytorch() -> None:
         of(found, "decode, of", "edge", "cuda", "fp16"),
         of(found, "decode, times", "edge", "cuda", "fp16"),
     )
-    assert (share.outcome, share.schemes_for, share.found) == ("met", "≥ 0.7", pytest.approx(0.8))
+    assert (share.outcome, share.wanted, share.found) == ("met", "≥ 0.7", pytest.approx(0.8))
     assert (
         faster.outcome == "missed"
         and of(found, "decode, of", "7b", "cuda", "fp16").reason == "not run"
@@ -80,7 +80,7 @@ def test_vision_and_first_token() -> None:
     assert (
         first.outcome == "met"
         and first.found == pytest.approx(20 / 25.1)
-        and first.schemes_for == "≤ 0.8"
+        and first.wanted == "≤ 0.8"
     )
     assert not any(
         goal.target == "cuda" and goal.goal.startswith("vision") for goal in results(found)
