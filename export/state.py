@@ -28,8 +28,9 @@ from calibration.samples import (
     set_card,
 )
 from export.cache import build_key
-from export.parity.references import METRIC_SEED, MetricCheck, golden_count
+from export.parity.references import METRIC_SEED, MetricCheck
 from export.passes import PassResult
+from export.planning.limits import golden_count
 from export.planning.plan import linears
 from export.schemes import Scheme
 from export.targets import find_lowering

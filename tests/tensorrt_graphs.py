@@ -17,9 +17,9 @@ from calibration.calibrate import Calibrated
 from calibration.linear import Grid, LinearScheme, Quantised
 from export.capture import capture
 from export.passes import SIMPLIFY, run_passes
-from export.pipeline import _quiet
 from export.schemes import TARGET_SCHEMES
 from export.shared_weights import refer_to
+from export.steps import _quiet
 from export.targets import LOWERING
 from runtime.contract.spec import ModelSpec
 from trainer.config import PRESETS

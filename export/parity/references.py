@@ -16,10 +16,10 @@ import numpy as np
 
 from calibration.blocks import StreamedModel, Trace
 from calibration.samples import Case, draw_cases, draw_examples
+from export.planning.limits import WHOLE_MODEL
 from runtime.contract.bundle import UNVERIFIED, VERIFIED
 from runtime.contract.errors import BundleError
 from runtime.contract.goldens import Golden
-from runtime.contract.spec import ModelSpec
 from runtime.data.bad_rows import Faults
 from runtime.evaluation.cli import BundleAnswerer
 from runtime.evaluation.evaluate import evaluate
@@ -32,15 +32,12 @@ __all__ = [
     "METRIC_SEED",
     "MetricCheck",
     "compare_with_checkpoint",
-    "golden_count",
     "goldens_of",
     "measure_answers",
     "verdict_json",
 ]
 
-GOLDEN_CASES, _FEW_CASES = 6, 2
 _FRESH_SEED, METRIC_SEED = 20232, 20233
-_WHOLE_MODEL = 500_000_000  # most parameters of a model that is loaded whole to answer in PyTorch
 _FLIPS = 2  # answers of a small sample that any change of rounding may change
 
 
@@ -78,15 +75,8 @@ class MetricCheck:
         return {"tasks": tasks, "count": self.count, "drop": self.drop, "allowed": self.allowed}
 
 
-def golden_count(spec: ModelSpec) -> int:
-    """Returns the number of golden cases of a build. Large models, where one case takes
-    a minute, get fewer.
-    """
-    return GOLDEN_CASES if spec.parameters <= _WHOLE_MODEL else _FEW_CASES
-
-
 def goldens_of(traces: Sequence[Trace]) -> list[Golden]:
-    """Makes golden cases from the traces of `StreamedModel.walk`. The answer's tokens
+    """Makes golden cases from the traces of `StreamedModel.run_blockwise`. The answer's tokens
     are fed one by one, and every step's logits are compared.
     """
     goldens = []
@@ -137,7 +127,7 @@ def measure_answers(
     """
     if images == 0:
         return MetricCheck(skipped="not asked for")
-    if checkpoint.spec.parameters > _WHOLE_MODEL:
+    if checkpoint.spec.parameters > WHOLE_MODEL:
         return MetricCheck(
             {},
             skipped=f"{checkpoint.spec.parameters / 1e9:.1f} billion parameters are not loaded "

@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from export.planning.plan import PIECE_BYTES
+from export.planning.limits import PIECE_BYTES
 from runtime.contract.bundle import DECODER, PREFILL, VISION
 from runtime.contract.goldens import Golden
 from runtime.contract.graphs import (

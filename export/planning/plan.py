@@ -17,21 +17,12 @@ import torch
 
 from calibration.blocks import StreamedModel
 from calibration.linear import LinearScheme
-from export.parity.references import golden_count
 from export.planning.devices import Device
+from export.planning.limits import LARGE_BYTES, PIECE_BYTES, golden_count
 from export.schemes import DECODER, Scheme
 from runtime.contract.spec import ModelSpec
 
-__all__ = [
-    "LARGE_BYTES",
-    "MIB",
-    "PIECE_BYTES",
-    "Plan",
-    "linear_bytes",
-    "linears",
-    "make_plan",
-    "part_bytes",
-]
+__all__ = ["MIB", "Plan", "linear_bytes", "linears", "make_plan", "part_bytes"]
 
 MIB = 1 << 20
 # Measured on Linux x86 with the CPU builds of torch 2.13, onnx 1.23 and onnxruntime 1.31; see
@@ -50,8 +41,6 @@ _ROUNDING = 4.0  # float copies of a weight while it is rounded
 _BLOCK_COPIES = 4.7  # copies of the largest block's float weights while it is read, checked and run
 _ACTIVATIONS = 2.5  # memory the engine reserves for activations, relative to their size
 _TEXT_TOKENS, _ANSWER = 16, 5  # tokens of a usual question, and of its answer
-LARGE_BYTES = 2 << 30  # bytes of weights above which a build does not load its bundle whole
-PIECE_BYTES = 1 << 29  # bytes of weights in memory at once in that case
 
 
 @lru_cache(maxsize=8)

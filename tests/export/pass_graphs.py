@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from export.capture import capture
-from export.pipeline import _quiet
+from export.steps import _quiet
 from runtime.contract.graphs import (
     IMAGE_EMBEDS,
     INPUTS_EMBEDS,

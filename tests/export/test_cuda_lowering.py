@@ -20,8 +20,8 @@ from export.parity.references import compare_with_checkpoint
 from export.passes import SIMPLIFY, run_passes
 from export.passes.cuda_kernels import CUDA_KERNELS, FOLDED
 from export.passes.cuda_operators import MULTI_HEAD_ATTENTION, ONE_PICTURE, SIMPLIFIED_NORMS
-from export.pipeline import _quiet
 from export.schemes import TARGET_SCHEMES, find_scheme
+from export.steps import _quiet
 from export.targets import LOWERING
 from runtime.contract.bundle import DECODER, VISION, read_bundle
 from runtime.contract.errors import UsageError

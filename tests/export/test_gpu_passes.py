@@ -25,8 +25,8 @@ from export.passes.plain_operators import PLAIN_ATTENTION, PLAIN_GELU, PLAIN_NOR
 from export.passes.quantise import quantise_linears
 from export.passes.tensorrt_attention import FUSED_CACHE, PLAIN_CACHE, fixed_capacity
 from export.passes.token_outputs import FIRST_TOKEN_OUTPUTS, TOKEN_OUTPUTS
-from export.pipeline import _quiet
 from export.shared_weights import refer_to
+from export.steps import _quiet
 from runtime.contract.errors import BuildError
 from runtime.contract.graphs import (
     IMAGE_EMBEDS,

@@ -15,8 +15,8 @@ from calibration.linear import LinearScheme, fake_activation, round_in_pairs
 from export.passes import SIMPLIFY, run_passes
 from export.passes.integer_kernels import INTEGER_KERNELS
 from export.passes.quantise import quantise_linears, store_half
-from export.pipeline import _quiet
 from export.schemes import SCHEMES
+from export.steps import _quiet
 from tests.export.pass_graphs import (  # noqa: F401
     EMBEDS,
     PIX,

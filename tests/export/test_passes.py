@@ -20,7 +20,7 @@ from export.passes.logits_to_keep import KEEP_LOGITS
 from export.passes.pack_projections import pack_projections
 from export.passes.quantise import quantise_linears
 from export.passes.simplify import CLEAN, FOLD_CONSTANTS, FOLD_TRANSPOSES, INLINE, REWRITE
-from export.pipeline import _quiet
+from export.steps import _quiet
 from runtime.contract.graphs import (
     INPUTS_EMBEDS,
     LOGITS,

@@ -127,7 +127,8 @@ def test_a_stopped_build_resumes_behind_the_last_finished_step(
         with pytest.raises(KeyboardInterrupt):
             build(replace(options(tiny_checkpoint, tmp_path / "b"), samples=10))
     assert not (tmp_path / "b").exists()
-    monkeypatch.setattr(StreamedModel, "run_blockwise", None)  # PyTorch ran to the end before the stop
+    # PyTorch ran to the end before the stop.
+    monkeypatch.setattr(StreamedModel, "run_blockwise", None)
     resumed = build(replace(options(tiny_checkpoint, tmp_path / "b"), samples=10))
     assert resumed.key == whole.key and weights(tmp_path / "b") == weights(tmp_path / "whole")
     assert not [
