@@ -135,7 +135,7 @@ COMMANDS = {"run", "cli", "decoding_options"}
 # import and often not needed.
 OPTIONAL_OR_SLOW = {
     *("llguidance", "tensorrt", "cuda", "resource"),  # resource: not on Windows
-    *("typer", "rich", "accelerate", "torch"),
+    *("typer", "rich", "accelerate", "torch", "zipfile"),
 }
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.cli.decoding_options import add_decoding, decoding_of
-from runtime.contract.bundle import default_bundle
 from runtime.contract.errors import ParityError, PromptError, UsageError
 from runtime.output.console import OneLineParser, check_output, note, positive, run_command, track
 
@@ -120,6 +119,7 @@ def run() -> None:
     mode = _mode(given)
     check_output(given.draw)
     decoding = decoding_of(given, given.prompt or "")
+    from runtime.contract.bundle import default_bundle
     from runtime.generation.image_cache import DISK_BYTES
     from runtime.session import load
 

@@ -4,7 +4,6 @@ as a plain .npz file.
 
 from __future__ import annotations
 
-import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +52,8 @@ def write_goldens(path: Path, goldens: Sequence[Golden]) -> None:
 
 def read_goldens(path: Path) -> list[Golden]:
     """Reads cases; raises `BundleError` if the file is damaged."""
+    import zipfile  # slow to import, and only a replay needs it
+
     try:
         with np.load(path, allow_pickle=False) as data:
             count = len({name.split(".")[0] for name in data.files})
