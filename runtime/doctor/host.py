@@ -5,7 +5,7 @@ CPU.
 from __future__ import annotations
 
 from runtime.doctor.compatibility import OLDEST_ONNXRUNTIME, release
-from runtime.doctor.facts import Facts
+from runtime.doctor.facts import DISTRIBUTION, Facts
 from runtime.doctor.finding import (
     CPU,
     CUDA,
@@ -130,7 +130,28 @@ def _one_onnxruntime(facts: Facts) -> Finding | None:
     return problem(found, cause, f"{PIP_ONNXRUNTIME_GPU} (for rtx: pip install onnxruntime)")
 
 
+def _import_names(facts: Facts) -> Finding:
+    """Checks that no other package brings a module with one of our import names. pip
+    does not notice: the package installed last overwrites the other's files.
+    """
+    others = {
+        name: [owner for owner in owners if owner != DISTRIBUTION]
+        for name, owners in facts.import_owners.items()
+    }
+    taken = {name: owners for name, owners in others.items() if owners}
+    if not taken:
+        return ok(f"{', '.join(facts.import_owners)} are this package's own")
+    names = sorted({owner for owners in taken.values() for owner in owners})
+    return problem(
+        "; ".join(f"{name} also comes from {', '.join(owners)}" for name, owners in taken.items()),
+        "two packages with one import name overwrite each other's files, and `import` finds either",
+        f"use a virtual environment without {', '.join(names)}, or: pip uninstall -y "
+        f"{' '.join(names)} && pip install --force-reinstall --no-deps {DISTRIBUTION}",
+    )
+
+
 CHECKS = (
+    Check("import names", _ALL, _import_names),
     Check("processor", (CPU,), _processor),
     Check("memory", _ALL, _memory),
     Check("disk", _ALL, _disk),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.doctor.checks import CHECKS
-from runtime.doctor.facts import Facts, Interpreter, gather
+from runtime.doctor.facts import DISTRIBUTION, IMPORT_NAMES, Facts, Interpreter, gather
 from runtime.doctor.finding import Finding
 from runtime.doctor.probes import Probe
 
@@ -132,6 +132,7 @@ def machine(
         lambda name: given[name],
         {"onnxruntime": "1.31.1"} if packages is None else packages,
         python,
+        {name: (DISTRIBUTION,) for name in IMPORT_NAMES},
     )
     return replace(
         facts, access=replace(facts.access, visible_devices=None, **access), free_mb=50_000.0

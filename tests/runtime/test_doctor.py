@@ -4,6 +4,7 @@ fix, and is silent on others.
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from runtime.contract.errors import UsageError
 from runtime.doctor.checks import CHECKS, choose_targets, diagnose
-from runtime.doctor.facts import Facts
+from runtime.doctor.facts import IMPORT_NAMES, Facts, installed_import_owners
 from runtime.doctor.finding import WANTED
 from runtime.doctor.probes import Probe
 from runtime.doctor.report import diagnosis_text, verdict
@@ -333,3 +334,36 @@ def test_the_processor(tmp_path: Path) -> None:
     fires(machine(tmp_path), "processor", "note", "Old", "VNNI", "no bf16")
     write(tmp_path, **{"proc/cpuinfo": "model name : New\nflags : avx2 avx512_vnni avx512_bf16\n"})
     fires(machine(tmp_path), "processor", "ok", "avx512_vnni", "bf16 by avx512_bf16")
+
+
+def test_another_package_with_our_import_names(tmp_path: Path) -> None:
+    facts = machine(tmp_path)
+    silent(facts, "import names")
+    silent(replace(facts, import_owners={name: () for name in IMPORT_NAMES}), "import names")
+    owners = {"runtime": ("infmllm-edge",), "trainer": ("infmllm-edge", "trainer-of-others")}
+    fires(
+        replace(facts, import_owners=owners),
+        "import names",
+        "problem",
+        "trainer also comes from trainer-of-others",
+        "pip uninstall -y trainer-of-others",
+    )
+
+
+def test_owners_of_import_names_are_read_from_installed_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "export").mkdir()
+    info = tmp_path / "other_exporter-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-exporter\nVersion: 1.0\n")
+    (info / "RECORD").write_text("export/__init__.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "other-exporter" in installed_import_owners()["export"]
+    assert "other-exporter" not in installed_import_owners()["runtime"]
+
+
+def test_import_names_are_the_packages_that_are_built() -> None:
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    found = settings["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert sorted(name.removesuffix("*") for name in found) == sorted(IMPORT_NAMES)
