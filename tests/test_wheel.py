@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,9 +46,13 @@ def test_the_wheel_alone_builds_and_answers(tmp_path: Path) -> None:
     first = installed("runtime.cli.run", "--help")
     assert "infmllm-export build --precision int8" in first and "infmllm-run --demo" in first
     assert "VERIFIED" in installed("export.cli", "build", "--precision", "int8")
-    answer = installed("runtime.cli.run", "--demo")
-    for shape in ("green cross", "blue square", "orange circle"):
-        assert shape in answer
+    caption = installed("runtime.cli.run", "--demo").strip()
+    sample = str(site / "runtime/demo/sample.png")
+    box = installed("runtime.cli.run", sample, "where is the orange circle?").strip()
+    quoted = re.search(
+        r"^```text\n(VERIFIED.*?)```$", (ROOT / "README.md").read_text(), re.S | re.M
+    )
+    assert quoted and quoted[1].splitlines()[1:] == [caption, box]
     assert {path.name for path in work.iterdir()} == {"infmllm-bundle"}
 
 
