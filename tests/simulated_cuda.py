@@ -58,15 +58,12 @@ class Cuda(ModuleType):
     returned by every call. `brought` lists the sizes of copies to the host.
     """
 
-    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode, cudaStreamNonBlocking = (
-        cudaError_t,
-        cudaMemcpyKind,
-        cudaStreamCaptureMode,
-        1,
-    )
+    cudaStreamNonBlocking = 1
 
     def __init__(self, total: int = 64 << 20) -> None:
         super().__init__("cuda.bindings.runtime")
+        self.cudaError_t, self.cudaMemcpyKind = cudaError_t, cudaMemcpyKind
+        self.cudaStreamCaptureMode = cudaStreamCaptureMode
         self.total, self.name = total, b"Simulated GPU\0"
         self.driver = 12060
         self.blocks: dict[int, tuple[np.ndarray, int, str]] = {}

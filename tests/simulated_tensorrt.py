@@ -21,7 +21,7 @@ import onnxruntime as ort
 
 from tests.simulated_cuda import Cuda, array_at
 
-_TYPES = {
+_TYPES: dict[int, type[np.generic]] = {
     onnx.TensorProto.FLOAT: np.float32,
     onnx.TensorProto.FLOAT16: np.float16,
     onnx.TensorProto.INT64: np.int64,
@@ -100,12 +100,8 @@ class _Config:
     """A builder configuration without precision flags, so setting one fails."""
 
     def __init__(self, simulation: Simulation) -> None:
-        self._simulation, self.profiles, self.progress_monitor, self.workspace = (
-            simulation,
-            [],
-            None,
-            0,
-        )
+        self._simulation, self.progress_monitor, self.workspace = simulation, None, 0
+        self.profiles: list[dict[str, list[Shape]]] = []
         self._timing = b""
 
     def set_memory_pool_limit(self, pool: str, size: int) -> None:
@@ -342,7 +338,7 @@ class _Context:
             array_at(self._cuda, addresses[name], types[name], found.shape)[...] = found
 
 
-def _module(simulation: Simulation) -> ModuleType:
+def _module(simulation: Simulation) -> Any:
     """Returns the stand-in for the module `tensorrt`."""
     module: Any = ModuleType("tensorrt")
     module.__version__ = simulation.version

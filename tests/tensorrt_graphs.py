@@ -84,8 +84,8 @@ def write_graphs(spec: ModelSpec, precision: str, folder: Path) -> list[str]:
     )
     with _quiet():
         captured = capture(spec, weights.read)
-        for model in vars(captured).values():
-            run_passes(model, SIMPLIFY)
+        for graph in vars(captured).values():
+            run_passes(graph, SIMPLIFY)
     for name, plan in lowering.graphs.items():
         model: ir.Model = getattr(captured, plan.base).clone()
         run_passes(

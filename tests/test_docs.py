@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,7 +184,7 @@ PYTHON = ("README.md", "docs/api.md")
 def test_python_examples(page: str, workplace: Path) -> None:
     (workplace / "runtime" / "demo").mkdir(parents=True)
     shutil.copyfile("photo.png", "runtime/demo/sample.png")
-    namespace: dict[str, object] = {}
+    namespace: dict[str, Any] = {}
     for block in examples(page, "python"):
         exec(compile(block, page, "exec"), namespace)
     if page == "docs/api.md":

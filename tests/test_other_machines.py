@@ -5,6 +5,7 @@ and without bf16, VNNI, a GPU, and with few or many cores.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,5 +76,5 @@ def test_engines_use_the_cores_there_are_unless_told_otherwise(
 
 
 def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.engines.os, "sched_getaffinity", lambda pid: {0, 3, 5})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
     assert runtime.engines.available_cores() == 3

@@ -40,10 +40,11 @@ def bandwidth_gbs(threads: int) -> float:
     """
     parts = np.array_split(np.ones(_BYTES // 8, np.int64), threads)
     with ThreadPoolExecutor(threads) as pool:
-        best = min(
-            _shortest(lambda reduce=reduce: list(pool.map(reduce, parts)))
-            for reduce in (np.max, np.bitwise_or.reduce)
-        )
+
+        def reading(reduce: Callable[[Any], Any]) -> Callable[[], object]:
+            return lambda: list(pool.map(reduce, parts))
+
+        best = min(_shortest(reading(reduce)) for reduce in (np.max, np.bitwise_or.reduce))
     return _BYTES / best / 1e9
 
 

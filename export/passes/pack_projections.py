@@ -92,7 +92,7 @@ def _pack(model: ir.Model, nodes: Sequence[ir.Node], attention: ir.Node | None) 
     result, first = product.outputs[0], nodes[0].outputs[0]
     result.type = ir.TensorType(ir.DataType.FLOAT)
     if first.shape is not None:
-        result.shape = ir.Shape([*first.shape[:-1], sum(widths)])  # type: ignore[misc]
+        result.shape = ir.Shape([*first.shape[:-1], sum(widths)])
     model.graph.insert_before(nodes[0], product)
     if attention is not None:
         for place, value in enumerate((result, None, None)):

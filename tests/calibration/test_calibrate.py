@@ -4,7 +4,7 @@ exact where nothing is rounded, resumable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from calibration.blocks import StreamedModel, Trace
+from calibration.blocks import Block, StreamedModel, Trace
 from calibration.calibrate import Calibrated, calibrate
 from calibration.linear import LinearScheme
 from calibration.samples import Case, default_source, draw_cases, draw_examples, set_card
@@ -56,6 +56,7 @@ def test_the_walk_is_the_model(stored: StoredCheckpoint, tiny_checkpoint: Path) 
             logits = model.logits(model.sequence(case.before, embeds, [*case.after, *case.answer]))[
                 0, -len(case.answer) - 1 :
             ]
+        assert trace.image_embeds is not None and trace.logits is not None
         assert np.allclose(trace.image_embeds, embeds, atol=1e-5) and np.allclose(
             trace.logits, logits, atol=1e-4
         )
@@ -150,7 +151,7 @@ def rounded_walk(
     from calibration.linear import fake_activation
 
     @contextmanager
-    def round_inputs(block: object, model: InfMLLM):  # type: ignore[no-untyped-def]
+    def round_inputs(block: Block, model: InfMLLM) -> Iterator[None]:
         names = [name for feed in block.feeds for name in feed.linears if ".layers." in name]
         hook = lambda module, arguments: (
             fake_activation(arguments[0][0], scheme.activation)[None],

@@ -124,7 +124,7 @@ def compiled(folder: Path, spec: ModelSpec, rows: int, graph: str) -> dict[str, 
     journal = SimpleNamespace(
         logger=log, clear=lambda: None, read=lambda: " / ".join(log.errors)[:600]
     )
-    machine = SimpleNamespace(
+    machine: Any = SimpleNamespace(
         trt=trt, journal=journal, release=trt.__version__, name="no GPU", device=None
     )
     seen: dict[str, Any] = {"graph": graph}

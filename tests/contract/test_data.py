@@ -24,7 +24,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "train.jsonl"
 
 
-GOOD = [
+GOOD: list[dict[str, object]] = [
     {"image": "a.png", "task": "caption", "answer": "nothing"},
     {"image": "a.png", "task": "vqa", "question": "what?", "answer": "nothing"},
     {"image": "a.png", "task": "ground", "phrase": "it", "box": [10, 5, 50, 25]},

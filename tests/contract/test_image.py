@@ -77,7 +77,9 @@ def test_palette_with_transparency_and_grey_alpha() -> None:
 
 def test_cmyk_is_converted() -> None:
     opened = open_image(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
-    red, green, blue = opened.getpixel((4, 4))
+    pixel = opened.getpixel((4, 4))
+    assert isinstance(pixel, tuple)
+    red, green, blue = pixel
     assert red > 200 and green < 60 and blue < 60
 
 

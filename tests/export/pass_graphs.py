@@ -40,9 +40,8 @@ def fresh() -> Iterator[Callable[[], tuple[ir.Model, ir.Model]]]:
     model = InfMLLM(TINY, torch.Generator().manual_seed(11))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(12)
-            )
+            generator = torch.Generator().manual_seed(12)
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     with _quiet():
         graphs = capture(TINY, lambda name: model.get_parameter(name).detach())
     yield lambda: (graphs.vision.clone(), graphs.decoder.clone())

@@ -184,7 +184,7 @@ def test_the_norm_pass_keeps_the_numbers(graphs: dict[str, ir.Model]) -> None:
         node.inputs[1].name: node.attributes["epsilon"].as_float()
         for node in lowered.graph
         if node.op_type == "RMSNormalization"
-    }  # type: ignore[union-attr]
+    }
     assert run_passes(lowered, [SIMPLIFIED_NORMS])[0][1].modified == len(before) == 5
     norms = [node for node in lowered.graph if node.op_type == "SimplifiedLayerNormalization"]
     assert {node.inputs[1].name: node.attributes["epsilon"].as_float() for node in norms} == before

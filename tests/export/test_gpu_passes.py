@@ -58,9 +58,8 @@ def simplified() -> Iterator[Graphs]:
     model = InfMLLM(TINY, torch.Generator().manual_seed(21))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
-            )
+            generator = torch.Generator().manual_seed(parameter.numel())
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     with _quiet():
         graphs = capture(TINY, lambda name: model.get_parameter(name).detach())
         for graph in vars(graphs).values():
@@ -115,11 +114,12 @@ def decode(
     and the rows they wrote.
     """
     caches = {name: np.zeros((1, 2, ROWS, 16), np.float32) for name in CACHES}
-    outputs = [value.name for value in model.graph.outputs if "cache" not in str(value.name)]
+    names = [str(value.name) for value in model.graph.outputs]
+    outputs = [name for name in names if "cache" not in name]
     at, found = 0, []
     for length in calls:
         last = np.arange(length - min(wanted, length), length)
-        feed = {
+        feed: dict[str, np.ndarray] = {
             INPUTS_EMBEDS: EMBEDS[:, at : at + length],
             POSITION_IDS: np.arange(at, at + length)[None],
             LOGITS_ROWS: last,
@@ -205,8 +205,8 @@ def test_stale_rows_behind_the_last_are_never_seen(simplified: Graphs) -> None:
         stale = {name: cache.copy() for name, cache in clean.items()}
         for cache in stale.values():
             cache[:, :, 5:] = 3e4
-        found = [run(decoder, feed | caches, [LOGITS])[0] for caches in (clean, stale)]
-        assert np.array_equal(*found)
+        first, second = (run(decoder, feed | caches, [LOGITS])[0] for caches in (clean, stale))
+        assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("form", [PLAIN_CACHE, FUSED_CACHE], ids=lambda form: form.name)
@@ -246,7 +246,7 @@ def test_the_chosen_token_is_the_first_of_the_likeliest(
 def test_the_mass_is_finite_only_if_everything_is(broken: float, simplified: Graphs) -> None:
     _, decoder = simplified()
     TOKEN_OUTPUTS(decoder)
-    feed = {
+    feed: dict[str, np.ndarray] = {
         INPUTS_EMBEDS: EMBEDS[:, :3].copy(),
         POSITION_IDS: np.arange(3)[None],
         LOGITS_ROWS: np.array([2]),

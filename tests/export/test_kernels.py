@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -92,7 +93,8 @@ def test_kernels_compute_what_the_reference_arithmetic_says(
         RNG.normal(size=(5, k)).astype(np.float32),
         torch.from_numpy(RNG.normal(size=(n, k)).astype(np.float32)),
     )
-    np.savez(tmp_path / "block.npz", **{"w|range": np.array([x.min(), x.max()])})
+    ranges: dict[str, Any] = {"w|range": np.array([x.min(), x.max()])}
+    np.savez(tmp_path / "block.npz", **ranges)
     calibrated = Calibrated(lambda name: weight, tmp_path)
     value = ir.Value(name="x", shape=ir.Shape(["B", k]), type=ir.TensorType(ir.DataType.FLOAT))
     stored = ir.Value(

@@ -14,6 +14,7 @@ import torch
 from calibration.calibrate import Calibrated
 from calibration.linear import LinearScheme
 from export.passes import SIMPLIFY, run_passes
+from export.passes.contract import GraphPass
 from export.passes.group_query_attention import GROUP_QUERY_ATTENTION
 from export.passes.integer_kernels import INTEGER_KERNELS
 from export.passes.logits_to_keep import KEEP_LOGITS
@@ -61,7 +62,7 @@ def test_simplification_preserves_numbers_and_shrinks(
     "step", [INLINE, FOLD_TRANSPOSES, FOLD_CONSTANTS, REWRITE, CLEAN], ids=lambda s: s.name
 )
 def test_each_step_is_idempotent_and_keeps_parameter_names(
-    step: object, fresh: Callable[[], tuple[ir.Model, ir.Model]]
+    step: GraphPass, fresh: Callable[[], tuple[ir.Model, ir.Model]]
 ) -> None:
     for model in fresh():
         named = {
@@ -70,9 +71,9 @@ def test_each_step_is_idempotent_and_keeps_parameter_names(
             if value.uses() and "." in name and len(value.shape or ()) == 2
         }
         with _quiet():
-            for earlier in SIMPLIFY[: SIMPLIFY.index(step) + 1]:  # type: ignore[arg-type]
+            for earlier in SIMPLIFY[: SIMPLIFY.index(step) + 1]:
                 earlier(model)
-            again = step(model)  # type: ignore[operator]
+            again = step(model)
         assert again.modified == 0, step
         assert named <= set(model.graph.initializers)
 

@@ -139,7 +139,7 @@ def test_the_command_line_changes_schemes_and_says_what_it_cannot() -> None:
         (("int4", None, None, "fp32", ["x=int9"]), "unknown precision"),
     ):
         with pytest.raises(UsageError, match=message):
-            choose_scheme(*arguments)  # type: ignore[arg-type]
+            choose_scheme(*arguments)
 
 
 def test_a_block_kept_in_another_scheme_is_stored_so(tiny_checkpoint: Path, tmp_path: Path) -> None:

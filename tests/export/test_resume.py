@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -69,7 +70,7 @@ def test_every_decision_is_in_the_key(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = options(tiny_checkpoint, tmp_path / "b")
-    others = [
+    others: list[dict[str, Any]] = [
         {"scheme": SCHEMES["int8"]},
         {"samples": 9},
         {"ranges": "entropy"},

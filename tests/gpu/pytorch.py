@@ -10,6 +10,7 @@ host.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class _Step(nn.Module):
 
     def __init__(self, decoder: Decoder, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.decoder, layer = decoder, decoder.layers[0].self_attn
+        self.decoder = decoder
+        layer: Any = decoder.layers[0].self_attn
         shape = (1, layer.k_proj.out_features // layer.head_dim, rows, layer.head_dim)
         for name in self._names():
             self.register_buffer(
@@ -120,7 +122,7 @@ class PyTorchEngine:
         self._device, self._dtype = weight.device, weight.dtype
         self.capacity, self.version = rows, f"{variant} {torch.__version__}, {self._dtype}"
         step = _Step(model.decoder, rows, self._dtype)
-        calls = [
+        calls: list[Callable[..., Any]] = [
             lambda pixels, pool: model.pool_adapter(model.vision_tower(pixels), pool),
             step,
             _Next(step),

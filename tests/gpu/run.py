@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class _Peers:
     def contenders(self, steps: int) -> dict[str, Once]:
         """Returns PyTorch's two contenders, eager and compiled."""
         return {
-            name: (lambda name=name: self.ask("round", steps=steps, variant=name))
+            name: partial(self.ask, "round", steps=steps, variant=name)
             for name in (EAGER, COMPILED)
         }
 
@@ -172,7 +173,7 @@ class Run:
         except (Absent, Broken) as error:
             self._row(
                 ("parity", model, PYTORCH, ""),
-                lambda fault=f"no checkpoint: {error}": _absent(fault),
+                partial(_absent, f"no checkpoint: {error}"),
             )
             return
         peers, proved = _Peers(self, checkpoint), False
@@ -247,7 +248,7 @@ class Run:
             )
             return out
         except (Absent, Broken) as error:
-            self._row(key, lambda fault=error: _raise(fault, f"no bundle: {fault}"))
+            self._row(key, partial(_raise, error, f"no bundle: {error}"))
             return None
 
     def _pytorch(self, checkpoint: str, model: str, bundle: str, peers: _Peers) -> None:

@@ -81,13 +81,11 @@ class Process:
         with log.open("a") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.gpu.workers", role],
-                **{
-                    "stdin": subprocess.PIPE,
-                    "stdout": subprocess.PIPE,
-                    "stderr": errors,
-                    "text": True,
-                    "cwd": _ROOT,
-                },
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=_ROOT,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
         self._log, self._lines = log, queue.Queue[str]()

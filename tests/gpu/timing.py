@@ -5,7 +5,7 @@ contenders get the same inputs.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import ModelSpec
 from runtime.engines import Engine
+
+if TYPE_CHECKING:
+    from tests.gpu.pytorch import PyTorchEngine
 
 __all__ = ["TEXT_TOKENS", "once", "prompt_rows"]
 
@@ -45,10 +48,10 @@ def once(
     token = int(engine.forward(inputs, 0).argmax())
     read = time.perf_counter()
     spent = (
-        engine.greedy_steps(token, rows, steps)
+        cast("PyTorchEngine", engine).greedy_steps(token, rows, steps)
         if table is None
         else _steps(engine, table, token, rows, steps)
-    )  # type: ignore[attr-defined]
+    )
     return {
         "vision": (seen - begun) * 1e3,
         "prefill": (read - seen) * 1e3,

@@ -34,13 +34,13 @@ class Counted:
         self.images, self.rows = 0, 0
         embed, forward = session.engine.embed_image, session.engine.forward
 
-        def counted_embed(*arguments: np.ndarray) -> np.ndarray:
+        def counted_embed(pixels: np.ndarray, pool: np.ndarray) -> np.ndarray:
             self.images += 1
-            return embed(*arguments)
+            return embed(pixels, pool)
 
-        def counted_forward(inputs: np.ndarray, start: int) -> np.ndarray:
-            self.rows += inputs.shape[1] if inputs.shape[1] > 1 else 0
-            return forward(inputs, start)
+        def counted_forward(inputs_embeds: np.ndarray, start: int) -> np.ndarray:
+            self.rows += inputs_embeds.shape[1] if inputs_embeds.shape[1] > 1 else 0
+            return forward(inputs_embeds, start)
 
         session.engine.embed_image, session.engine.forward = counted_embed, counted_forward
 
@@ -77,12 +77,12 @@ def test_logits_behind_cached_rows_are_bit_identical(
     seen: list[np.ndarray] = []
     forward = session.engine.forward
 
-    def kept(inputs: np.ndarray, start: int) -> np.ndarray:
-        logits = forward(inputs, start)
+    def kept(inputs_embeds: np.ndarray, start: int) -> np.ndarray:
+        logits = forward(inputs_embeds, start)
         seen.append(logits.copy())
         return logits
 
-    session.engine.forward = kept  # type: ignore[method-assign]
+    session.engine.forward = kept
     session.ask(scene_image, "what is it?", "vqa", max_new_tokens=4)
     uncached = seen[1:]
     seen.clear()
@@ -167,14 +167,14 @@ def test_a_failing_engine_leaves_no_rows_behind(
     expected = session.ask(scene_image, "what is it?", "vqa").tokens
     forward = session.engine.forward
 
-    def failing(inputs: np.ndarray, start: int) -> np.ndarray:
-        forward(inputs, start)
+    def failing(inputs_embeds: np.ndarray, start: int) -> np.ndarray:
+        forward(inputs_embeds, start)
         raise EngineError("lost")
 
-    session.engine.forward = failing  # type: ignore[method-assign]
+    session.engine.forward = failing
     with pytest.raises(EngineError):
         session.ask(scene_image, "Hello.", "chat")
-    session.engine.forward = forward  # type: ignore[method-assign]
+    session.engine.forward = forward
     assert session.ask(scene_image, "what is it?", "vqa").tokens == expected
 
 
@@ -212,8 +212,9 @@ def test_damaged_embeddings_are_made_again(
     (file,) = (cache_folder() / "images").iterdir()
     data = bytearray(file.read_bytes())
     data[-5] ^= 64
+    flipped = bytes(data)
     file.write_bytes(
-        {"flip": bytes(data), "truncate": data[:-9], "extend": data + b"x", "empty": b""}[damage]
+        {"flip": flipped, "truncate": flipped[:-9], "extend": flipped + b"x", "empty": b""}[damage]
     )
     session = load(built("fp32"), image_cache=1 << 20)
     counted = Counted(session)

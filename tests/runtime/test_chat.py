@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_a_conversation_is_the_rendered_one(
     session = load(built("fp32"))
     chat = session.chat(scene_image, 4)
     chat.ask("Hi.", 5)
-    tokens = chat._segments[-1].key[1] + chat._uncached  # type: ignore[index]
+    key: Any = chat._segments[-1].key
+    tokens = key[1] + chat._uncached
     text = session.tokenizer.decode(tokens)
     second = chat.ask("And then?", 5)
     before, after = session.tokenizer.encode_prompt(
@@ -64,12 +66,9 @@ def test_a_conversation_is_the_rendered_one(
         )
     )
     first, _, rest = session.tokenizer.decode(after).partition(" @")
+    keys: list[Any] = [segment.key for segment in chat._segments[:-1]]
     shown = session.tokenizer.decode(
-        [
-            token
-            for segment in chat._segments[:-1]
-            for token in (segment.key[1] if segment.key[0] != "image" else ())
-        ]
+        [token for key in keys for token in (key[1] if key[0] != "image" else ())]
     )
     assert shown == first + text + rest and second.prompt_tokens > len(before)
 
@@ -96,12 +95,12 @@ def test_rows_checked_among_others_are_not_kept(
     assert real.shape == (960,)
     session.clear_caches()
     said = session.ask(scene_image, "say it", "chat", 4, 30, Decoding(lookup=0)).tokens
+    start = len(session.tokenizer.encode_prompt(render("chat", "say it"))[1])
     monkeypatch.setattr(
         "runtime.generation.prompt_lookup.PromptLookup.draft",
         lambda self, most: list(said[len(self._tokens) - start :][:most]),
     )
     chat = session.chat(scene_image, 4, Decoding(lookup=3))
-    start = len(session.tokenizer.encode_prompt(render("chat", "say it"))[1])
     session.clear_caches()
     first = chat.ask("say it", 30)
     assert first.tokens == said and first.accepted_tokens > 10 and first.kept_tokens == 0

@@ -20,7 +20,8 @@ from runtime.engines.logits import greedy
 from runtime.engines.onnxruntime.cuda import CUDA, OrtCudaEngine
 from runtime.engines.onnxruntime.io_binding import HOST, Bound, Device
 from runtime.generation.decoding import Decoding
-from runtime.session import Question, Session
+from runtime.questions import Question
+from runtime.session import Session
 from tests.conftest import TINY
 from trainer.evaluate import CheckpointAnswerer
 
@@ -150,9 +151,12 @@ def test_a_step_changes_nothing_on_the_host(
     engine.forward(rows(1), 7)
     written: list[set[str]] = []
     plain = Bound.write
-    monkeypatch.setattr(
-        Bound, "write", lambda self, arrays: (written.append(set(arrays)), plain(self, arrays))[1]
-    )
+
+    def write(self: Bound, arrays: dict[str, np.ndarray]) -> None:
+        written.append(set(arrays))
+        plain(self, arrays)
+
+    monkeypatch.setattr(Bound, "write", write)
     engine.forward(rows(1), 8)
     assert written == [{"inputs_embeds", "seqlens_k"}]
     step = next(call for shape, call in engine._calls.items() if shape.length == 1)

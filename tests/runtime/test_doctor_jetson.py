@@ -86,15 +86,15 @@ def test_power_mode_and_clocks(tmp_path: Path) -> None:
         and facts.jetson.tensorrt == "10.3.0"
     )
     (tmp_path / "etc/nvpmodel.conf").unlink()
-    assert machine(tmp_path).jetson.mode == "2"  # type: ignore[union-attr]
+    assert machine(tmp_path).jetson.mode == "2"
     (tmp_path / "sys/class/devfreq/17000000.gpu/min_freq").unlink()
-    assert machine(tmp_path).jetson.clocks_pinned is None  # type: ignore[union-attr]
+    assert machine(tmp_path).jetson.clocks_pinned is None
     write(
         tmp_path / "sys/devices/system/cpu/cpufreq/policy0",
         scaling_min_freq="729600\n",
         scaling_max_freq="1510400\n",
     )
-    assert machine(tmp_path).jetson.clocks_pinned is False  # type: ignore[union-attr]
+    assert machine(tmp_path).jetson.clocks_pinned is False
 
 
 def test_memory_of_a_small_jetson(tmp_path: Path) -> None:

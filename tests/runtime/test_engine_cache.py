@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from runtime.contract.bundle import Bundle, cache_folder, read_bundle
@@ -83,7 +84,7 @@ def test_another_machine_makes_its_own(
     if what == "cpu":
         monkeypatch.setattr(ort_store, "_cpu", lambda: "another")
     else:
-        monkeypatch.setattr(ort_store.ort, "__version__", "99")
+        monkeypatch.setattr(ort, "__version__", "99")
     logits(bundle)
     assert len(folders()) == 4
 
@@ -96,11 +97,11 @@ def test_it_stays_within_its_bound(
     one = max(sum(file.stat().st_size for file in folder.iterdir()) for folder in folders())
     monkeypatch.setenv("INFMLLM_ENGINE_CACHE_GB", str(3.2 * one / 1e9))
     for version in ("98", "99"):
-        monkeypatch.setattr(ort_store.ort, "__version__", version)
+        monkeypatch.setattr(ort, "__version__", version)
         logits(bundle)
     assert sum(file.stat().st_size for folder in folders() for file in folder.iterdir()) < 3.2 * one
     monkeypatch.setenv("INFMLLM_ENGINE_CACHE_GB", "0")
-    monkeypatch.setattr(ort_store.ort, "__version__", "100")
+    monkeypatch.setattr(ort, "__version__", "100")
     before = folders()
     logits(bundle)
     assert folders() == before

@@ -142,6 +142,7 @@ def test_the_page_is_well_formed_escaped_and_worst_first() -> None:
     shown = Image.open(io.BytesIO(rows[2].thumbnail))
     assert shown.size == (256, 171)
     green, red = shown.getpixel((255 - 1, 170 - 1)), shown.getpixel((1, 1))
+    assert isinstance(green, tuple) and isinstance(red, tuple)
     assert green[1] > 150 > green[0] and red[0] > 200 > red[1]
 
 

@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 from runtime import Decoding, Question, Session, load
 from runtime.contract.errors import UsageError
 from runtime.contract.prompt import render
+from runtime.engines import Batch
 from runtime.generation.prompt_lookup import PromptLookup
 from runtime.generation.sampling import Sampler, distribution, scores
 from runtime.generation.token_embeddings import embed_prompt
@@ -161,13 +162,13 @@ def test_beams_that_end_are_those_of_transformers(
         return logits
 
     class Liking:
-        def __init__(self, inner: object) -> None:
+        def __init__(self, inner: Batch) -> None:
             self.fill, self.copy, self._step = inner.fill, inner.copy, inner.step
 
-        def step(self, embeds: np.ndarray, starts: np.ndarray) -> np.ndarray:
-            return liked(self._step(embeds, starts))
+        def step(self, inputs_embeds: np.ndarray, starts: np.ndarray) -> np.ndarray:
+            return liked(self._step(inputs_embeds, starts))
 
-    session.engine.forward = lambda embeds, start: liked(forward(embeds, start))
+    session.engine.forward = lambda inputs_embeds, start: liked(forward(inputs_embeds, start))
     session.engine.batch = lambda slots, rows: Liking(batch(slots, rows))
     lengths = set()
     try:
@@ -187,7 +188,7 @@ def test_beams_that_end_are_those_of_transformers(
                 assert list(answer.tokens) == expected, (task, length_penalty)
                 lengths.add(len(expected))
     finally:
-        session.engine.forward, session.engine.batch = forward, batch  # type: ignore[method-assign]
+        session.engine.forward, session.engine.batch = forward, batch
         session.runner.prefix_cache.clear()
     assert len(lengths) > 2, "some end early, some late"
 
@@ -232,7 +233,7 @@ def test_probabilities_are_those_of_transformers(
         found = distribution(scores(logits, decoding, generated, eos_id=2), decoding)
         expected = (
             LogitsProcessorList(processors)(
-                torch.tensor([generated]), torch.from_numpy(logits)[None].clone()
+                torch.LongTensor([generated]), torch.from_numpy(logits)[None].clone()
             )
             .softmax(-1)[0]
             .numpy()
@@ -312,8 +313,8 @@ def test_lookup_takes_what_repeats(
             logits[row, cycle[token]] = 1
         return logits
 
-    session.engine.forward = lambda embeds, start: follow(embeds)[-1]  # type: ignore[method-assign]
-    session.engine.verify = lambda embeds, start: follow(embeds)  # type: ignore[method-assign]
+    session.engine.forward = lambda inputs_embeds, start: follow(inputs_embeds)[-1]
+    session.engine.verify = lambda inputs_embeds, start: follow(inputs_embeds)
     try:
         plain = session.ask(scene_image, "describe", max_new_tokens=40, decoding=Decoding(lookup=0))
         answer = session.ask(

@@ -124,7 +124,8 @@ def test_every_engine_is_proved_timed_and_compared(
     settings: Settings, facts: Facts, gpu: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu()
-    use(monkeypatch, "cuda", HostCuda), use(monkeypatch, "rtx", HostRtx)
+    use(monkeypatch, "cuda", HostCuda)
+    use(monkeypatch, "rtx", HostRtx)
     check(replace(settings, device="cpu"), facts, Local, "as typed")
     check(replace(settings, targets=("rtx",)), facts, Local)
     report = check(replace(settings, targets=("tensorrt",), schemes=("int8", "fp16")), facts, Local)
@@ -143,7 +144,7 @@ def test_every_engine_is_proved_timed_and_compared(
         < min(s["error"] for s in half.values["stages"][:3])
         < 5e-3
     )
-    assert report.find("bandwidth").values["gbs"] > 0.1  # type: ignore[union-attr]
+    assert report.find("bandwidth").values["gbs"] > 0.1
     assert read_report(settings.out / "report.json") == report
     page = (settings.out / "report.html").read_text()
     assert (

@@ -96,7 +96,8 @@ def test_an_engine_that_does_not_load_is_absent_only_where_the_doctor_knows_why(
 def test_a_crash_ends_its_step_and_no_other(
     settings: Settings, facts: Facts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, "cuda", Crashing), use(monkeypatch, "rtx", HostRtx)
+    use(monkeypatch, "cuda", Crashing)
+    use(monkeypatch, "rtx", HostRtx)
     report = check(replace(settings, targets=("cuda", "rtx")), facts, Local)
     crashed, sound = (report.find("parity", "tiny", target, "fp16") for target in ("cuda", "rtx"))
     assert (
@@ -141,7 +142,8 @@ def test_a_crash_while_timed_is_a_failure(
 def test_runs_into_one_folder_merge(
     settings: Settings, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(monkeypatch, "cuda", HostCuda), use(monkeypatch, "rtx", HostRtx)
+    use(monkeypatch, "cuda", HostCuda)
+    use(monkeypatch, "rtx", HostRtx)
     first = check(settings, facts, Local)
     second = check(replace(settings, targets=("rtx",)), facts, Local)
     assert len(second.runs) == 2 and second.find("latency", "tiny", "cuda", "fp16") == first.find(

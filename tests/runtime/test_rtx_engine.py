@@ -23,7 +23,8 @@ from runtime.engines import EngineOptions, load_engine
 from runtime.engines.onnxruntime.io_binding import HOST
 from runtime.engines.onnxruntime.tensorrt_rtx import RTX, OrtRtxEngine, _provider_options
 from runtime.generation.decoding import Decoding
-from runtime.session import Question, Session
+from runtime.questions import Question
+from runtime.session import Session
 from tests.conftest import TINY
 from trainer.evaluate import CheckpointAnswerer
 
@@ -88,7 +89,8 @@ def test_questions_together_and_beams_equal_those_apart(
     ]
     assert [answer.tokens for answer in together] == [answer.tokens for answer in apart]
     batch = session.engine.batch(2, 20)
-    batch.fill(0, 9), batch.fill(1, 9)
+    batch.fill(0, 9)
+    batch.fill(1, 9)
     inputs = np.random.default_rng(1).normal(size=(2, 1, HIDDEN)).astype(np.float32) * 0.1
     first = batch.step(inputs, np.array([9, 9], np.int32))
     batch.copy([1, 0], 9, 10)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +25,10 @@ def bundle(built: Callable[[str], Path]) -> Path:
     return built("fp32")
 
 
-def answer(*arguments: object) -> dict[str, object]:
+def answer(*arguments: object) -> dict[str, Any]:
     result = run(*arguments, "--json")
     assert result.returncode == 0, result.stderr
-    found: dict[str, object] = json.loads(result.stdout)
+    found: dict[str, Any] = json.loads(result.stdout)
     return found
 
 

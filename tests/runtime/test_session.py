@@ -101,16 +101,16 @@ def test_finish_reasons(session: Session, scene_image: Image.Image) -> None:
     eos = session.spec.eos_id
     forward = session.engine.forward
 
-    def ending(inputs: np.ndarray, start: int) -> np.ndarray:
-        logits = forward(inputs, start).copy()
+    def ending(inputs_embeds: np.ndarray, start: int) -> np.ndarray:
+        logits = forward(inputs_embeds, start).copy()
         logits[eos] = 1e9
         return logits
 
-    session.engine.forward = ending  # type: ignore[method-assign]
+    session.engine.forward = ending
     try:
         assert session.ask(scene_image, "describe").finish_reason == "stop"
     finally:
-        session.engine.forward = forward  # type: ignore[method-assign]
+        session.engine.forward = forward
 
 
 def test_a_full_cache_ends_with_length_and_an_overlong_prompt_is_refused(
@@ -151,12 +151,12 @@ def test_nothing_is_shown_when_the_network_overflows(
     session: Session, scene_image: Image.Image
 ) -> None:
     forward = session.engine.forward
-    session.engine.forward = lambda inputs, start: np.full(960, np.nan, np.float32)
+    session.engine.forward = lambda inputs_embeds, start: np.full(960, np.nan, np.float32)
     try:
         with pytest.raises(NonFiniteError):
             list(session.stream(scene_image, "describe"))
     finally:
-        session.engine.forward = forward  # type: ignore[method-assign]
+        session.engine.forward = forward
 
 
 def test_wrong_requests(session: Session, scene_image: Image.Image, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_wrong_requests(session: Session, scene_image: Image.Image, tmp_path: Pa
         (ImageError, (tmp_path / "absent.png", "describe")),
     ):
         with pytest.raises(error):
-            session.ask(*arguments)  # type: ignore[arg-type]
+            session.ask(*arguments)
 
 
 def test_typed_control_strings_do_not_end_or_move_anything(

@@ -32,7 +32,7 @@ RECIPE = (
 )
 
 
-def sharded_accelerator(precision: str) -> Accelerator:
+def sharded_accelerator(precision: str = "auto") -> Accelerator:
     """An accelerator that shards."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if precision == "bf16" else "no")
     accelerator.state.distributed_type = DistributedType.FSDP

@@ -4,6 +4,8 @@ seeds repeat, worlds are wide enough.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -64,7 +66,7 @@ def test_dense_labels_agree_with_the_boxes() -> None:
             x1, y1, x2, y2 = labels[row * 8 + column, 3:7]
             assert x1 < (column + 1) / 8 and column / 8 < x2 and y1 < (row + 1) / 8 and row / 8 < y2
         assert {tuple(np.round(box, 4)) for box in labels[labels[:, 0] > 0][:, 3:7]} <= {
-            tuple(np.round(np.float32(t.box), 4)) for t in scene.things
+            tuple(np.round(np.array(t.box, np.float32), 4)) for t in scene.things
         }
 
 
@@ -72,7 +74,7 @@ PLURALS = {"crosses": "cross", "circles": "circle", "squares": "square", "triang
 ATTRIBUTES = {*COLOURS, *SHAPES, *SIZES}
 
 
-def fitting(words: list[str], things: list[dict[str, object]]) -> list[dict[str, object]]:
+def fitting(words: list[str], things: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         thing
         for thing in things
@@ -80,7 +82,7 @@ def fitting(words: list[str], things: list[dict[str, object]]) -> list[dict[str,
     ]
 
 
-def true_answer(kind: str, text: str, things: list[dict[str, object]]) -> str:
+def true_answer(kind: str, text: str, things: list[dict[str, Any]]) -> str:
     """Answers a question from the list of things alone, independently of the
     generator's own logic.
     """
@@ -106,7 +108,7 @@ def true_answer(kind: str, text: str, things: list[dict[str, object]]) -> str:
 def test_every_question_has_the_true_answer_and_every_kind_occurs() -> None:
     seen = set()
     for index, scene in enumerate(SCENES):
-        things = [
+        things: list[dict[str, Any]] = [
             {"colour": t.colour, "shape": t.shape, "size": t.size, "centre": t.centre}
             for t in scene.things
         ]

@@ -101,7 +101,7 @@ class Augmentation:
                 for c in range(3)
                 for value in (*(gain[c] if c == k else 0.0 for k in range(3)), shift)
             ]
-            square = square.convert("RGB", tuple(float(v) for v in rows))  # type: ignore[arg-type]
+            square = square.convert("RGB", tuple(float(v) for v in rows))
         return square
 
 
