@@ -60,8 +60,8 @@ def default_source(card: Mapping[str, Any], calib: str) -> str:
         return SCENES
     said = f"was trained on {', '.join(names)}" if names else "does not say what it was trained on"
     raise UsageError(
-        f"calibration needs images of the kind the model was trained on, and its card {said}; "
-        f"name some: --calib DATA"
+        f"calibration needs images like the training data, but the checkpoint's card {said}; "
+        f"give such images with --calib DATA"
     )
 
 
@@ -75,7 +75,7 @@ def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Ex
     found = _open(source)
     if len(found) < least:
         raise DataError(
-            f"data {source!r} has {len(found)} images, calibration needs at least {least}; add some"
+            f"data {source!r} has {len(found)} images, calibration needs at least {least}; add more"
         )
     return [found[int(index)] for index in rng.permutation(len(found))[:count]]
 
@@ -138,7 +138,7 @@ def draw_cases(
     if len(cases) < least:
         raise DataError(
             f"only {len(cases)} of {len(examples)} questions fit the model's context, calibration "
-            f"needs {least}; use shorter ones"
+            f"needs {least}; use shorter questions"
         )
     return cases
 
@@ -152,8 +152,8 @@ def _check_picture(image: Image.Image, name: str) -> None:
     values = np.asarray(image, np.float32)
     if float((values.max((0, 1)) - values.min((0, 1))).max()) < _FLAT:
         raise DataError(
-            f"calibration image {name or 'without a name'} is one flat colour; ranges from it "
-            f"would be wrong, remove it"
+            f"calibration image {name or 'without a name'} is one flat colour and would give wrong "
+            f"ranges; remove it"
         )
 
 

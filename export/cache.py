@@ -68,8 +68,8 @@ def workspace(key: str) -> Iterator[Path]:
             pass
     except OSError as error:
         raise BuildError(
-            f"cannot write {root} ({error.strerror}), where a build keeps its pieces; set "
-            f"INFMLLM_CACHE to a writable folder"
+            f"cannot write the build cache {root} ({error.strerror}); set INFMLLM_CACHE to a "
+            f"writable folder"
         ) from None
     with contextlib.ExitStack() as held:
         try:

@@ -17,7 +17,7 @@ from runtime.output.console import command_app, note, run_command
 
 __all__ = ["main"]
 
-app = command_app("Compile InfMLLM checkpoints into verified bundles.")
+app = command_app("Build bundles from InfMLLM checkpoints, and inspect them.")
 
 
 @app.command(
@@ -47,24 +47,24 @@ def build(
     calib: Annotated[
         str,
         typer.Option(
-            help="Data to calibrate and compare with, as infmllm-eval takes them. Default: the "
-            "training mix."
+            help="Data for calibration and comparison, written as for infmllm-eval. Default: "
+            "synthetic scenes, if the checkpoint was trained on them."
         ),
     ] = "",
-    samples: Annotated[int, typer.Option(min=4, help="Images to calibrate with.")] = 32,
+    samples: Annotated[int, typer.Option(min=4, help="Number of calibration images.")] = 32,
     ranges: Annotated[
-        str, typer.Option(help="How static ranges are found: min-max, percentile, mse or entropy.")
+        str, typer.Option(help="Calibration of static ranges: min-max, percentile, mse or entropy.")
     ] = "mse",
     block: Annotated[
         int | None,
         typer.Option(
-            help="Inputs that share a scale in 4-bit weights: 16 to 256. Default: the precision's "
-            "(cpu: 32)."
+            help="Block size of 4-bit weights (inputs that share a scale): 16 to 256. Default: set "
+            "by the precision."
         ),
     ] = None,
     rounding: Annotated[
         str | None,
-        typer.Option(help="How 4-bit weights are rounded: nearest, mse or gptq. Default: gptq."),
+        typer.Option(help="Rounding of 4-bit weights: nearest, mse or gptq. Default: gptq."),
     ] = None,
     kv: Annotated[
         str | None,
@@ -73,37 +73,37 @@ def build(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="BLOCK=SCHEME: another scheme for a block, such as decoder.layers.0=fp16. "
+            help="BLOCK=SCHEME: another precision for one block, such as decoder.layers.0=fp16. "
             "Repeatable."
         ),
     ] = None,
     max_drop: Annotated[
-        float, typer.Option(help="auto: points of accuracy that may be lost.")
+        float, typer.Option(help="With auto: most points that --metric may lose.")
     ] = 0.5,
     metric: Annotated[
         str,
         typer.Option(
-            help="auto: what counts: accuracy (mean, caption, vqa, ground, chat), or answers that "
-            "stay the same (same)."
+            help="With auto: accuracy to keep (mean, caption, vqa, ground or chat), or same: the "
+            "share of unchanged answers."
         ),
     ] = "mean",
     auto_questions: Annotated[
-        int, typer.Option(min=1, help="auto: images whose questions measure a mixture.")
+        int, typer.Option(min=1, help="With auto: images that each candidate is tested on.")
     ] = 150,
     questions: Annotated[
         int,
         typer.Option(
-            min=0, help="Images the bundle answers against PyTorch; 0 leaves this check out."
+            min=0, help="Images on which answers are compared with PyTorch's; 0: skip this check."
         ),
     ] = 16,
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="tensorrt: rows of the key/value cache. Default: the model's context."
+            min=1, help="tensorrt, rtx: key/value cache length in tokens. Default: the model's."
         ),
     ] = None,
     dump: Annotated[
-        Path | None, typer.Option(help="Write each graph after every step to this folder.")
+        Path | None, typer.Option(help="Folder for each graph after each step, for debugging.")
     ] = None,
     allow_unverified: Annotated[
         bool,
@@ -113,8 +113,8 @@ def build(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Calibrates, captures, simplifies, lowers, quantises and packs a checkpoint, and
-    verifies the result against PyTorch.
+    """Builds a bundle from a checkpoint: exports and quantises its graphs, and compares
+    the result with PyTorch.
     """
     from export.commands import run_auto, run_build
     from export.mixed_precision import Budget
@@ -128,8 +128,8 @@ def build(
         )
     if precision == "auto" and target in TARGET_SCHEMES and not TARGET_SCHEMES[target].auto:
         raise UsageError(
-            f"--precision auto measures with the cpu's kernels and serves no other target; choose "
-            f"a precision for {target}"
+            f"--precision auto works only with --target cpu; choose another --precision for "
+            f"{target}"
         )
     scheme = choose_scheme(
         "int4-all" if precision == "auto" else precision, block, rounding, kv, keep or [], target
@@ -160,16 +160,17 @@ def parity(
         typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle."),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="Its checkpoint. Default: the demo checkpoint.")
+        Path | None,
+        typer.Argument(help="Checkpoint it was built from. Default: the demo checkpoint."),
     ] = None,
-    cases: Annotated[int, typer.Option(min=1, help="How many fresh cases PyTorch computes.")] = 8,
+    cases: Annotated[int, typer.Option(min=1, help="Number of new inputs to compare.")] = 8,
     calib: Annotated[
-        str, typer.Option(help="Data the cases come from. Default: the training mix.")
+        str, typer.Option(help="Data for the inputs. Default: synthetic, if trained on it.")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Compares a bundle with its PyTorch checkpoint on fresh inputs; exit code 1 if it
-    drifts.
+    """Compares a bundle with its PyTorch checkpoint on new inputs. Exit code 1 if an
+    error exceeds its tolerance.
     """
     from calibration.samples import default_source
     from export.commands import print_stages
@@ -204,10 +205,10 @@ def plan(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="A shape instead of a checkpoint: nano, edge or 7b.")
+        str | None, typer.Option(help="Model size, instead of a checkpoint: nano, edge or 7b.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="A scheme of build (not auto); all of them if left out.")
+        str, typer.Option(help="A --precision of build, except auto. Default: all.")
     ] = "",
     target: Annotated[
         str, typer.Option(help="Where the bundle runs: cpu, cuda, tensorrt or rtx.")
@@ -225,11 +226,9 @@ def plan(
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows of the key/value cache. Default: the model's context."),
+        typer.Option(min=1, help="Length of the key/value cache in tokens. Default: the model's."),
     ] = None,
-    samples: Annotated[
-        int, typer.Option(min=4, help="Images the build would calibrate with.")
-    ] = 32,
+    samples: Annotated[int, typer.Option(min=4, help="Calibration images of the build.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Predicts disk use, memory and latency from the model's shape alone, within
@@ -249,14 +248,16 @@ def inspect(
         Path | None,
         typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle."),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Hash every file.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the hash of every file again.")
+    ] = False,
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with an image of every block.")
+        Path | None, typer.Option(help="Write an HTML page with a diagram of the blocks.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Shows operators, parameters, bytes, schemes per block, parity, and the changes
-    and refusals of every pass.
+    """Shows a bundle's operators, parameters, sizes, precision per block, parity, and
+    the changes that could not be applied.
     """
     from export.inspection.describe import describe_bundle, format_description
     from export.inspection.html_picture import block_page
@@ -299,24 +300,24 @@ def import_(
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Side of the square image; positions are resized. Default: the tower's."
+            min=1, help="Image side in pixels; resizes position embeddings. Default: the tower's."
         ),
     ] = None,
     image_mode: Annotated[
-        str, typer.Option(help="stretch (multitask models) or pad (chat models).")
+        str, typer.Option(help="Fit to a square: stretch (multitask models) or pad (chat).")
     ] = "stretch",
     vision_heads: Annotated[
         int | None,
-        typer.Option(min=1, help="Attention heads of a raw tower that is not EVA ViT-g."),
+        typer.Option(min=1, help="Attention heads of a raw tower, unless it is EVA ViT-g."),
     ] = None,
     decoder_heads: Annotated[
         int | None,
-        typer.Option(min=1, help="Attention heads of a raw decoder whose head is not 128 wide."),
+        typer.Option(min=1, help="Attention heads of a raw decoder, unless heads are 128 wide."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="fp16, bf16 or fp32.")] = "fp16",
+    dtype: Annotated[str, typer.Option(help="Weight type: fp16, bf16 or fp32.")] = "fp16",
 ) -> None:
-    """Converts published or Hugging Face weights into a checkpoint, strictly and tensor
-    by tensor.
+    """Converts published InfMLLM or Hugging Face weights into a checkpoint. Unknown or
+    missing tensors are errors.
     """
     from trainer.imports.convert import ImportOptions, import_checkpoint
 
@@ -327,8 +328,8 @@ def import_(
     if new:
         parts = ", ".join(sorted({name.rsplit(".", 2)[0] for name in new}))
         note(
-            f"new, because the source has none: {parts}; train it: infmllm-train --start-from "
-            f"{out} --stage alignment"
+            f"initialised at random, because the source has no weights for it: {parts}; train it "
+            f"with: infmllm-train --start-from {out} --stage alignment"
         )
     tower, decoder = spec.vision, spec.decoder
     print(
@@ -346,17 +347,17 @@ def doctor(
     target: Annotated[
         str | None,
         typer.Option(
-            help="cpu, cuda, tensorrt or rtx. Default: the CPU, and what this machine is set up "
-            "for."
+            help="cpu, cuda, tensorrt or rtx. Default: cpu, the GPU targets whose packages are "
+            "installed, and tensorrt on a Jetson."
         ),
     ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write an HTML page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Checks GPU, driver, CUDA, TensorRT, ONNX Runtime, JetPack, memory and power mode.
     Reports a cause and a fix for each problem.
 
-    Exit code 1 if something keeps the target from running.
+    Exit code 1 if the target cannot run on this machine.
     """
     from runtime.contract.errors import EngineError
     from runtime.doctor.checks import choose_targets, diagnose
@@ -371,7 +372,7 @@ def doctor(
         html.write_text(diagnosis_page(facts, diagnosis))
     print(diagnosis_json(facts, diagnosis) if as_json else diagnosis_text(facts, diagnosis))
     if diagnosis.problems:
-        raise EngineError(f"{verdict(diagnosis)}; apply the fixes, then ask again")
+        raise EngineError(f"{verdict(diagnosis)}; apply the fixes, then run the doctor again")
 
 
 def main() -> None:

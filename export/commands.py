@@ -34,14 +34,15 @@ def run_auto(options: BuildOptions, budget: Budget, as_json: bool) -> Build:
     builds the chosen one.
     """
     with step_bar(1) as bar:
-        bar.step("choosing a mixture")
+        bar.step("choosing a precision for each block")
         scheme, rows = choose_mixture(options, budget, bar.detail)
+    note("measured mixtures (*: chosen; nats: predicted divergence from PyTorch's answers)")
     for row in rows:
         nats = f"{row.predicted:.2e}" if row.predicted is not None else "-"
         scores = "  ".join(f"{task} {value:.1f}" for task, value in (row.scores or {}).items())
         note(
             f"{'*' if row.chosen else ' '} {row.name:40} {row.bytes / 1e6:8.2f} MB  predicted "
-            f"{nats:>9} nats  {scores}  lost {row.drop:+.2f}"
+            f"{nats:>9} nats  {scores}  points lost {row.drop:+.2f}"
         )
     notes = {
         "auto": {
@@ -88,7 +89,7 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
     for task, (torch, found) in result.metrics.scores.items():
         note(f"answers {task:8} PyTorch {torch:.1f} %, bundle {found:.1f} %")
     already = (
-        ", the same build was already there"
+        ", unchanged: this build already existed"
         if result.reused
         else f", {seconds:.0f} s, at most {peak:.0f} MiB of memory"
     )
@@ -104,9 +105,9 @@ def _engines(options: BuildOptions) -> str:
         return ""
     try:
         load(options.out)
-        text = "engines for this machine are built and compared with PyTorch"
+        text = "engines for this machine were built and agree with PyTorch"
     except EngineError as error:
-        text = f"engines are built by the first infmllm-run on the device ({error})"
+        text = f"no engine was built here ({error}); the first infmllm-run on the device builds it"
     note(text)
     return text
 
@@ -119,8 +120,8 @@ def print_stages(stages: Iterable[StageError]) -> None:
         )
         verdict = "ok" if stage.passed else "FAILED"
         print(
-            f"parity {stage.stage:8} {stage.error:.3g} of {stage.tolerance:.3g} "
-            f"allowed{agreement}  {verdict}",
+            f"parity {stage.stage:8} error {stage.error:.3g} (allowed {stage.tolerance:.3g})"
+            f"{agreement}  {verdict}",
             file=sys.stderr,
         )
 

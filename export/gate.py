@@ -49,8 +49,8 @@ def compare(build: Build) -> tuple[list[StageError], MetricCheck]:
             tolerance,
         )
         return stages, MetricCheck(
-            skipped=f"{weights / 1e9:.1f} GB of weights are compared part by part; run "
-            f"infmllm-eval where they fit"
+            skipped=f"{weights / 1e9:.1f} GB of weights are too large for this check; run "
+            f"infmllm-eval on a machine with enough memory"
         )
     session = load(build.folder, engine_cache=False)
     return session.replay(tolerance=tolerance), measure_answers(
@@ -67,7 +67,7 @@ def describe_failure(build: Build, stages: Sequence[StageError], metrics: Metric
             for task, (torch, found) in metrics.scores.items()
         )
         worse = (
-            f"answers got worse by {metrics.drop:.1f} points on {metrics.count} questions, "
+            f"accuracy fell by {metrics.drop:.1f} points on {metrics.count} questions, "
             f"{metrics.allowed:.1f} are allowed ({tasks})"
         )
         return f"{worse}; nothing was written. {_REMEDY}"
@@ -85,9 +85,9 @@ def _find_drift_place(build: Build, stage: str) -> str:
     """
     tolerance = dict(build.options.scheme.tolerance)
     if sum(file.stat().st_size for file in build.folder.glob("*.weights")) > LARGE_BYTES:
-        return "The graphs are too large to search for the block that drifts"
+        return "The graphs are too large to search for the block with the error"
     if find_lowering(build.options.target).compare_on_cpu:
-        return "Build with --target cpu to see whether, and in which block, it drifts there too"
+        return "Build with --target cpu to see whether the same error occurs, and in which block"
     try:
         session, goldens = (
             load(build.folder, engine_cache=False),
@@ -101,17 +101,17 @@ def _find_drift_place(build: Build, stage: str) -> str:
             build.folder, build.checkpoint, build.goldens[int(np.argmax(errors))], tolerance
         )
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
-        return f"The block that drifts was not found ({' '.join(str(error).split())[:120]})"
+        return f"The block with the error was not found ({' '.join(str(error).split())[:120]})"
     return (
         str(drift)
         if drift
-        else "The image and the prompt alone are within bounds: it is the steps after them that "
-        "drift"
+        else "Vision and prefill are within their tolerance; only the decode steps after them "
+        "are not"
     )
 
 
 _REMEDY = (
-    "Try --calib with images of the kind the model was trained on, --keep for that block, or a "
-    "higher --precision; "
-    "--allow-unverified keeps it, marked"
+    "Try --calib with images like the training data, --keep BLOCK=fp16 for that block, or a "
+    "higher --precision. "
+    "--allow-unverified writes the bundle anyway, marked UNVERIFIED"
 )

@@ -87,7 +87,7 @@ class Budget:
         if self.metric not in METRICS:
             raise UsageError(f"unknown metric {self.metric!r}; choose one of: {', '.join(METRICS)}")
         if self.max_drop < 0:
-            raise UsageError(f"--max-drop is {self.max_drop}, expected points of at least 0")
+            raise UsageError(f"--max-drop is {self.max_drop}, expected 0 or more points")
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def _search_path(
     found[high] = mixture(high)
     if _loss_of(found[high]) > budget.max_drop:
         raise ParityError(
-            f"no mixture keeps within {budget.max_drop} points of {budget.metric}: the best "
-            f"loses {_loss_of(found[high]):.2f}; raise --max-drop"
+            f"no combination of precisions loses at most {budget.max_drop} points of "
+            f"{budget.metric}: the best loses {_loss_of(found[high]):.2f}; raise --max-drop"
         )
     while high - low > 1:
         middle = (low + high) // 2
@@ -304,8 +304,8 @@ class _Meter:
             )
             if self.budget.metric not in (MEAN, *self.reference):
                 raise UsageError(
-                    f"--metric {self.budget.metric}: the data have no such questions, only "
-                    f"{', '.join(self.reference)}"
+                    f"--metric {self.budget.metric}: the data have no questions of this task; "
+                    f"choose one of: {', '.join(self.reference)}"
                 )
         self.built += 1
         out = self.folder / f"mixture-{self.built}"

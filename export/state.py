@@ -124,8 +124,8 @@ def open_build(options: BuildOptions) -> Build:
     idle = [prefix for prefix in scheme.parts if prefix not in used]
     if idle:
         raise UsageError(
-            f"{checkpoint.spec.name} has no linear layers under {idle[0]!r}; blocks are called "
-            f"like decoder.layers.0, vision_tower.blocks.0"
+            f"--keep: {checkpoint.spec.name} has no linear layers in block {idle[0]!r}; names of "
+            f"blocks are, for example, decoder.layers.0 and vision_tower.blocks.0"
         )
     source = default_source(checkpoint.card, options.calib)
     draw = partial(draw_cases, spec=checkpoint.spec, tokenizer=checkpoint.tokenizer)
@@ -179,14 +179,14 @@ def _check_context(options: BuildOptions, checkpoint: StoredCheckpoint) -> None:
         return
     if not any(plan.fixed for plan in find_lowering(options.target).graphs.values()):
         raise UsageError(
-            f"bundles for {options.target} take any context when they run; leave --context out "
-            f"and give it to infmllm-run"
+            f"--context of a build does not apply to target {options.target}; leave it out and "
+            f"give --context to infmllm-run"
         )
     least, most = max(checkpoint.spec.pool_sizes) ** 2 + LEAST_TEXT, checkpoint.spec.decoder.context
     if not least <= options.context <= most:
         raise UsageError(
-            f"--context {options.context} does not suit {checkpoint.spec.name}; choose {least} "
-            f"(image and text) to {most}"
+            f"--context is {options.context}, expected {least} (room for an image and text) to "
+            f"{most} (the context of {checkpoint.spec.name})"
         )
 
 

@@ -119,8 +119,8 @@ def lower(build: Build) -> Build:
     ]
     if refused:
         raise BuildError(
-            f"target {build.options.target} cannot run this graph: {refused[0]}; report it with "
-            f"--dump"
+            f"target {build.options.target} cannot run this graph: {refused[0]}; report this, with "
+            f"the graphs that --dump FOLDER writes"
         )
     return build
 
@@ -162,7 +162,7 @@ def pack(build: Build) -> Build:
     table = checkpoint.read("decoder.embed_tokens.weight").numpy()
     if np.abs(table).max() > np.finfo(dtype).max:
         raise BuildError(
-            f"token embeddings exceed what {np.dtype(dtype)} holds; build with --precision fp32"
+            f"token embeddings exceed the range of {np.dtype(dtype)}; build with --precision fp32"
         )
     np.save(folder / EMBEDDINGS, table.astype(dtype))
     shutil.copyfile(checkpoint.path / TOKENIZER, folder / TOKENIZER)

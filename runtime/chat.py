@@ -91,7 +91,9 @@ class Chat:
         still have the `turns` messages it had when the turn was begun.
         """
         if len(self.messages) != turns:
-            raise UsageError("another turn was answered since this one was begun; begin it again")
+            raise UsageError(
+                "another turn was answered since this stream was created; call stream() again"
+            )
         yield from pieces
         answer = stream.answer
         assert answer is not None, "a stream that was read to its end has an answer"

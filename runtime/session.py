@@ -117,7 +117,7 @@ class Session:
         """
         if decoding.lookup:
             raise UsageError(
-                f"lookup {decoding.lookup} is for one question at a time; leave it out"
+                f"lookup {decoding.lookup} works only for one question at a time; leave it out"
             )
         requests = [self.builder.build(question, decoding) for question in questions]
         if decoding.beams > 1:

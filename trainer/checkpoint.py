@@ -157,7 +157,7 @@ def _shards(path: Path) -> list[Path]:
         return [path / WEIGHTS]
     if not (path / INDEX).is_file():
         raise CheckpointError(
-            f"{path} has neither {WEIGHTS} nor {INDEX}; pickle files are not read, use: "
+            f"{path} has neither {WEIGHTS} nor {INDEX}; convert pickle files (.pth, .bin) with: "
             f"infmllm-export import"
         )
     return shard_files(path / INDEX)
@@ -171,14 +171,17 @@ def shard_files(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{index} is no index of shards ({error}); copy the checkpoint again"
+            f"{index} is not an index of weight files ({error}); copy the checkpoint again"
         ) from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names files outside the checkpoint: {name!r:.80}")
+            raise CheckpointError(
+                f"{index} refers to a file outside the checkpoint: {name!r:.80}; do not use it"
+            )
         if not (index.parent / name).is_file():
             raise CheckpointError(
-                f"{index.parent / name} is missing, its index names it; copy the checkpoint again"
+                f"{index.parent / name} is missing, but the index lists it; copy the checkpoint "
+                f"again"
             )
     return [index.parent / name for name in names]
 
@@ -200,8 +203,8 @@ def _places(
         for name, shape in shapes.items():
             if expected.get(name) != shape:
                 raise CheckpointError(
-                    f"{shard}: tensor {name} {shape} {_fault(name, expected)}; it was made for "
-                    f"another config"
+                    f"{shard}: tensor {name} {shape} {_fault(name, expected)}; these weights do "
+                    f"not belong to this config.json"
                 )
             places[name] = shard
     missing = sorted(set(expected) - set(places))
@@ -235,7 +238,7 @@ def save_checkpoint(
     bad = sorted(name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all()))
     if bad:
         raise CheckpointError(
-            f"{', '.join(bad[:3])} hold values that are not finite as {dtype}; nothing was "
+            f"{', '.join(bad[:3])} contain values that are not finite in {dtype}; nothing was "
             f"written to {path}"
         )
     with staged_folder(path, CONFIG) as folder:

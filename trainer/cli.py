@@ -42,12 +42,12 @@ def run(
     out: Annotated[Path, typer.Option(help="Checkpoint folder to write.")] = Path(
         "checkpoints/nano"
     ),
-    preset: Annotated[str, typer.Option(help="Model shape and recipe.")] = "nano",
+    preset: Annotated[str, typer.Option(help="Model size: nano, edge or 7b.")] = "nano",
     data: Annotated[
         list[str] | None, typer.Option(help=f"{_DATA_HELP} Repeat to mix. Default: synthetic.")
     ] = None,
     val: Annotated[
-        str, typer.Option(help="Data for the card's figures, named likewise.")
+        str, typer.Option(help="Validation data for the scores, written like --data.")
     ] = "synthetic:500",
     stage: Annotated[
         str,
@@ -56,59 +56,64 @@ def run(
         ),
     ] = "all",
     start_from: Annotated[
-        Path | None, typer.Option(help="Checkpoint to continue from, with its tokenizer.")
+        Path | None, typer.Option(help="Checkpoint whose weights and tokenizer to start from.")
     ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --start-from: side of the square image; positions are resized."
+            min=1, help="With --start-from: new image side in pixels; resizes position embeddings."
         ),
     ] = None,
     new_words: Annotated[
         bool,
         typer.Option(
-            "--new-words", help="With --start-from: let the tokenizer learn the data's words."
+            "--new-words", help="With --start-from: add the words of the data to the tokenizer."
         ),
     ] = False,
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Leave out bad rows and count them, instead of stopping."),
+        typer.Option(
+            "--skip-bad", help="Skip and count invalid rows instead of stopping at the first."
+        ),
     ] = False,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimiser steps of every stage. Default: the recipe's."),
+        typer.Option(min=1, help="Optimiser steps of each stage. Default: set by the recipe."),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images per step and process. Default: the recipe's.")
+        int | None,
+        typer.Option(min=1, help="Images per batch and process. Default: set by the recipe."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for weights and data.")] = 0,
     lr: Annotated[
         float | None,
-        typer.Option(min=0, help="Peak learning rate of every stage. Default: the recipe's."),
+        typer.Option(min=0, help="Peak learning rate of each stage. Default: set by the recipe."),
     ] = None,
     decay: Annotated[
-        str | None, typer.Option(help="cosine or linear. Default: the recipe's.")
+        str | None,
+        typer.Option(help="Learning-rate decay: cosine or linear. Default: set by the recipe."),
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Batches per optimiser step. Default: the recipe's.")
+        int | None,
+        typer.Option(min=1, help="Batches per optimiser step. Default: set by the recipe."),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="auto (bf16 where the hardware multiplies it), bf16 or fp32.")
+        str, typer.Option(help="auto (bf16 if the hardware supports it, else fp32), bf16 or fp32.")
     ] = "auto",
     gradient_checkpointing: Annotated[
         bool,
         typer.Option(
-            "--gradient-checkpointing", help="Recompute activations: less memory, more time."
+            "--gradient-checkpointing", help="Recompute activations: less memory, but slower."
         ),
     ] = False,
     sample_every: Annotated[
         int,
-        typer.Option(min=0, help="Optimiser steps between sheets of sample answers; 0 for none."),
+        typer.Option(min=0, help="Save an image of sample answers every N steps; 0: never."),
     ] = 250,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that read images, per training process.")
+        int, typer.Option(min=0, help="Data-loading processes per training process.")
     ] = 1,
-    save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between saved states.")] = 2.0,
+    save_minutes: Annotated[float, typer.Option(min=0, help="Minutes between saves.")] = 2.0,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -117,12 +122,10 @@ def run(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume", help="Continue a run that was stopped; same options, same result."
-        ),
+        typer.Option("--resume", help="Continue a stopped run; the options must be the same."),
     ] = False,
 ) -> None:
-    """Runs the recipe, then scores the saved checkpoint and writes its card."""
+    """Trains a model, then scores the saved checkpoint and adds the scores to its card."""
     from trainer.card import data_card, save_scored, time_card
     from trainer.checkpoint import CONFIG
     from trainer.config import changed, find_preset, find_recipe
@@ -185,13 +188,13 @@ def _explain(run: Callable[[], T], state_dir: Path) -> T:
         return run()
     except torch.OutOfMemoryError:
         raise UsageError(
-            "the GPU has not enough memory; use a smaller --batch with --accumulate, or "
+            "the GPU does not have enough memory; use a smaller --batch with --accumulate, or "
             "--gradient-checkpointing"
         ) from None
     except OSError as error:
         reason = error.strerror or error
         raise BuildError(
-            f"{state_dir} cannot be written ({reason}); the last saved state is kept, go on with "
+            f"cannot write to {state_dir} ({reason}); the last saved state is kept, continue with "
             f"--resume"
         ) from None
 

@@ -214,7 +214,7 @@ def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
     if text == "all":
         if not preset.recipe:
             raise UsageError(
-                f"preset {preset.spec.name} has no recipe of its own; name a --stage "
+                f"preset {preset.spec.name} has no recipe for --stage all; choose another "
                 f"({', '.join([*RECIPES, *STAGES])})"
             )
         return preset.recipe
@@ -227,7 +227,7 @@ def find_recipe(preset: Preset, text: str) -> tuple[StageRun, ...]:
     if unknown:
         raise UsageError(
             f"unknown stage {unknown[0]!r}; choose all, one of the recipes {', '.join(RECIPES)}, "
-            f"or stages of: {', '.join(STAGES)}"
+            f"or one or more of the stages {', '.join(STAGES)}"
         )
     return tuple(known[name] for name in names)
 

@@ -39,7 +39,7 @@ def check_finite(figures: Mapping[str, Tensor | float], stage: str, step: int) -
     bad = sorted(key for key, value in figures.items() if not math.isfinite(float(value)))
     if bad:
         raise NonFiniteError(
-            f"{', '.join(bad)} is not finite at step {step + 1} of {stage}; lower the rate or "
+            f"{', '.join(bad)} is not finite at step {step + 1} of {stage}; lower --lr or "
             f"check the data. The last saved state is kept"
         )
 

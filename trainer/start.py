@@ -62,7 +62,7 @@ def begin(
         return start_from_checkpoint(path, image_size, new_words)
     if image_size or new_words:
         raise UsageError(
-            "--image-size and --new-words change a checkpoint; name one with --start-from"
+            "--image-size and --new-words need a checkpoint to change; give --start-from CHECKPOINT"
         )
     return new_start(spec, seed)
 

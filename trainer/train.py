@@ -150,8 +150,8 @@ def train(
     dense = [run.stage for run in recipe if STAGES[run.stage].objective == "dense"]
     if dense and not classes:
         raise UsageError(
-            f"stage {dense[0]} needs labels per patch, which only stretched scenes and voc data "
-            f"have; choose another --stage"
+            f"stage {dense[0]} needs labels per patch, which only synthetic and voc data with "
+            f"image mode stretch have; choose another --stage"
         )
     accelerator = make_accelerator(options.precision)
     options.state_dir.mkdir(parents=True, exist_ok=True)
@@ -212,12 +212,12 @@ class _Trainer:
         everywhere = gather_object([here]) if self.accelerator.num_processes > 1 else [here]
         if any(there != here for there in everywhere):
             raise CheckpointError(
-                f"training state {self.path} differs between machines ({everywhere}); copy the "
-                f"main one's to all of them"
+                f"training state {self.path} differs between processes ({everywhere}); copy it "
+                f"from the main machine to all others"
             )
         if self.start is None:
             if self.options.resume and self.accelerator.is_main_process:
-                note(f"nothing to resume at {self.path}; starting anew")
+                note(f"--resume: no saved state at {self.path}; starting from the beginning")
             if self.accelerator.is_main_process:
                 clear_log(self.options.state_dir)
         elif self.accelerator.is_main_process:

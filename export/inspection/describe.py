@@ -170,4 +170,4 @@ def format_description(data: dict[str, Any]) -> str:
             f"{calibration['sha256'][:12]}…"
         )
     refused = [reason for row in data["provenance"].get("passes", []) for reason in row["refused"]]
-    return "\n".join([*lines, *(f"refused: {reason}" for reason in refused)])
+    return "\n".join([*lines, *(f"not applied: {reason}" for reason in refused)])

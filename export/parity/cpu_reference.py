@@ -109,8 +109,8 @@ class ReferenceEngine:
     def batch(self, slots: int, rows: int) -> Any:
         """Raises `UsageError`, because builds ask one question at a time."""
         raise UsageError(
-            "graphs run literally on the CPU answer one question at a time; leave --beams and "
-            "--batch out"
+            "a GPU bundle that runs on the CPU answers one question at a time; leave out --beams "
+            "and --batch"
         )
 
 
@@ -147,7 +147,7 @@ def open_session(path: Path) -> Session:
         bundle = read_bundle(path)
         if bundle.target not in LOWERING or not LOWERING[bundle.target].compare_on_cpu:
             raise
-        note(f"{error}; the graphs are run literally on the CPU instead")
+        note(f"{error}. The graphs run on the CPU instead, without optimisation")
         return reference_session(bundle)
 
 

@@ -55,7 +55,7 @@ class Drift:
 
     def __str__(self) -> str:
         return (
-            f"The first tensor to drift lies between {self.after} (error "
+            f"The error first exceeds its tolerance between {self.after} (error "
             f"{self.before_error:.2g}) and {self.until} (error {self.error:.2g})"
         )
 

@@ -101,8 +101,8 @@ def compare_with_checkpoint(
     built_from = session.bundle.provenance.get("checkpoint_sha256")
     if built_from != checkpoint.sha256:
         raise BundleError(
-            f"{session.bundle.path} was built from checkpoint {str(built_from)[:12]}…, "
-            f"{checkpoint.path} is {checkpoint.sha256[:12]}…; name the checkpoint it was built from"
+            f"{session.bundle.path} was built from checkpoint {str(built_from)[:12]}…, but "
+            f"{checkpoint.path} is {checkpoint.sha256[:12]}…; give the checkpoint it was built from"
         )
     fresh: list[Case] = draw_cases(
         draw_examples(source, cases, _FRESH_SEED),
@@ -126,12 +126,12 @@ def measure_answers(
     points, and always at least two answers.
     """
     if images == 0:
-        return MetricCheck(skipped="not asked for")
+        return MetricCheck(skipped="--questions is 0")
     if checkpoint.spec.parameters > WHOLE_MODEL:
         return MetricCheck(
             {},
-            skipped=f"{checkpoint.spec.parameters / 1e9:.1f} billion parameters are not loaded "
-            f"whole; run infmllm-eval where they fit",
+            skipped=f"a model of {checkpoint.spec.parameters / 1e9:.1f} billion parameters is too "
+            f"large for this check; run infmllm-eval on a machine with enough memory",
         )
     examples = draw_examples(source, images, seed)
     reference = CheckpointAnswerer(checkpoint.path, load_checkpoint(checkpoint.path))

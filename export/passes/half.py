@@ -163,14 +163,14 @@ def _round(tensor: ir.TensorProtocol) -> NDArray[np.float16]:
         half = full.astype(np.float16)
     if not np.isfinite(half).all():
         raise BuildError(
-            f"{tensor.name} has values beyond 65504, which fp16 cannot hold; build for --target "
+            f"{tensor.name} has values beyond 65504, the maximum of fp16; build for --target "
             f"cpu with --precision fp32"
         )
     if (tensor.name or "").endswith("scale") and not np.allclose(
         half.astype(np.float32), full, rtol=_SCALE_ERROR, atol=0
     ):
         raise BuildError(
-            f"{tensor.name} has scales smaller than fp16 holds well; keep that block in fp16: "
+            f"{tensor.name} has quantisation scales too small for fp16; keep that block in fp16: "
             f"--keep BLOCK=fp16"
         )
     return half

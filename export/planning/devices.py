@@ -102,7 +102,7 @@ def find_device(text: str | None) -> Device:
         device = Device(**{"name": path.stem, **data})
         numbers = (device.memory_gb, device.bandwidth_gbs, device.float_tflops, device.int8_tops)
         if not all(isinstance(value, int | float) and value > 0 for value in numbers):
-            raise ValueError("a figure is not a positive number")
+            raise ValueError("a value is not a positive number")
     except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(
             f"{path} describes no device ({error}); expected a JSON object with "

@@ -327,19 +327,19 @@ def _latency(
 
 def _advice(spec: ModelSpec, scheme: Scheme, plan: Plan, context: int) -> list[str]:
     found = [
-        f"{plan.run_bytes / 1e9:.1f} GB are needed, {plan.device.name} has "
-        f"{plan.device.memory_gb:g}"
+        f"{plan.run_bytes / 1e9:.1f} GB of memory are needed, {plan.device.name} has "
+        f"{plan.device.memory_gb:g} GB"
     ]
     cache = plan.run["cache"]
     if cache > 0.1 * plan.run_bytes:
         found.append(
             f"--context {context // 4} saves {cache * 0.75 / 1e9:.1f} GB of cache"
-            + (", --kv int8 as much" if scheme.cache == "fp32" else "")
+            + (", --kv int8 saves as much" if scheme.cache == "fp32" else "")
         )
     if scheme.linear(f"{DECODER}layers.0.mlp.up_proj.weight").bits > 4:
         found.append("--precision int4 stores the decoder in 4 bits")
     if scheme.prefill is not None:
         found.append(
-            f"--precision int4 without the second decoder saves {plan.disk['prefill'] / 1e9:.1f} GB"
+            f"--precision int4 has no second decoder and saves {plan.disk['prefill'] / 1e9:.1f} GB"
         )
     return found if len(found) > 1 else [*found, "choose a smaller model or a larger device"]

@@ -58,31 +58,32 @@ def run(
         Path | None,
         typer.Argument(help="Bundle folder. Default: $INFMLLM_BUNDLE, then ./infmllm-bundle."),
     ] = None,
-    repetitions: Annotated[int, typer.Option(min=1, help="Measured answers.")] = 20,
-    warmup: Annotated[int, typer.Option(min=0, help="Answers before measuring.")] = 3,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 30,
+    repetitions: Annotated[int, typer.Option(min=1, help="Number of measured answers.")] = 20,
+    warmup: Annotated[int, typer.Option(min=0, help="Unmeasured answers before them.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per answer.")] = 30,
     visual_tokens: Annotated[
-        int | None, typer.Option(help="Visual embeddings. Default: the model's best.")
+        int | None,
+        typer.Option(help="Number of visual tokens. Default: the model's preferred number."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads. Default: all available cores.")
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Image to describe. Default: a made one of 640x480.")
+        Path | None, typer.Option(help="Image to describe. Default: a generated 640x480 image.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the whole report here, for `diff`.")
+        Path | None, typer.Option("--json", help="Write the full report here; `diff` reads it.")
     ] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the tables here.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write tables as CSV.")] = None,
     markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help="Write the tables here.")
+        Path | None, typer.Option("--markdown", help="Write the tables as Markdown.")
     ] = None,
     html_file: Annotated[
-        Path | None, typer.Option("--html", help="Write a page with plots here.")
+        Path | None, typer.Option("--html", help="Write an HTML page with plots.")
     ] = None,
 ) -> None:
-    """Prints a table of stages of warm answers, and writes reports. `infmllm-bench diff
-    A.json B.json` compares two (see its own --help).
+    """Measures the time of each stage of an answer, prints a table and writes reports.
+    `infmllm-bench diff A.json B.json` compares two reports (see its own --help).
     """
     from runtime.bench.measure import BenchOptions, measure
 
@@ -110,24 +111,25 @@ def run(
 
 @diff_app.command(epilog=_DIFF_EXAMPLES)
 def diff(
-    before: Annotated[Path, typer.Argument(help="Report to compare with, from --json.")],
-    after: Annotated[Path, typer.Argument(help="New report.")],
+    before: Annotated[Path, typer.Argument(help="Old report, written by --json.")],
+    after: Annotated[Path, typer.Argument(help="New report, written by --json.")],
     fail_if: Annotated[
         list[str] | None,
-        typer.Option(help="A limit such as 'ttft>+5%'; may be given several times."),
+        typer.Option(help="Fail if this holds, such as 'ttft>+5%'; may be repeated."),
     ] = None,
     allow_different: Annotated[
-        bool, typer.Option("--allow-different", help="Apply limits although conditions differ.")
+        bool,
+        typer.Option("--allow-different", help="Check limits even if machine or settings differ."),
     ] = False,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the changes here.")
+        Path | None, typer.Option("--json", help="Write the changes as JSON.")
     ] = None,
     markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", help="Write the table here.")
+        Path | None, typer.Option("--markdown", help="Write the table as Markdown.")
     ] = None,
 ) -> None:
-    """Prints every metric of both reports with its change. With limits, exit code 1 and
-    one line if one is broken.
+    """Prints every metric of both reports with its change. Exit code 1 and a one-line
+    error if a --fail-if limit is exceeded.
     """
     limits = [parse_limit(text) for text in fail_if or ()]
     check_output(json_file)
@@ -136,8 +138,8 @@ def diff(
     differing = different_conditions(first, second)
     if differing and limits and not allow_different:
         raise UsageError(
-            f"limits need reports of the same conditions, these differ: {'; '.join(differing)}; "
-            f"measure alike, or add --allow-different"
+            f"--fail-if needs reports measured under the same conditions; different are: "
+            f"{'; '.join(differing)}; measure again, or add --allow-different"
         )
     found = changes(first, second)
     broken = [broken for limit in limits if (broken := limit.broken(found))]

@@ -71,8 +71,8 @@ class Limit:
         change = next((change for change in found if change.name == self.metric), None)
         if change is None or change.after is None or (change.before is None and self.of != "value"):
             raise UsageError(
-                f"--fail-if {self.text!r}: a report does not hold {self.metric}; measure it in "
-                f"both or drop the limit"
+                f"--fail-if {self.text!r}: {self.metric} is missing from one of the reports; "
+                f"measure it in both, or remove this limit"
             )
         measured = {
             "percent": change.percent,
@@ -81,8 +81,8 @@ class Limit:
         }[self.of]
         if measured is None:
             raise UsageError(
-                f"--fail-if {self.text!r}: {self.metric} is 0 in the first report, so has no "
-                f"change in percent; give a plain number"
+                f"--fail-if {self.text!r}: {self.metric} is 0 in the first report, so it has no "
+                f"change in percent; give a limit without %"
             )
         if not (measured > self.number if self.above else measured < self.number):
             return ""

@@ -23,12 +23,12 @@ from runtime.output.html import html_page
 __all__ = ["report_page"]
 
 _HEADLINES = {
-    "ttft": "first text",
-    "inter_token_p50": "between tokens",
-    "tokens_per_s": "tokens a second",
-    "images_per_s": "answers a second",
+    "ttft": "time to first text",
+    "inter_token_p50": "time between tokens",
+    "tokens_per_s": "tokens per second",
+    "images_per_s": "answers per second",
     "peak_rss_mb": "peak memory",
-    "joules_per_image": "per image",
+    "joules_per_image": "energy per image",
 }
 _STYLE = (
     """
@@ -57,10 +57,10 @@ def report_page(report: Report) -> str:
     )
     plots = (
         ("Time to first text, by stage", stages_plot(report)),
-        ("Between tokens, by position (median, 10 to 90 %)", positions_plot(report)),
-        ("Between tokens, how often", histogram_plot(report)),
-        ("Whole answers, in order", answers_plot(report)),
-        ("Clock of the CPU after each answer", clock_plot(report)),
+        ("Time between tokens, by position (median, 10 to 90 %)", positions_plot(report)),
+        ("Time between tokens, histogram", histogram_plot(report)),
+        ("Total time of each answer, in order", answers_plot(report)),
+        ("CPU clock after each answer", clock_plot(report)),
     )
     figures = "".join(
         f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
@@ -121,7 +121,7 @@ def _metrics(report: Report) -> str:
         (name, figure(metric.value(report)), metric.unit, noise(name), metric.help)
         for name, metric in METRICS.items()
     ]
-    return _table(("metric", "value", "unit", "noise", "what"), rows, "what")
+    return _table(("metric", "value", "unit", "noise", "meaning"), rows, "what")
 
 
 def _energy(report: Report) -> str:
@@ -129,11 +129,11 @@ def _energy(report: Report) -> str:
         return ""
     found = report.energy
     rows = [
-        (rail, f"{watts:.2f}", "yes" if rail in found.counted else "within another")
+        (rail, f"{watts:.2f}", "yes" if rail in found.counted else "no, within another rail")
         for rail, watts in found.rails_w.items()
     ]
     rest = (
-        f"{found.source}; {found.idle_w:.2f} W at rest, {found.power_w:.2f} W over "
+        f"{found.source}; {found.idle_w:.2f} W idle, {found.power_w:.2f} W over "
         f"{found.answers} answers"
     )
     return (

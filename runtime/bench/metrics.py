@@ -86,7 +86,7 @@ def _inter_token(percent: float) -> Metric:
         return _percentile(answer.step_ms, percent) or 0.0
 
     help = (
-        f"between tokens after the first, "
+        f"time between tokens after the first, "
         f"{'median' if percent == 50 else f'{percent}th percentile'} over all steps of all "
         f"answers"
     )
@@ -156,17 +156,22 @@ def _share(name: str, help: str, work: Values, time: Values, limit: str) -> Metr
 
 
 _METRICS = (
-    _over_answers("ttft", "image in to first text out, median", lambda answer: answer.ttft_ms),
-    _over_answers("ttft_p90", "the same, 90th percentile", lambda answer: answer.ttft_ms, 90),
-    _stage("decode_image", "the image's file to RGB"),
-    _stage("preprocess", "RGB to the tower's pixels"),
-    _stage("vision", "tower and pool-adapter"),
-    _stage("prefill", "the decoder over the prompt"),
-    _over_answers("other", "the rest of ttft: token table, text", _other),
+    _over_answers("ttft", "time from image to first text, median", lambda answer: answer.ttft_ms),
+    _over_answers(
+        "ttft_p90",
+        "time from image to first text, 90th percentile",
+        lambda answer: answer.ttft_ms,
+        90,
+    ),
+    _stage("decode_image", "decoding the image file to RGB"),
+    _stage("preprocess", "resizing and normalising for the vision tower"),
+    _stage("vision", "vision tower and pool-adapter"),
+    _stage("prefill", "the decoder's call for the prompt"),
+    _over_answers("other", "rest of ttft: token embeddings, text", _other),
     _inter_token(50),
     _inter_token(90),
     _inter_token(99),
-    _over_answers("total", "image in to last text out, median", lambda answer: answer.total_ms),
+    _over_answers("total", "time from image to last text, median", lambda answer: answer.total_ms),
     Metric(
         "tokens_per_s",
         "1/s",
@@ -179,7 +184,7 @@ _METRICS = (
         "images_per_s",
         "1/s",
         True,
-        "whole answers per second, one after another",
+        "complete answers per second, one after another",
         _images_per_s,
         lambda answer: 1e3 / max(answer.total_ms, 1e-9),
     ),
@@ -187,47 +192,47 @@ _METRICS = (
         "load",
         "ms",
         False,
-        "opening the bundle and its engine, once",
+        "time to open the bundle and its engine, once",
         lambda report: report.load_ms,
     ),
     Metric(
         "peak_rss_mb",
         "MB",
         False,
-        "most memory resident, limits and energy not counted",
+        "peak resident memory, without the limit and energy measurements",
         lambda report: report.peak_rss_mb,
     ),
     _share(
         "decode_of_read_limit",
-        "bytes a step must read over inter_token_p50, of the read rate",
+        "bytes read per step / inter_token_p50, in percent of the read limit",
         _bytes_per_step,
         lambda report: _percentile(_steps(report), 50),
         "read_gbs",
     ),
     _share(
         "prefill_of_fp32_limit",
-        "the prompt's products, of the float32 rate",
+        "matrix products of the prompt, in percent of the float32 limit",
         _flop("prefill_flop"),
         _median_stage("prefill"),
         "fp32_gflops",
     ),
     _share(
         "prefill_of_int8_limit",
-        "the same, of the 8-bit rate",
+        "matrix products of the prompt, in percent of the 8-bit limit",
         _flop("prefill_flop"),
         _median_stage("prefill"),
         "int8_gops",
     ),
     _share(
         "vision_of_fp32_limit",
-        "the tower's products, of the float32 rate",
+        "matrix products of the tower, in percent of the float32 limit",
         _flop("vision_flop"),
         _median_stage("vision"),
         "fp32_gflops",
     ),
     _share(
         "vision_of_int8_limit",
-        "the same, of the 8-bit rate",
+        "matrix products of the tower, in percent of the 8-bit limit",
         _flop("vision_flop"),
         _median_stage("vision"),
         "int8_gops",
@@ -236,28 +241,28 @@ _METRICS = (
         "gpu_memory_mb",
         "MB",
         False,
-        "held on the GPU by this process",
+        "GPU memory used by this process",
         lambda report: report.gpu.memory_mb if report.gpu else None,
     ),
     Metric(
         "power_w",
         "W",
         False,
-        "mean while answering, machine at rest included",
+        "mean power while answering, including idle power",
         lambda report: report.energy.power_w if report.energy else None,
     ),
     Metric(
         "joules_per_image",
         "J",
         False,
-        "to the first token",
+        "energy up to the first token",
         lambda report: report.energy.joules_per_image if report.energy else None,
     ),
     Metric(
         "joules_per_token",
         "J",
         False,
-        "per token after the first",
+        "energy per token after the first",
         lambda report: report.energy.joules_per_token if report.energy else None,
     ),
 )
@@ -318,7 +323,7 @@ def throttling(report: Report) -> str:
     """
     thermal, drift = report.thermal, drift_percent(report)
     counted = (
-        "the CPU counts no throttling here"
+        "this CPU has no throttling counters"
         if thermal.throttle_events is None
         else f"{thermal.throttle_events} throttle events of the CPU"
     )
@@ -336,7 +341,7 @@ def throttling(report: Report) -> str:
     verdict = (
         "throttled"
         if hot
-        else "slowed down, by heat or by other work"
+        else "slowed down (heat, or other programs)"
         if drift is not None and drift > _DRIFT
         else "no throttling noticed"
     )

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from runtime.contract.errors import DataError
+from runtime.contract.errors import DataError, kind_name
 from runtime.hardware.machine import Machine
 from runtime.hardware.readings import Energy, Gpu, Thermal
 
@@ -147,7 +147,10 @@ def read_report(path: Path) -> Report:
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path} is larger than {_MAX_BYTES} bytes; this is no report of ours")
+            raise DataError(
+                f"{path} is larger than {_MAX_BYTES} bytes; give a file written by infmllm-bench "
+                f"--json"
+            )
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise DataError(
@@ -171,7 +174,7 @@ def parse_report(data: object, where: str) -> Report:
     version = data.get("version")
     if type(version) is not int or version != VERSION:
         raise DataError(
-            f"{where}: report version is {version!r:.20}, this reads {VERSION}; measure again"
+            f"{where}: report version is {version!r:.20}, expected {VERSION}; measure again"
         )
     report = _object(
         Report,
@@ -180,7 +183,7 @@ def parse_report(data: object, where: str) -> Report:
     )
     if not report.answers or not report.limits:
         raise DataError(
-            f"{where}: holds no answers or no limits, expected at least one of each; measure again"
+            f"{where}: has no answers or no limits, expected at least one of each; measure again"
         )
     for index, answer in enumerate(report.answers):
         if set(answer.stages_ms) != set(STAGES):
@@ -194,7 +197,7 @@ def parse_report(data: object, where: str) -> Report:
 def _object(cls: type[T], value: object, where: str) -> T:
     """Builds a dataclass from an object that has exactly its fields."""
     if not isinstance(value, dict):
-        raise DataError(f"{where} is {type(value).__name__}, expected an object; measure again")
+        raise DataError(f"{where} is {kind_name(type(value))}, expected an object; measure again")
     hints, names = get_type_hints(cls), {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if names != set(value):
         raise DataError(

@@ -105,7 +105,7 @@ def markdown_tables(report: Report) -> str:
     conditions = "".join(f"- {line}\n" for line in condition_lines(report))
     return (
         f"## Latency of {report.bundle.name}\n\n{markdown_table(_HEAD, _stage_rows(report))}\n"
-        f"{markdown_table(('metric', 'value', 'unit', 'what'), metrics)}\n{conditions}"
+        f"{markdown_table(('metric', 'value', 'unit', 'meaning'), metrics)}\n{conditions}"
     )
 
 
@@ -121,7 +121,7 @@ def condition_lines(report: Report) -> Iterator[str]:
     )
     yield (
         f"{' · '.join(filter(None, (given.board, given.cpu)))}, {given.threads} of "
-        f"{given.cores} cores as threads; {' '.join(given.isa) or 'plain'}"
+        f"{given.cores} cores used; instructions: {' '.join(given.isa) or 'baseline only'}"
     )
     new = f"{report.answers[-1].tokens} of at most {given.max_new_tokens} new tokens"
     yield (
@@ -139,13 +139,13 @@ def condition_lines(report: Report) -> Iterator[str]:
     ]
     when = "before to after" if len(limits) > 1 else "after"
     yield (
-        f"limits measured {when}: reading {rates[0]} GB/s, products {rates[1]} GFLOP/s in "
-        f"float32, {rates[2]} GOP/s in 8 bits"
+        f"limits of this machine, measured {when}: memory read {rates[0]} GB/s, matrix products "
+        f"{rates[1]} GFLOP/s in float32, {rates[2]} GOP/s in 8 bits"
     )
     if given.last_cache_mb and report.work.decoder_weight_bytes < given.last_cache_mb * 1e6:
         yield (
-            f"the decoder's weights fit the last cache ({given.last_cache_mb:.0f} MB), so steps "
-            f"can be faster than the limit of reading memory"
+            f"the decoder's weights fit the last-level CPU cache ({given.last_cache_mb:.0f} MB), "
+            f"so steps can be faster than the memory read limit"
         )
     yield throttling(report)
     yield from (f"{part} not available: {reason}" for part, reason in report.missing.items())

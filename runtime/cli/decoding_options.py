@@ -18,19 +18,22 @@ _MAX_SCHEMA = 1 << 20
 _NUMBERS: dict[str, tuple[type, str]] = {
     "temperature": (
         float,
-        "above 0: sample, the higher the wilder; default: 0, the most likely token",
+        "above 0: sample tokens; higher is more random; default: 0, always the most likely token",
     ),
-    "top_k": (int, "sample from that many most likely tokens"),
-    "top_p": (float, "sample from the most likely tokens that make up this share"),
-    "min_p": (float, "sample from tokens at least this likely relative to the most likely"),
-    "repetition_penalty": (float, "above 1: tokens of the answer become less likely to come again"),
-    "seed": (int, "makes sampling repeatable"),
-    "min_new_tokens": (int, "shortest answer in tokens"),
-    "length_penalty": (float, "beams: scores are divided by length to this power; default: 1"),
+    "top_k": (int, "sample only from the N most likely tokens"),
+    "top_p": (float, "sample from the most likely tokens whose probabilities add up to X"),
+    "min_p": (float, "sample from tokens at least X times as likely as the most likely token"),
+    "repetition_penalty": (
+        float,
+        "above 1: makes tokens that are already in the answer less likely",
+    ),
+    "seed": (int, "seed of sampling; the same seed gives the same answer"),
+    "min_new_tokens": (int, "minimum length of the answer in tokens"),
+    "length_penalty": (float, "with --beams: divides scores by length to the power X; default: 1"),
     "lookup": (
         int,
-        "most tokens to look up in the question and the answer and check in one step; 0: never; "
-        "default: where it pays",
+        "prompt-lookup speculative decoding with up to N drafted tokens; 0: off; default: on where "
+        "it cannot change the answer",
     ),
 }
 
@@ -52,16 +55,19 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         "--stop",
         action="append",
         metavar="TEXT",
-        help="end the answer where this text comes; may be given several times",
+        help="end the answer before this text; the option may be repeated",
     )
     group.add_argument(
         "--json-schema",
         type=Path,
         metavar="FILE",
-        help="hold the answer to JSON of this schema (needs the extra: json)",
+        help="force the answer to be JSON that matches this JSON Schema (needs: pip install "
+        "'infmllm-edge[json]')",
     )
     group.add_argument(
-        "--free", action="store_true", help="do not hold grounding answers to the form of a box"
+        "--free",
+        action="store_true",
+        help="do not force the answer of a ground question to be a box",
     )
 
 
@@ -95,7 +101,9 @@ def decoding_of(given: argparse.Namespace, prompt: str) -> Decoding:
 def _schema(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_SCHEMA:
-            raise UsageError(f"{path} is larger than {_MAX_SCHEMA} bytes; this is no JSON schema")
+            raise UsageError(
+                f"{path} is larger than {_MAX_SCHEMA} bytes; give a smaller JSON Schema"
+            )
         return path.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(

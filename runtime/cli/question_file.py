@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from runtime.contract.errors import DataError
+from runtime.contract.errors import DataError, kind_name
 from runtime.questions import Question
 
 __all__ = ["read_questions"]
@@ -26,7 +26,9 @@ def read_questions(
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise DataError(f"{path} is larger than {_MAX_BYTES} bytes; split it")
+            raise DataError(
+                f"{path} is larger than {_MAX_BYTES} bytes; split it into several files"
+            )
         lines = path.read_text("utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(
@@ -45,7 +47,9 @@ def read_questions(
                 Question(path.parent / settings.pop("image"), settings.pop("prompt"), **settings)
             )
     if not questions:
-        raise DataError(f'{path} holds no questions; write one {{"image": …, "prompt": …}} a line')
+        raise DataError(
+            f'{path} holds no questions; write one {{"image": …, "prompt": …}} per line'
+        )
     return questions
 
 
@@ -53,15 +57,15 @@ def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON ({error}); write one object a line") from None
+        raise DataError(f"{where} is not valid JSON ({error}); write one object per line") from None
     if not isinstance(row, dict) or not {"image", "prompt"} <= set(row) <= set(_FIELDS):
         raise DataError(
-            f"{where}: expected an object with image and prompt, and perhaps "
-            f"{', '.join(list(_FIELDS)[2:])}; found {line[:60]!r}"
+            f"{where}: expected an object with image and prompt (optional: "
+            f"{', '.join(list(_FIELDS)[2:])}), found {line[:60]!r}"
         )
     wrong = [name for name, value in row.items() if type(value) is not _FIELDS[name]]
     if wrong:
         raise DataError(
-            f"{where}: {wrong[0]} is {row[wrong[0]]!r:.40}, expected {_FIELDS[wrong[0]].__name__}"
+            f"{where}: {wrong[0]} is {row[wrong[0]]!r:.40}, expected {kind_name(_FIELDS[wrong[0]])}"
         )
     return row

@@ -52,61 +52,66 @@ examples:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="infmllm-run",
-        description="Ask a bundle about an image.",
+        description="Answer questions about images with a bundle.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("image", nargs="?", help="JPEG, PNG, WebP or BMP file; - reads standard input")
-    add("prompt", nargs="?", help='what to ask, for example "describe"')
-    add("--demo", action="store_true", help="ask about the sample image of this package")
+    add("prompt", nargs="?", help='question or instruction, for example "describe"')
+    add("--demo", action="store_true", help="use the sample image that comes with this package")
     add(
         "--bundle", type=Path, help="bundle folder; default: $INFMLLM_BUNDLE, then ./infmllm-bundle"
     )
-    add("--task", default="auto", help="auto (default), caption, vqa, ground or chat")
+    add("--task", default="auto", help="task: auto (default), caption, vqa, ground or chat")
     add(
         "--visual-tokens",
         type=int,
         metavar="N",
-        help="visual embeddings to use, fewer is faster; default: the model's best",
+        help="number of visual tokens; fewer is faster; default: the model's preferred number",
     )
     add(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="longest answer in tokens; default: the task's",
+        help="maximum length of the answer in tokens; default: depends on the task",
     )
     add_decoding(parser)
     add(
         "--chat",
         action="store_true",
-        help="a conversation about the image: one turn a line on standard input",
+        help="chat about the image: each line of standard input is one message",
     )
     add(
         "--batch",
         type=Path,
         metavar="FILE.jsonl",
-        help='questions, one {"image": …, "prompt": …} a line; answers as JSON lines in the same '
-        "order",
+        help='answer a file of questions, one {"image": …, "prompt": …} per line; prints one JSON '
+        "object per line, in the same order",
     )
     add(
         "--no-cache",
         action="store_true",
-        help="keep no image embeddings on disk for the next question on the same image",
+        help="do not cache image embeddings on disk for later questions about the same image",
     )
     add("--threads", type=positive, metavar="N", help="CPU threads; default: all available cores")
     add(
         "--context",
         type=positive,
         metavar="N",
-        help="rows of the key/value cache; default: the model's context",
+        help="length of the key/value cache in tokens; default: the model's context",
     )
     add("--json", action="store_true", help="print one JSON object instead of text")
-    add("--draw", type=Path, metavar="OUT.png", help="write the image with the answer's boxes")
+    add(
+        "--draw",
+        type=Path,
+        metavar="OUT.png",
+        help="write the image with the boxes of the answer drawn on it",
+    )
     add(
         "--self-test",
         action="store_true",
-        help="replay the bundle's golden inputs on this machine and compare",
+        help="run the bundle's golden cases on this machine and compare with PyTorch's results",
     )
     return parser
 
@@ -131,14 +136,14 @@ def run() -> None:
         image_cache=cache,
     )
     if session.bundle.verdict != "VERIFIED":
-        note("warning: this bundle is UNVERIFIED: its build did not prove it equal to PyTorch")
+        note("warning: this bundle is UNVERIFIED: it did not pass the comparison with PyTorch")
     mode(session, given, decoding)
 
 
 def _use_demo(given: argparse.Namespace) -> None:
     """Takes the sample image; one argument alone is then the prompt. Raises `UsageError`."""
     if given.prompt is not None:
-        raise UsageError("--demo has an image of its own; give a prompt only")
+        raise UsageError("--demo uses its own sample image; give only a prompt")
     given.image, given.prompt = str(SAMPLE_IMAGE), given.image
     if given.prompt is None and not given.chat:
         given.prompt = "describe"
@@ -157,21 +162,21 @@ def _mode(given: argparse.Namespace) -> Callable[[Session, argparse.Namespace, D
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} exclude each other; choose one")
     if chosen and given.draw:
-        raise UsageError(f"--draw draws the boxes of one answer; leave it out with {chosen[0]}")
+        raise UsageError(f"--draw needs a single answer; leave it out with {chosen[0]}")
     if given.self_test:
         if given.image is not None:
-            raise UsageError("--self-test replays what the bundle holds; leave the image out")
+            raise UsageError("--self-test uses the bundle's golden cases; leave the image out")
         return _self_test
     if given.batch is not None:
         if given.image is not None:
             raise UsageError(
-                "--batch takes images and prompts from its file; leave them out of the command line"
+                "--batch reads images and prompts from its file; leave them out of the command line"
             )
         return _batch
     if given.chat:
         if given.image is None or given.image == "-":
             raise UsageError(
-                "--chat needs an image's file, for example: infmllm-run photo.jpg --chat"
+                "--chat needs an image file, for example: infmllm-run photo.jpg --chat"
             )
         if given.task not in ("auto", "chat"):
             raise UsageError(f"--chat and --task {given.task} exclude each other; leave --task out")
@@ -235,7 +240,7 @@ def _next_line() -> str | None:
         return line.decode() if line else None
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"the turn is not valid UTF-8 at byte {error.start}; enter it as UTF-8"
+            f"the message is not valid UTF-8 at byte {error.start}; enter it as UTF-8"
         ) from None
 
 

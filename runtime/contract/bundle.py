@@ -181,7 +181,7 @@ class Bundle:
             if outside:
                 raise BundleError(
                     f"{self.path / graph} refers to data outside the bundle: "
-                    f"{min(outside)!r:.80}; do not use it"
+                    f"{min(outside)!r:.80}; do not use this bundle"
                 )
 
     def verify_once(self) -> None:
@@ -235,7 +235,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         )
     if manifest.stat().st_size > _MAX_MANIFEST:
         raise BundleError(
-            f"{manifest} is larger than {_MAX_MANIFEST} bytes; this is no manifest of ours"
+            f"{manifest} is larger than {_MAX_MANIFEST} bytes, so it is not a bundle manifest"
         )
     try:
         data = json.loads(manifest.read_bytes())
@@ -278,23 +278,25 @@ def _parse(folder: Path, data: Any) -> Bundle:
     _expect(
         set(data) == _FIELDS,
         manifest,
-        f"fields differ from the format: {sorted(set(data) ^ _FIELDS)!s:.200}",
+        f"fields are missing or unknown: {sorted(set(data) ^ _FIELDS)!s:.200}",
     )
     try:
         spec = ModelSpec.from_json(data["spec"])
     except SpecError as error:
         raise BundleError(f"{manifest}: {error}; re-export the bundle") from None
-    _expect(isinstance(data["target"], str), manifest, "target is not text")
+    _expect(isinstance(data["target"], str), manifest, "target is not a string")
     for name in ("schemes", "files", "provenance", "parity"):
         _expect(isinstance(data[name], dict), manifest, f"{name} is not an object")
     _expect(
-        all(isinstance(v, str) for v in data["schemes"].values()), manifest, "a scheme is not text"
+        all(isinstance(v, str) for v in data["schemes"].values()),
+        manifest,
+        "a scheme is not a string",
     )
     tolerance = data["parity"].get("tolerance", {})
     _expect(
         isinstance(tolerance, dict) and all(type(v) in (int, float) for v in tolerance.values()),
         manifest,
-        "a parity tolerance is no number",
+        "a parity tolerance is not a number",
     )
     _expect(len(data["files"]) <= _MAX_FILES, manifest, f"lists more than {_MAX_FILES} files")
     files: dict[str, tuple[int, str]] = {}
@@ -331,8 +333,8 @@ def _check_files(bundle: Bundle) -> None:
             raise BundleError(f"{path} is missing; re-export or copy the bundle again") from None
         if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
             raise BundleError(
-                f"{path} is a link or not a regular file; bundles hold plain files only, copy it "
-                f"again"
+                f"{path} is a link or not a regular file; a bundle may contain only regular "
+                f"files, copy it again"
             )
         if info.st_size != size:
             raise BundleError(

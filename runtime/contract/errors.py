@@ -24,6 +24,7 @@ __all__ = [
     "RegressionError",
     "SpecError",
     "UsageError",
+    "kind_name",
 ]
 
 
@@ -93,3 +94,20 @@ class ParityError(BuildError):
 
 class RegressionError(InfMLLMError):
     """A latency report exceeds a limit that was set for its comparison."""
+
+
+_KIND_NAMES = {
+    bool: "true or false",
+    dict: "an object",
+    float: "a number",
+    int: "a whole number",
+    list: "a list",
+    str: "text",
+    tuple: "a list",
+    type(None): "null",
+}
+
+
+def kind_name(kind: type) -> str:
+    """Names the JSON kind of a Python type for a message, such as "a list" for `list`."""
+    return _KIND_NAMES.get(kind, kind.__name__)

@@ -75,7 +75,7 @@ def read_goldens(path: Path) -> list[Golden]:
     ) as error:
         raise BundleError(f"{path} is damaged ({error}); re-export the bundle") from None
     if not goldens:
-        raise BundleError(f"{path} holds no golden cases; re-export the bundle")
+        raise BundleError(f"{path} contains no golden cases; re-export the bundle")
     return goldens
 
 

@@ -179,7 +179,7 @@ def image_size(path: Path) -> tuple[int, int]:
                 turned = image.getexif().get(_ORIENTATION, 1) >= _QUARTER_TURNS
     except Exception as error:  # Pillow raises many exception types on damaged files
         raise ImageError(
-            f"image {path} is damaged or no JPEG, PNG, WebP or BMP image ({error}); copy or "
+            f"image {path} is damaged or not a JPEG, PNG, WebP or BMP image ({error}); copy or "
             f"convert it again"
         ) from None
     return (height, width) if turned else (width, height)

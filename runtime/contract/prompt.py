@@ -63,8 +63,8 @@ def _vqa(text: str) -> Prompt:
     question = " ".join(text.lower().translate(_VQA_STRIP).split()[:_VQA_MAX_WORDS])
     if not question:
         raise PromptError(
-            f"the question {text!r:.40} has no words left after removing punctuation; ask one "
-            f"with words"
+            f"the question {text!r:.40} has no words left after removing punctuation; ask a "
+            f"question with words"
         )
     return Prompt("<image>", f"Question:{question} Short answer:")
 

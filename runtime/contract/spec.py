@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar, get_type_hints
 
-from runtime.contract.errors import SpecError
+from runtime.contract.errors import SpecError, kind_name
 from runtime.contract.graphs import key_cache, value_cache
 
 __all__ = ["DecoderSpec", "ModelSpec", "VisionSpec"]
@@ -47,13 +47,21 @@ def _read(cls: type[T], data: object, where: str) -> T:
     the field existed stay readable.
     """
     if not isinstance(data, Mapping):
-        raise SpecError(f"model spec: {where} is {type(data).__name__}, expected an object")
+        raise SpecError(f"model spec: {where} is {kind_name(type(data))}, expected an object")
     hints = get_type_hints(cls)
     known = fields(cls)  # type: ignore[arg-type]
     names = {f.name for f in known}
     required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
     unknown, missing = sorted(set(map(str, data)) - names), sorted(required - set(data))
-    _require(not unknown and not missing, f"{where} has unknown fields {unknown}, lacks {missing}")
+    wrong = [
+        f"{how} {', '.join(found)[:200]}"
+        for how, found in (("unknown fields", unknown), ("missing fields", missing))
+        if found
+    ]
+    _require(
+        not wrong,
+        f"{where} has {' and '.join(wrong)}; it was changed by hand or written by another version",
+    )
     values: dict[str, Any] = {}
     for name in names & set(data):
         value, hint = data[name], hints[name]
@@ -69,7 +77,8 @@ def _read(cls: type[T], data: object, where: str) -> T:
         else:
             ok = type(value) is hint or not isinstance(hint, type)
             ok = ok and (hint is not float or 0 < value <= _MAX_FLOAT)
-        _require(ok, f"{where}.{name} is {value!r:.60}, expected {getattr(hint, '__name__', hint)}")
+        expected = kind_name(hint) if isinstance(hint, type) else str(hint)
+        _require(ok, f"{where}.{name} is {value!r:.60}, expected {expected}")
         values[name] = value
     return cls(**values)
 
@@ -240,7 +249,7 @@ class ModelSpec:
                 return p
         choices = ", ".join(str(p * p) for p in self.pool_sizes)
         raise SpecError(
-            f"{visual_tokens} visual tokens are not served by {self.name}; choose one of: {choices}"
+            f"{self.name} does not support {visual_tokens} visual tokens; choose one of: {choices}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -253,7 +262,7 @@ class ModelSpec:
         or out-of-bounds field.
         """
         if not isinstance(data, Mapping):
-            raise SpecError(f"model spec: found {type(data).__name__}, expected an object")
+            raise SpecError(f"model spec: found {kind_name(type(data))}, expected an object")
         parts = dict(data)
         parts["vision"] = _read(VisionSpec, parts.get("vision"), "vision")
         parts["decoder"] = _read(DecoderSpec, parts.get("decoder"), "decoder")

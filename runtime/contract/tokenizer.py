@@ -45,7 +45,7 @@ class Tokenizer:
         try:
             if path.stat().st_size > _MAX_BYTES:
                 raise BundleError(
-                    f"{path} is larger than {_MAX_BYTES} bytes; this is no tokenizer of ours"
+                    f"{path} is larger than {_MAX_BYTES} bytes, so it is not a supported tokenizer"
                 )
             inner = _Tokenizer.from_file(str(path))
         except BundleError:
@@ -59,7 +59,8 @@ class Tokenizer:
         if highest >= spec.decoder.vocab_size:
             raise BundleError(
                 f"{path} has token id {highest}, the model's vocabulary has "
-                f"{spec.decoder.vocab_size}; they do not belong together"
+                f"{spec.decoder.vocab_size} tokens; they do not belong together, use the model's "
+                f"own tokenizer"
             )
         plain = [
             token.content

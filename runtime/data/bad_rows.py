@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from runtime.contract.errors import ContextError, DataError, ImageError, PromptError
+from runtime.contract.errors import ContextError, DataError, ImageError, PromptError, kind_name
 
 __all__ = ["Faults", "field"]
 
 _SHOWN = 3
-_ADVICE = "; repair it, or leave out bad rows with --skip-bad"
+_ADVICE = "; correct this row, or skip invalid rows with --skip-bad"
 
 
 class Faults:
@@ -62,13 +62,13 @@ def field(row: object, key: str, kind: type | tuple[type, ...]) -> Any:
     blank text. Raises `ValueError` that shows the value.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"found {type(row).__name__}, expected an object")
+        raise ValueError(f"found {kind_name(type(row))}, expected an object")
     value = row.get(key)
     if (
         not isinstance(value, kind)
         or isinstance(value, bool)
         or (isinstance(value, str) and not value.strip())
     ):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        kinds = " or ".join(kind_name(k) for k in (kind if isinstance(kind, tuple) else (kind,)))
         raise ValueError(f'"{key}" is {value!r:.40}, expected {kinds}')
     return value

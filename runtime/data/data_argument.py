@@ -60,7 +60,7 @@ def parse_source(text: str, names: Collection[str]) -> DataSource:
         key, equals, value = part.partition("=")
         if not equals or not key or not value:
             raise UsageError(
-                f"data {text!r}: {part!r} is no option=value; write for example "
+                f"data {text!r}: {part!r} is not option=value; write for example "
                 f"voc:FOLDER,split=train"
             )
         options[key] = value

@@ -56,7 +56,7 @@ def _ground(row: dict[str, Any]) -> Sample:
 def _chat(row: dict[str, Any]) -> Sample:
     turns = row.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError('"messages" is no list of {"role", "content"} objects')
+        raise ValueError('"messages" is not a list of {"role", "content"} objects')
     messages = [Message(_text(turn, "role"), _text(turn, "content")) for turn in turns]
     if (
         len(messages) < 2
@@ -97,7 +97,7 @@ def read_jsonl(path: Path, faults: Faults | None = None) -> list[Example]:
             with faults.row(f"{path}:{number}"):
                 examples.append(_read_line(line, path, number))
     if not examples:
-        raise DataError(f"data file {path} has no samples; expected one JSON object a line")
+        raise DataError(f"data file {path} has no samples; expected one JSON object per line")
     return examples
 
 
@@ -106,7 +106,7 @@ def _read_line(line: str, path: Path, number: int) -> Example:
         raise ValueError(f"line is longer than {_MAX_LINE} characters")
     row = json.loads(line)
     if not isinstance(row, dict):
-        raise ValueError("the line is no JSON object")
+        raise ValueError("the line is not a JSON object")
     task = row.get("task")
     if not isinstance(task, str) or task not in _READERS:
         raise ValueError(f'"task" is {task!r:.40}, expected one of {", ".join(_READERS)}')

@@ -37,7 +37,7 @@ def _gpu(facts: Facts) -> Finding:
             return problem(found, *answer)
     return problem(
         "no NVIDIA GPU",
-        "there is none on this machine's bus",
+        "this machine has no NVIDIA device on its PCI bus",
         "use the CPU: infmllm-export build --target cpu",
     )
 
@@ -89,8 +89,8 @@ def _init(facts: Facts) -> tuple[str, str] | None:
         return None
     if facts.access.compat:
         cause = (
-            "CUDA's forward-compatibility libraries come before the driver's own, and this "
-            "GPU or driver does not take them"
+            "CUDA's forward-compatibility libraries are loaded before the driver's own, but this "
+            "GPU or driver does not support them"
         )
         return cause, "rm -rf /usr/local/cuda*/compat* && ldconfig (in a Dockerfile: a RUN line)"
     return (
@@ -122,7 +122,7 @@ def _driverless(facts: Facts) -> tuple[str, str] | None:
         )
     if facts.access.wsl:
         return (
-            "Windows gives WSL no GPU",
+            "Windows does not give WSL access to a GPU",
             "update the NVIDIA driver in Windows, then: wsl --update && wsl --shutdown",
         )
     if facts.access.card or facts.access.nodes:
@@ -167,7 +167,7 @@ def driver_runs(facts: Facts, library: str, major: int | None) -> Finding | None
         return problem(
             found,
             "a Jetson's driver is part of JetPack",
-            f"take the build for CUDA {newest}, or flash a JetPack with CUDA {major}",
+            f"install the build for CUDA {newest}, or flash a JetPack with CUDA {major}",
         )
     return problem(found, cause, f"update the driver, or install {library} for CUDA {newest}")
 
@@ -180,18 +180,18 @@ def _capability(facts: Facts) -> Finding | None:
         return None
     gpu = facts.devices[0]
     found = (
-        f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, old for "
-        f"TensorRT"
+        f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, too old for "
+        f"current TensorRT"
     )
     version = numbers(str(facts.probes["tensorrt"].values.get("version", "")))
     if gpu.capability >= (7, 0) and version[:1] == (10,):
         return warning(
             found,
-            "late versions of TensorRT begin with 7.5 (Turing)",
-            "stay with this TensorRT if it builds engines",
+            "newer versions of TensorRT need 7.5 (Turing) or higher",
+            "keep this TensorRT version if it builds engines",
         )
     return problem(
-        found, "TensorRT begins with 7.5 (Turing)", "use another GPU, or the CPU: --target cpu"
+        found, "TensorRT needs 7.5 (Turing) or higher", "use another GPU, or the CPU: --target cpu"
     )
 
 
@@ -200,10 +200,12 @@ def _rtx_capability(facts: Facts) -> Finding | None:
         return None
     gpu = facts.devices[0]
     found = (
-        f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, not one "
-        f"of TensorRT-RTX's"
+        f"{gpu.name} has compute capability {gpu.capability[0]}.{gpu.capability[1]}, which "
+        f"TensorRT-RTX does not support"
     )
-    cause = "TensorRT-RTX is for RTX GPUs: 8.6 (Ampere), 8.9 (Ada), 12.0 and 12.1 (Blackwell)"
+    cause = (
+        "TensorRT-RTX supports only RTX GPUs: 8.6 (Ampere), 8.9 (Ada), 12.0 and 12.1 (Blackwell)"
+    )
     return problem(found, cause, "use --target tensorrt, --target cuda or --target cpu")
 
 
@@ -215,7 +217,7 @@ def _nvml(facts: Facts) -> Finding | None:
         return None
     return warning(
         "nvidia-ml-py is not installed",
-        "infmllm-bench reads energy, memory and throttling of the GPU with it",
+        "infmllm-bench needs it to read energy, memory and throttling of the GPU",
         "pip install nvidia-ml-py",
     )
 

@@ -43,9 +43,7 @@ def _processor(facts: Facts) -> Finding:
     return (
         ok(has)
         if fast
-        else note(
-            f"{has}. int8 is right here, and faster than fp32 by less than on newer processors"
-        )
+        else note(f"{has}. int8 works, but gains less speed over fp32 than on newer processors")
     )
 
 
@@ -59,8 +57,8 @@ def _memory(facts: Facts) -> Finding:
         return ok(found)
     return warning(
         found,
-        "other programs hold the memory",
-        "close them; `infmllm-export plan` tells what a model needs",
+        "other programs use the memory",
+        "close them; `infmllm-export plan` shows how much memory a model needs",
     )
 
 
@@ -73,13 +71,13 @@ def _disk(facts: Facts) -> Finding:
         found,
         cause,
         "free some space, or set INFMLLM_CACHE to a folder on a larger disk; "
-        "INFMLLM_ENGINE_CACHE_GB bounds it",
+        "INFMLLM_ENGINE_CACHE_GB limits its size",
     )
 
 
 def _wsl(facts: Facts) -> Finding | None:
     return (
-        note("this is WSL: the GPU's driver is the one of Windows; install none in Linux")
+        note("this is WSL: it uses the GPU driver of Windows; do not install one in Linux")
         if facts.access.wsl
         else None
     )
@@ -124,8 +122,8 @@ def _one_onnxruntime(facts: Facts) -> Finding | None:
         f"{facts.packages['onnxruntime-gpu']} are both installed"
     )
     cause = (
-        "they are the same module and overwrite each other's files: which one runs is a "
-        "matter of chance"
+        "both install the module onnxruntime and overwrite each other's files, so either may be "
+        "loaded"
     )
     return problem(found, cause, f"{PIP_ONNXRUNTIME_GPU} (for rtx: pip install onnxruntime)")
 
@@ -140,11 +138,11 @@ def _import_names(facts: Facts) -> Finding:
     }
     taken = {name: owners for name, owners in others.items() if owners}
     if not taken:
-        return ok(f"{', '.join(facts.import_owners)} are this package's own")
+        return ok(f"{', '.join(facts.import_owners)} belong to this package only")
     names = sorted({owner for owners in taken.values() for owner in owners})
     return problem(
         "; ".join(f"{name} also comes from {', '.join(owners)}" for name, owners in taken.items()),
-        "two packages with one import name overwrite each other's files, and `import` finds either",
+        "packages with the same import name overwrite each other's files",
         f"use a virtual environment without {', '.join(names)}, or: pip uninstall -y "
         f"{' '.join(names)} && pip install --force-reinstall --no-deps {DISTRIBUTION}",
     )

@@ -27,7 +27,7 @@ def _jetpack(facts: Facts) -> Finding | None:
         return note(
             f"{facts.machine.board}, JetPack unknown",
             cause,
-            "run the doctor on the device itself, too",
+            "also run the doctor on the device itself, outside the container",
         )
     jetpack = facts.jetpack
     if jetpack is None:
@@ -44,8 +44,8 @@ def _jetpack(facts: Facts) -> Finding | None:
         return ok(found)
     return problem(
         found,
-        f"TensorRT {tensorrt} does not take our graphs",
-        "flash JetPack 6.2 or newer; --target cpu runs as it is",
+        f"TensorRT {tensorrt} is too old to read the graphs of a bundle",
+        "flash JetPack 6.2 or newer, or use --target cpu",
     )
 
 
@@ -60,7 +60,7 @@ def _tensorrt_on_jetson(facts: Facts) -> Finding | None:
         fix = "pip uninstall -y tensorrt, and use JetPack's; or update to JetPack 7.2.2"
         return problem(
             f"TensorRT {version} on L4T {facts.jetson.l4t}",
-            "TensorRT 11 runs on Jetson from JetPack 7.2.2 on",
+            "on Jetson, TensorRT 11 needs JetPack 7.2.2 or newer",
             fix,
         )
     if l4t < (38,) and any(name.endswith("-libs") for name in facts.packages):
@@ -86,11 +86,11 @@ def _power_mode(facts: Facts) -> Finding | None:
     )
     if best is None or mode == best[1]:
         return ok(f"power mode {mode}")
-    cause = "this mode caps clocks and cores"
+    cause = "this mode limits clocks and the number of cores"
     return warning(
         f"power mode {mode}, {best[1]} is faster",
         cause,
-        f"sudo nvpmodel -m {best[0]} (needs the supply and cooling for it)",
+        f"sudo nvpmodel -m {best[0]} (needs a sufficient power supply and cooling)",
     )
 
 
@@ -100,8 +100,8 @@ def _clocks(facts: Facts) -> Finding | None:
     if facts.jetson.clocks_pinned:
         return ok("clocks are pinned at the power mode's maximum (jetson_clocks)")
     return note(
-        "clocks follow the load",
-        "short answers end before clocks are up, and latencies scatter",
+        "clocks change with the load",
+        "short answers end before clocks reach their maximum, so latencies vary",
         "sudo jetson_clocks before measuring",
     )
 
@@ -120,9 +120,9 @@ def _memory(facts: Facts) -> Finding | None:
     disk = memory.swap_mb - memory.zram_mb
     if disk < 1000:
         cause = (
-            "zram is memory, too: building an engine may be killed"
+            "zram swap uses memory too: the system may kill the build of an engine"
             if memory.zram_mb
-            else "without swap, building an engine may be killed"
+            else "without swap, the system may kill the build of an engine"
         )
         fix = (
             "sudo fallocate -l 8G /swapfile && sudo chmod 600 /swapfile && sudo mkswap "
@@ -134,7 +134,7 @@ def _memory(facts: Facts) -> Finding | None:
     if memory.available_mb < _FREE_MB:
         return warning(
             found,
-            "the desktop and other programs hold the rest",
+            "the desktop and other programs use the rest",
             "sudo systemctl isolate multi-user.target frees about 1 GB",
         )
     return ok(found)

@@ -40,7 +40,9 @@ def _cuda_provider(facts: Facts) -> Finding | None:
             else PIP_ONNXRUNTIME_GPU
         )
         return problem(
-            "onnxruntime-gpu is not installed", "the CPU's onnxruntime has no CUDA provider", fix
+            "onnxruntime-gpu is not installed",
+            "the CPU package onnxruntime has no CUDA provider",
+            fix,
         )
     if not facts.probes["onnxruntime"].works:
         return None  # the onnxruntime check reports the reason
@@ -50,7 +52,7 @@ def _cuda_provider(facts: Facts) -> Finding | None:
     probe = facts.probes["cuda_provider"]
     if probe.works and probe.values["runs"]:
         return ok(
-            f"CUDAExecutionProvider computes (onnxruntime-gpu {facts.packages['onnxruntime-gpu']})"
+            f"CUDAExecutionProvider works (onnxruntime-gpu {facts.packages['onnxruntime-gpu']})"
         )
     return _failed_provider(facts, probe.error, f"{probe.error}\n{probe.log}")
 
@@ -65,7 +67,7 @@ def _failed_provider(facts: Facts, error: str, log: str) -> Finding:
         return problem(
             f"CUDAExecutionProvider does not start: {error or 'it fell back to the CPU'}",
             "see the check of the GPU",
-            "repair what that says",
+            "apply the fix of that check",
         )
     name, major = missing[1], missing[2]
     found = (
@@ -115,13 +117,13 @@ def _tensorrt(facts: Facts) -> Finding:
         )
         return problem(
             found,
-            f"{missing[1]} is missing: only the bindings are installed, or another major version "
-            f"of the library",
+            f"{missing[1]} is missing: the library is not installed, or has another major "
+            f"version than the bindings",
             fix,
         )
     cause = (
-        "a library it needs is missing, or bindings and library do not fit each other or this "
-        "Python"
+        "a library it needs is missing, or the bindings do not match the library or this "
+        "Python version"
     )
     return problem(
         found,
@@ -138,18 +140,18 @@ def _no_bindings(facts: Facts) -> Finding:
             f"TensorRT's bindings of JetPack are for Python {', '.join(system)}, this is "
             f"{python.version}"
         )
-        cause = "bindings are compiled for one Python; this project needs 3.11 or newer"
+        cause = "bindings work with one Python version only; this project needs 3.11 or newer"
         return problem(
             found,
             cause,
-            "install TensorRT's own wheel for this Python, of JetPack's version (docs/jetson.md)",
+            "install TensorRT's wheel for this Python, in JetPack's version (docs/jetson.md)",
         )
     if system and not python.sees_system:
         found = "this virtual environment does not see JetPack's TensorRT"
         return problem(
             found,
-            "it was made without the system's packages",
-            "make it again: python3 -m venv --system-site-packages .venv",
+            "it was created without --system-site-packages",
+            "create it again: python3 -m venv --system-site-packages .venv",
         )
     if facts.jetson:
         return problem(
@@ -179,8 +181,8 @@ def _tensorrt_library(facts: Facts) -> Finding | None:
         return None
     found = f"TensorRT's bindings are {bindings}, the library is {library}"
     fix = (
-        f"install both of one version: pip install "
-        f"'tensorrt=={'.'.join(map(str, release(library)))}.*', or the library of the bindings"
+        f"install both in the same version: pip install "
+        f"'tensorrt=={'.'.join(map(str, release(library)))}.*', or change the library"
     )
     return problem(found, "two installations are mixed, such as one by pip and one by apt", fix)
 
@@ -194,14 +196,14 @@ def _tensorrt_version(facts: Facts) -> Finding | None:
         fix = "flash JetPack 6.2 or newer" if facts.jetson else "pip install -U tensorrt"
         return problem(
             f"TensorRT {version} is too old",
-            "its parser does not take our graphs; 10.3 is the oldest that does",
+            "it cannot read the graphs of a bundle; 10.3 is the oldest version that can",
             fix,
         )
     fused = values.get("fused", release(version) >= FUSED_TENSORRT)
     return ok(
-        "the fused decoder runs: the cache is updated in place"
+        f"TensorRT {version} supports the faster fused decoder (key/value cache updated in place)"
         if fused
-        else "the plain decoder runs: no KVCacheUpdate layer before 10.15"
+        else f"TensorRT {version} supports only the plain decoder; the faster fused one needs 10.15"
     )
 
 
@@ -220,13 +222,13 @@ def _cuda_python(facts: Facts) -> Finding | None:
     if not version:
         return problem(
             "cuda-python is not installed",
-            "the TensorRT engine handles device memory with it",
+            "the TensorRT engine needs it to manage device memory",
             f"pip install {span}",
         )
     if wanted and numbers(version)[0] != wanted:
         return problem(
-            f"cuda-python {version} beside TensorRT for CUDA {wanted}",
-            "they are of different CUDA majors",
+            f"cuda-python {version} does not match TensorRT for CUDA {wanted}",
+            "both must be for the same CUDA major version",
             f"pip install {span}",
         )
     return ok(f"cuda-python {version}")
@@ -239,13 +241,13 @@ def _rtx(facts: Facts) -> Finding:
         fix = f"pip install 'onnxruntime>=1.24' onnxruntime-ep-nv-tensorrt-rtx-cu{cuda} (146 MB)"
         return problem(
             "the TensorRT-RTX plugin is not installed",
-            "ONNX Runtime has it as a package of its own",
+            "it is a separate package, which ONNX Runtime does not include",
             fix,
         )
     version = str(facts.probes["onnxruntime"].values.get("version", ""))
     if version and release(version) < OLDEST_ONNXRUNTIME:
         return problem(
-            f"onnxruntime {version} beside the TensorRT-RTX plugin",
+            f"onnxruntime {version} is too old for the TensorRT-RTX plugin",
             "the plugin needs 1.24 or newer",
             "pip install -U onnxruntime",
         )
@@ -258,7 +260,7 @@ def _rtx(facts: Facts) -> Finding:
     if not probe.values.get("devices"):
         return problem(
             "the TensorRT-RTX plugin finds no GPU",
-            "it takes RTX GPUs from Ampere on",
+            "it needs an RTX GPU of Ampere or newer",
             "see the checks of the GPU, or use --target cpu",
         )
     return ok(
@@ -273,11 +275,9 @@ def _rtx_packages(facts: Facts) -> Finding | None:
     """
     if not facts.plugin or "onnxruntime-gpu" not in facts.packages:
         return None
-    cause = (
-        "the plugin is made for the plain onnxruntime, which is another version of the same module"
-    )
+    cause = "the plugin needs the package onnxruntime, whose files onnxruntime-gpu overwrites"
     return warning(
-        "onnxruntime-gpu beside the TensorRT-RTX plugin",
+        "both onnxruntime-gpu and the TensorRT-RTX plugin are installed",
         cause,
         "pip uninstall -y onnxruntime-gpu && pip install onnxruntime",
     )

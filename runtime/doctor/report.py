@@ -33,7 +33,7 @@ def verdict(diagnosis: Diagnosis) -> str:
     """
     targets = ", ".join(diagnosis.targets)
     if not diagnosis.problems:
-        return f"nothing keeps {targets} from running here"
+        return f"no problem found: {targets} can run on this machine"
     return (
         f"{len(diagnosis.problems)} problem{'s' if len(diagnosis.problems) > 1 else ''} for "
         f"{targets}: " + ", ".join(result.check for result in diagnosis.problems)
@@ -124,7 +124,7 @@ def diagnosis_page(facts: Facts, diagnosis: Diagnosis) -> str:
     )
     packages = (
         ", ".join(f"{name} {version}" for name, version in facts.packages.items())
-        or "none of those looked for"
+        or "none of the relevant packages"
     )
     return html_page("infmllm doctor", f"{body}<h2>Packages</h2><p>{escape(packages)}</p>", _STYLE)
 
@@ -139,6 +139,6 @@ def _table(results: list[Result]) -> str:
         for result in results
     )
     head = "".join(
-        f"<th>{name}</th>" for name in ("level", "check", "found", "cause", "fix", "matters to")
+        f"<th>{name}</th>" for name in ("level", "check", "found", "cause", "fix", "targets")
     )
     return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'

@@ -202,8 +202,8 @@ def load_engine(bundle: Bundle, options: EngineOptions) -> Engine:
     target = TARGETS.get(bundle.target)
     if target is None:
         raise EngineError(
-            f"bundle target is {bundle.target!r:.40}, this runtime has: {', '.join(TARGETS)}; "
-            f"rebuild with --target"
+            f"bundle target is {bundle.target!r:.40}, expected one of: {', '.join(TARGETS)}; "
+            f"rebuild the bundle with --target"
         )
     try:
         return _create(target, bundle, options)

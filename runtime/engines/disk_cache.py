@@ -47,8 +47,8 @@ def engine_cache_bytes() -> int:
         return max(0, int(min(float(text or _DEFAULT_GB), _MOST_GB) * 1e9))
     except ValueError:
         raise UsageError(
-            f"INFMLLM_ENGINE_CACHE_GB is {text!r:.40}, expected a number of gigabytes, 0 for no "
-            f"engine cache"
+            f"INFMLLM_ENGINE_CACHE_GB is {text!r:.40}, expected a number of gigabytes (0: no "
+            f"engine cache)"
         ) from None
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BundleAnswerer", "main", "open_answerer"]
 
-app = command_app("Score a bundle or a checkpoint.")
+app = command_app("Measure the accuracy of a bundle or a checkpoint.")
 _EXAMPLES = """
 Examples:
 
@@ -81,23 +81,27 @@ def run(
         ),
     ],
     visual_tokens: Annotated[
-        int | None, typer.Option(help="Visual embeddings per image. Default: the model's best.")
+        int | None,
+        typer.Option(help="Visual tokens per image. Default: the model's preferred number."),
     ] = None,
     control: Annotated[
         bool,
         typer.Option(
-            "--control", help="Also score with plain images: what the questions alone give away."
+            "--control",
+            help="Also score with blank images, to show how much the questions alone reveal.",
         ),
     ] = False,
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Leave out bad rows and count them, instead of stopping."),
+        typer.Option(
+            "--skip-bad", help="Skip and count invalid rows instead of stopping at the first."
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write every answer to this jsonl file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write all answers to this .jsonl file.")] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write a page with images, answers and boxes, worst first."),
+        typer.Option(help="Write an HTML page of images, answers and boxes, worst first."),
     ] = None,
 ) -> None:
     """Prints accuracy per task with its 95 % interval."""

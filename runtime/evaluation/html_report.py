@@ -64,7 +64,7 @@ def _table(
     head = (
         "",
         "samples",
-        "right, %",
+        "correct, %",
         "95 % interval",
         "",
         "mean IoU",
@@ -115,7 +115,7 @@ def report_page(result: Mapping[str, Any], rows: Sequence[AnswerRow]) -> str:
     body = (
         f"<h1>{escape(title)}</h1><h2>Tasks</h2>"
         f"{_table(result['tasks'], result.get('control', {}))}"
-        f"<h2>Kinds</h2>{_table(dict(sorted(result['kinds'].items())), {})}"
+        f"<h2>Question kinds</h2>{_table(dict(sorted(result['kinds'].items())), {})}"
         f'<h2>{shown}</h2><p>{legend}</p><div class="grid">{"".join(map(_figure, ordered))}</div>'
     )
     return html_page(title, body, _STYLE)

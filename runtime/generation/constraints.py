@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract.boxes import box_continues, box_ends
-from runtime.contract.errors import UsageError
+from runtime.contract.errors import UsageError, kind_name
 from runtime.contract.tokenizer import Tokenizer
 
 __all__ = ["BoxGrammar", "Constraint", "JsonSchema"]
@@ -56,7 +56,7 @@ class BoxGrammar:
         self._allowed = lru_cache(maxsize=256)(self._find)
         if not self.allowed("").any():
             raise UsageError(
-                "this model's tokenizer cannot write a box; ask for free text with --free"
+                "this model's tokenizer has no tokens to write a box; allow free text with --free"
             )
 
     def start(self) -> str:
@@ -94,11 +94,11 @@ class JsonSchema:
             parsed = json.loads(schema)
         except (ValueError, RecursionError) as error:
             raise UsageError(
-                f"the JSON schema is no JSON ({error}); give a file with a JSON Schema object"
+                f"the JSON schema is not valid JSON ({error}); give a JSON Schema object in a file"
             ) from None
         if not isinstance(parsed, dict):
             raise UsageError(
-                f"the JSON schema is {type(parsed).__name__}, expected an object such as "
+                f"the JSON schema is {kind_name(type(parsed))}, expected an object such as "
                 f"{{'type': 'object', …}}"
             )
         self._vocabulary, self._eos = vocabulary, tokenizer.eos_id
@@ -143,5 +143,5 @@ class JsonSchema:
 
 def _unusable(reason: str) -> UsageError:
     return UsageError(
-        f"the JSON schema cannot be followed: {' '.join(reason.split()):.200}; simplify it"
+        f"the JSON schema cannot be used: {' '.join(reason.split()):.200}; simplify it"
     )

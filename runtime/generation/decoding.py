@@ -81,7 +81,7 @@ class Decoding:
             "repetition_penalty",
             self.repetition_penalty,
             0.01 <= self.repetition_penalty <= 100,
-            "0.01 to 100, 1 being none",
+            "0.01 to 100 (1: no penalty)",
         )
         _check("length_penalty", self.length_penalty, -10 <= self.length_penalty <= 10, "-10 to 10")
         _check("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "0 or more")
@@ -104,7 +104,7 @@ class Decoding:
             )
         if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.min_p):
             raise UsageError(
-                "top_k, top_p and min_p choose what is sampled from; give a temperature above 0 too"
+                "top_k, top_p and min_p only apply to sampling; give a temperature above 0"
             )
 
     @property

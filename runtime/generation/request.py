@@ -56,7 +56,7 @@ class InputImage:
     ) -> None:
         if isinstance(source, Image.Image) and source.mode != "RGB":
             raise ImageError(
-                f"the image is in mode {source.mode}, expected RGB; give its file, or "
+                f"the PIL image has mode {source.mode}, expected RGB; pass the image file, or "
                 "image.convert('RGB')"
             )
         in_memory = isinstance(source, Image.Image | bytes)
@@ -197,7 +197,7 @@ class RequestBuilder:
         budget = CacheBudget(self._engine.capacity, text_tokens, visual)
         new_tokens = TASKS[task].max_new_tokens if max_new_tokens is None else max_new_tokens
         if new_tokens < 1:
-            raise UsageError(f"at most {new_tokens} new tokens were asked for, expected at least 1")
+            raise UsageError(f"max_new_tokens is {new_tokens}, expected at least 1")
         return Request(
             image=image,
             task=task,

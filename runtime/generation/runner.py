@@ -73,9 +73,9 @@ class Runner:
             return _DRAFT_LENGTH if self._can_draft and decoding.beams == 1 else 0
         if decoding.lookup and not self._can_draft:
             raise UsageError(
-                "this bundle cannot verify drafted tokens without changing the answer (a token "
-                "depends on the others of the same call); leave --lookup out, or build for the "
-                "cpu with --precision int8-weights, int4-all, fp16 or fp32"
+                "this bundle does not support --lookup: its decoder computes a token differently "
+                "when several are computed in one call; leave out --lookup, or build for the cpu "
+                "with --precision int8-static, int8-weights, int4-all, fp16 or fp32"
             )
         return decoding.lookup
 

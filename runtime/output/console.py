@@ -54,14 +54,17 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """See `argparse.ArgumentParser.error`."""
-        raise UsageError(f"{message}; see {self.prog} --help")
+        raise UsageError(f"{message}; see: {self.prog} --help")
 
 
 def positive(text: str) -> int:
     """Parses a whole number of at least 1, as an argparse type."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of 1 or more")
     return value
 
 

@@ -50,7 +50,7 @@ def test_all_four_tasks_read(data: Path) -> None:
     ("line", "words"),
     [
         ("{", "Expecting"),
-        ("3", "no JSON object"),
+        ("3", "not a JSON object"),
         ('{"image": "a.png", "task": "dance"}', "dance"),
         ('{"image": "b.png", "task": "caption", "answer": "x"}', "does not exist"),
         ('{"image": "a.png", "task": "vqa", "answer": "x"}', "question"),

@@ -385,7 +385,7 @@ def test_scales_too_small_for_half_precision_are_refused(peak: float, simplified
     if peak < 1e-3:
         with pytest.raises(
             BuildError,
-            match=r"up_proj.weight.scale has scales smaller than fp16 holds well; keep that block",
+            match=r"up_proj.weight.scale has quantisation scales too small for fp16; keep",
         ):
             stored.numpy()
     else:

@@ -133,7 +133,7 @@ def test_limits_hold_or_break(text: str, broken: bool) -> None:
 
 
 def test_limits_on_what_was_not_measured_are_refused() -> None:
-    with pytest.raises(UsageError, match="a report does not hold joules_per_token"):
+    with pytest.raises(UsageError, match="joules_per_token is missing"):
         parse_limit("joules_per_token>+5%").broken([])
     with pytest.raises(UsageError, match="no change in percent"):
         parse_limit("power_w>+5%").broken([Change("power_w", "W", 0.0, 1.0, None, None, "")])

@@ -126,7 +126,9 @@ def test_bad_requests_give_one_line(bundle: Path, scene_png: Path, tmp_path: Pat
     check_fault(run(scene_png, "describe", "--bundle", bundle, "--visual-tokens", 9), "16, 4")
     check_fault(run(scene_png, "describe", "--bundle", bundle, "--task", "sing"), "caption")
     check_fault(run("--bundle", bundle), "give an image and a prompt")
-    check_fault(run(scene_png, "describe", "--threads", "0"), "less than 1")
+    check_fault(
+        run(scene_png, "describe", "--threads", "0"), "expected a whole number of 1 or more"
+    )
     check_fault(run(scene_png, "describe", "--colour", "red"), "infmllm-run --help")
 
 

@@ -110,7 +110,7 @@ def test_memory_of_a_small_jetson(tmp_path: Path) -> None:
             "/dev/zram0    partition\t1950720\t0\t5\n/dev/zram1    partition\t1950720\t0\t5\n",
         ),
     )
-    fires(machine(tmp_path), "jetson memory", "warning", "zram is memory", "nvzramconfig")
+    fires(machine(tmp_path), "jetson memory", "warning", "zram swap uses memory", "nvzramconfig")
     assert read_memory(tmp_path).zram_mb == pytest.approx(3995.07, abs=0.1)
     write(tmp_path, **memory_files(7802880, 900000, 8388604, "/swapfile file\t8388604\t0\t-2\n"))
     facts = machine(tmp_path)

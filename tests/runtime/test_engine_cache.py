@@ -142,7 +142,7 @@ def test_a_write_that_fails_half_way_costs_time_only(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True)) and not folders()
-    assert "are not kept packed" in capfd.readouterr().err
+    assert "could not be saved" in capfd.readouterr().err
 
 
 def test_what_a_killed_process_left_is_removed(built: Callable[[str], Path]) -> None:
@@ -171,4 +171,4 @@ def test_a_full_disk_costs_time_only(
     expected = logits(bundle, cached=False)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0})())
     assert all(np.array_equal(a, b) for a, b in zip(expected, logits(bundle), strict=True))
-    assert "are not kept packed" in capfd.readouterr().err and not folders()
+    assert "could not be saved" in capfd.readouterr().err and not folders()

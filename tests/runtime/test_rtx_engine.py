@@ -126,7 +126,7 @@ def test_a_plugin_without_a_gpu_says_so(
     monkeypatch.setattr(
         ort, "register_execution_provider_library", lambda *names: registered.append(names)
     )
-    with pytest.raises(EngineError, match="finds no RTX GPU; it takes those from Ampere on"):
+    with pytest.raises(EngineError, match="finds no RTX GPU; it needs Ampere or newer"):
         load_engine(read_bundle(built_for("rtx", "fp16")), EngineOptions())
     assert registered == [(RTX.provider, "/nowhere/libplugin.so")]
 

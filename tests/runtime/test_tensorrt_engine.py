@@ -183,7 +183,7 @@ def test_a_smaller_context_takes_the_plain_decoder(
 ) -> None:
     simulation = gpu()
     session = load(bundle, context=96)
-    assert "a context of 96 rows takes the plain decoder" in capfd.readouterr().err
+    assert "--context 96 uses the slower plain decoder" in capfd.readouterr().err
     assert session.engine.capacity == 96 and simulation.built == [
         "vision-fused.onnx",
         "decoder.onnx",

@@ -95,12 +95,11 @@ def test_wrong_fused_attention_gives_way_to_the_plain_form_and_is_remembered(
     ]
     notes = capfd.readouterr().err
     assert (
-        "decoder-fused.onnx computes something else than the bundle's goldens on Simulated GPU "
+        "decoder-fused.onnx gives wrong results for the bundle's golden cases on Simulated GPU "
         "with TensorRT 10.3.0: prefill error 0." in notes
     )
     assert (
-        "vision-fused.onnx computes something else" in notes
-        and "decoder.onnx takes its place" in notes
+        "vision-fused.onnx gives wrong results" in notes and "decoder.onnx takes its place" in notes
     )
     assert tokens(session, scene_image) == expected(bundle, scene_image, False)
     assert "vision.onnx, decoder.onnx" in session.engine.version
@@ -114,7 +113,7 @@ def test_what_no_form_computes_rightly_is_never_served(bundle: Path, gpu: Instal
     simulation.plant = wrong("Softmax", "Attention")
     with pytest.raises(
         EngineError,
-        match=r"^vision.onnx computes something else .* vision error 0.*allowed.*build the bundle "
+        match=r"^vision.onnx gives wrong results .* vision error 0.*allowed.*build the bundle "
         r"with --target cpu$",
     ):
         load(bundle)
@@ -183,7 +182,7 @@ def test_a_fused_form_that_cannot_be_built_gives_way(
     ] == ["vision-fused.onnx", "decoder.onnx"]
     reasons = {
         "operator": "has no TensorScatter",
-        "build": "MiB: Could not find any implementation for node Attention_7",
+        "build": "MiB workspace: Could not find any implementation for node Attention_7",
         "copies": "does not update present.key_cache.0 of decoder-fused.onnx in place",
         "old": "",
     }
@@ -263,9 +262,7 @@ def test_the_token_chosen_on_the_gpu_is_tried_too(bundle: Path, gpu: Install) ->
                 node.op_type = "ReduceMin"
 
     gpu().plant = plant
-    with pytest.raises(
-        EngineError, match=r"decoder.onnx computes something else .*decode chose token"
-    ):
+    with pytest.raises(EngineError, match=r"decoder.onnx gives wrong results .*decode chose token"):
         load(bundle)
 
 
@@ -305,7 +302,7 @@ def test_a_build_for_which_memory_is_short_is_announced(
         "runtime.engines.tensorrt.provider.read_memory", lambda root: Memory(4000, 0.1, 0, 0)
     )
     load(bundle)
-    assert "building needs about 1 MB of memory, 0 are available" in capfd.readouterr().err
+    assert "needs about 1 MB of memory, 0 MB are available" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cudaGraphLaunch", "cudaMemcpyAsync", "cudaStreamSynchronize"])
@@ -318,7 +315,7 @@ def test_a_lost_gpu_answers_no_more(
     cuda.fails[name] = [cudaError_t.cudaErrorLaunchFailure]
     told = (
         rf"^the GPU failed \({name} gave cudaErrorLaunchFailure: said the simulation\); this "
-        rf"session answers no more: start the program again"
+        rf"session can no longer answer: restart the program"
     )
     with pytest.raises(EngineError, match=told):
         tokens(session, scene_image)
@@ -334,7 +331,7 @@ def test_a_lost_gpu_answers_no_more(
         ),
         lambda: session.ask(scene_image, "describe"),
     ):
-        with pytest.raises(EngineError, match="this session answers no more"):
+        with pytest.raises(EngineError, match="this session can no longer answer"):
             call()
     assert not cuda.calls, "a lost device is left alone"
 
@@ -346,7 +343,7 @@ def test_a_network_that_fails_to_run_ends_the_session(bundle: Path, gpu: Install
     with pytest.raises(EngineError, match="running the network: CUDA error 700"):
         session.engine.forward(np.ones((1, 3, 64), np.float32), 0)
     simulation.refuses_to_run = ""
-    with pytest.raises(EngineError, match="answers no more"):
+    with pytest.raises(EngineError, match="can no longer answer"):
         session.engine.forward(np.ones((1, 3, 64), np.float32), 0)
 
 

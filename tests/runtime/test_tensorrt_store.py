@@ -142,7 +142,7 @@ def test_a_build_that_was_killed_is_told_of(
     shutil.rmtree(ready)
     (shelf.staging_of(ready)).mkdir()
     load(bundle)
-    assert "was ended from outside" in capfd.readouterr().err and len(simulation.built) == 3
+    assert "this engine was killed" in capfd.readouterr().err and len(simulation.built) == 3
     assert not list(ready.parent.glob(".*making")) and len(folders()) == 2
 
 
@@ -211,7 +211,10 @@ def test_without_a_store_every_start_builds_and_tries(
     found = [logits(load(bundle, engine_cache=way != "option")) for _ in range(2)]
     assert found[0] == found[1] and simulation.built == PARTS * 2
     assert not any((folder / "engine.trt").exists() for folder in folders())
-    notes = {"read-only": "cannot be written; set INFMLLM_CACHE", "full": "the engine is not kept"}
+    notes = {
+        "read-only": "cannot be written; set INFMLLM_CACHE",
+        "full": "the engine could not be saved",
+    }
     assert notes.get(way, "") in capfd.readouterr().err
 
 

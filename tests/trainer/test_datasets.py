@@ -145,7 +145,7 @@ FAULTS: dict[str, tuple[str, str, Any, str]] = {
     "refcoco": ("testA.json", "70.5", "99.5", "does not lie inside"),
     "refcoco box": ("testA.json", "[10.0, 20, 60, 70.5]", '["a"]', "expected [x1, y1, x2, y2]"),
     "llava": ("llava.json", '"gpt"', '"human"', "alternate"),
-    "llava picture": ("llava.json", '"image": "x.jpg", ', "", "no picture"),
+    "llava picture": ("llava.json", '"image": "x.jpg", ', "", "no image"),
     "jsonl": ("d.jsonl", '"cat"', "3", "d.jsonl:1"),
 }
 
@@ -208,7 +208,7 @@ def test_names_of_classes(tmp_path: Path) -> None:
     for wrong, words in (
         ({}, "no words for class"),
         ({"Platelets": 3}, "expected a word"),
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
     ):
         dump(names, wrong)
         with pytest.raises(DataError, match=words):

@@ -99,7 +99,7 @@ class Retries:
                     self._noted.add(last)
                     note(f"left out: {last}")
         raise DataError(
-            f"{_MAX_TRIES} pictures in a row could not be used, the last because: {last}"
+            f"{_MAX_TRIES} images in a row could not be used; check the data. Last error: {last}"
         )
 
 

@@ -31,7 +31,7 @@ def rows(data: object, key: str, path: Path) -> list[Any]:
     """
     found = data.get(key) if isinstance(data, dict) else data if not key else None
     if not isinstance(found, list):
-        raise DataError(f"{path} has no list {key or 'of rows'!r}; is this the right file?")
+        raise DataError(f"{path} has no list {key or 'of rows'!r}; check that it is the right file")
     return found
 
 

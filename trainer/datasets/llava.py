@@ -27,7 +27,7 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
         where = f"{source.path}: row {index}"
         with faults.row(where):
             if isinstance(row, dict) and "image" not in row:
-                raise ValueError("the conversation has no picture")
+                raise ValueError("the conversation has no image")
             path = picture(source.folder("images"), field(row, "image", str))
             turns = [_turn(turn) for turn in field(row, "conversations", list)]
             if (

@@ -89,8 +89,8 @@ class BatchStream(Dataset[Batch | BadBatch]):
                 row = pack(samples, self.tokenizer, p * p, self.spec.decoder.context, example.name)
                 return example, row, to_pixels(image, self.spec)
         raise DataError(
-            f"{_MAX_TRIES} examples in a row were too long for the context of "
-            f"{self.spec.decoder.context}; check the data"
+            f"{_MAX_TRIES} examples in a row were too long for the model's context of "
+            f"{self.spec.decoder.context} tokens; use data with shorter texts"
         )
 
 

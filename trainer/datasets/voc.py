@@ -60,7 +60,9 @@ def _annotation(root: Path, name: str, faults: Faults) -> _Picture:
     path = root / "Annotations" / f"{name}.xml"
     data = path.read_bytes()
     if len(data) > _MAX_XML or b"<!ENTITY" in data:
-        raise ValueError(f"{path} is no plain annotation (too large, or it declares entities)")
+        raise ValueError(
+            f"{path} is not a VOC annotation (it is too large, or it declares XML entities)"
+        )
     try:
         tree = ElementTree.fromstring(data)
     except ElementTree.ParseError as error:
@@ -106,14 +108,14 @@ def _load(source: DataSource, faults: Faults) -> _Data:
     file = listing(source)
     if not file.is_file():
         found = ", ".join(sorted(p.stem for p in file.parent.glob("*.txt"))) or "none"
-        raise DataError(f"{file} does not exist; splits found: {found}")
+        raise DataError(f"{file} does not exist; choose one of the splits found: {found}")
     pictures: list[_Picture] = []
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
         if line.strip():
             with faults.row(f"{file}:{number}"):
                 pictures.append(_annotation(source.path, line.split()[0], faults))
     if not pictures:
-        raise DataError(f"{file} names no usable picture")
+        raise DataError(f"{file} lists no usable image; check the file and its images")
     labels = sorted({label for shown in pictures for label, _ in shown.things})
     names = _names(source, labels)
     index = {label: i for i, label in enumerate(names)}
@@ -134,12 +136,14 @@ def _names(source: DataSource, labels: list[str]) -> dict[str, ClassName]:
         else {label: label.lower().replace("_", " ") for label in labels}
     )
     if not isinstance(given, dict):
-        raise DataError(f"{source.options['names']} is no JSON object from class names to words")
+        raise DataError(
+            f"{source.options['names']} is not a JSON object that maps class names to words"
+        )
     missing = sorted(set(labels) - set(given))
     if missing:
         raise DataError(
-            f"{source.options['names']} has no words for class {missing[0]!r}; the data have: "
-            f"{', '.join(labels)}"
+            f"{source.options['names']} has no words for class {missing[0]!r}; classes of the "
+            f"data: {', '.join(labels)}"
         )
     names = {}
     for label, words in given.items():
@@ -154,8 +158,8 @@ def _names(source: DataSource, labels: list[str]) -> dict[str, ClassName]:
             and all(isinstance(word, str) and word.strip() for word in pair)
         ):
             raise DataError(
-                f"{source.options['names']}: {label!r} is {words!r:.60}, expected a word or [one, "
-                f"several]"
+                f"{source.options['names']}: {label!r} is {words!r:.60}, expected a word or "
+                f"[singular, plural]"
             )
         names[label] = ClassName(*pair)
     return names

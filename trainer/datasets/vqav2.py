@@ -23,7 +23,7 @@ def read(source: DataSource, faults: Faults) -> list[Example]:
     """
     if "answers" not in source.options:
         raise UsageError(
-            f"data {source.text!r} lacks the annotations; write "
+            f"data {source.text!r} has no answers=FILE with the annotations; write "
             f"vqav2:QUESTIONS.json,answers=ANNOTATIONS.json,images=FOLDER"
         )
     answers_path = Path(source.options["answers"])

@@ -61,7 +61,7 @@ def import_checkpoint(options: ImportOptions) -> tuple[ModelSpec, list[str]]:
     weights, config = open_weights(options.source), _config(options.source)
     raw = any(name.startswith("visual_encoder.") for name in weights)
     if not raw and options.vision is None:
-        raise UsageError(f"{options.source} is a decoder alone; name a vision tower with --vision")
+        raise UsageError(f"{options.source} has no vision tower; give one with --vision")
     towers = open_weights(options.vision) if options.vision else weights
     tower_config: dict[str, Any] = (
         dict(_config(options.vision or options.source)) if options.vision else {}
@@ -90,7 +90,7 @@ def import_checkpoint(options: ImportOptions) -> tuple[ModelSpec, list[str]]:
     if unknown:
         raise CheckpointError(
             f"{options.source} has {len(unknown)} unknown tensors, such as "
-            f"{', '.join(unknown[:3])}; this is another model"
+            f"{', '.join(unknown[:3])}; only InfMLLM and LLaMA weights can be imported"
         )
     spec = _spec(options, vision.spec, decoder.spec, config)
     parts = [vision, decoder, *([pooler] if pooler else [])]
@@ -110,7 +110,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); download it again") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is no JSON object; download it again")
+        raise CheckpointError(f"{file} is not a JSON object; download it again")
     return data
 
 
@@ -142,7 +142,7 @@ def _tokenizer(options: ImportOptions) -> Path:
             "transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
         raise CheckpointError(
-            f"no {TOKENIZER} at {folder}; name one with --tokenizer, or if there is only a "
+            f"no {TOKENIZER} at {folder}; give its folder with --tokenizer. If there is only a "
             f"tokenizer.model, {hint}"
         )
     return path
@@ -172,7 +172,9 @@ def _tensors(
                 else plain
             )
         else:
-            raise CheckpointError(f"{options.source} lacks {name}; is this the whole checkpoint?")
+            raise CheckpointError(
+                f"{options.source} has no tensor {name}; check that all weight files are there"
+            )
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(tensor.shape)} in {sources[name].stored.file}, expected "

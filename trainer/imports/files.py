@@ -57,7 +57,7 @@ def open_weights(path: Path) -> dict[str, Stored]:
     adapters = sorted(name for name in found if "lora_" in name)
     if adapters:
         raise CheckpointError(
-            f"{path} holds {len(adapters)} LoRA tensors, such as {adapters[0]}; merge them into "
+            f"{path} has {len(adapters)} LoRA tensors, such as {adapters[0]}; merge them into "
             f"the weights first (peft: merge_and_unload)"
         )
     return found
@@ -73,7 +73,7 @@ def _files(path: Path) -> list[Path]:
         if (path / name).is_file():
             return [path / name]
     raise CheckpointError(
-        f"{path} holds none of {', '.join((*_SINGLE, *_INDEXES))}; give the folder or file with "
+        f"{path} has none of {', '.join((*_SINGLE, *_INDEXES))}; give the folder or file with "
         f"the weights"
     )
 
@@ -126,7 +126,7 @@ def _pickled(file: Path) -> dict[str, Stored]:
     )
     if not tensors:
         raise CheckpointError(
-            f"{file} holds no table of tensors; give the file with the model's weights"
+            f"{file} contains no named tensors; give the file with the model's weights"
         )
     return {
         str(name): Stored(file, tuple(value.shape), lambda value=value: value)  # type: ignore[misc]

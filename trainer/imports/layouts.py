@@ -63,7 +63,7 @@ def _add_prefix(weights: WeightFiles, *prefixes: str) -> str:
         if any(name.startswith(prefix) for name in weights):
             return prefix
     raise CheckpointError(
-        f"no tensors named {' or '.join(p + '*' for p in prefixes)}; found such as "
+        f"no tensors named {' or '.join(p + '*' for p in prefixes)}; found other names such as "
         f"{', '.join(sorted(weights)[:3])}"
     )
 
@@ -96,7 +96,7 @@ def _layers(weights: WeightFiles, prefix: str) -> int:
 
 def _shape(weights: WeightFiles, name: str, ndim: int) -> tuple[int, ...]:
     if name not in weights:
-        raise CheckpointError(f"tensor {name} is missing; is this the whole checkpoint?")
+        raise CheckpointError(f"tensor {name} is missing; check that all weight files are there")
     if len(weights[name].shape) != ndim:
         raise CheckpointError(
             f"tensor {name} has shape {weights[name].shape}, expected {ndim} dimensions"
@@ -112,8 +112,8 @@ def _collect(
     missing = sorted(theirs for theirs, _ in names.values() if theirs not in weights)
     if missing:
         raise CheckpointError(
-            f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}; is this the "
-            f"whole checkpoint?"
+            f"{len(missing)} tensors are missing, such as {', '.join(missing[:3])}; check that all "
+            f"weight files are there"
         )
     sources = {ours: Source(weights[theirs], change) for ours, (theirs, change) in names.items()}
     return Part(sources, frozenset(theirs for theirs, _ in names.values()), spec)
@@ -157,7 +157,8 @@ def _bias_third(index: int) -> Callable[[Tensor], Tensor]:
         q, k, v = bias.chunk(3)
         if bool(k.any()):
             raise CheckpointError(
-                "the vision tower has a bias on its attention keys, which InfMLLM's tower has not"
+                "the vision tower has a nonzero bias on its attention keys, which is not "
+                "supported; give an EVA ViT"
             )
         return (q, k, v)[index]
 
@@ -191,14 +192,16 @@ def vision_part(weights: WeightFiles, config: Mapping[str, Any], image_size: int
         cls, positions, norm = f"{prefix}cls_token", f"{prefix}pos_embed", "ln_vision"
     vision = config.get("vision_config", config)
     if not isinstance(vision, Mapping):
-        raise CheckpointError("vision_config is no JSON object; download the configuration again")
+        raise CheckpointError(
+            "vision_config is not a JSON object; download the configuration again"
+        )
     width, _, patch_size, _ = _shape(weights, f"{patch}.weight", 4)
     rows = _shape(weights, positions, 3)[1]
     heads = int(_number(vision, "num_attention_heads", _EVA_HEADS if width == _EVA_WIDTH else 0))
     if not heads:
         raise CheckpointError(
-            f"a raw tower of width {width} does not tell its number of heads; give it with "
-            f"--vision-heads"
+            f"the number of attention heads of a raw tower of width {width} is unknown; give it "
+            f"with --vision-heads"
         )
     old_grid = round((rows - 1) ** 0.5)
     epsilon = _number(vision, "layer_norm_eps", 1e-6)
@@ -259,8 +262,8 @@ def decoder_part(weights: WeightFiles, config: Mapping[str, Any], heads: int | N
     count = heads or int(_number(config, "num_attention_heads", hidden // _LLAMA_HEAD_DIM))
     if count < 1 or hidden % count:
         raise CheckpointError(
-            f"a decoder of width {hidden} does not tell its number of heads; give it with "
-            f"--decoder-heads"
+            f"the number of attention heads of a decoder of width {hidden} is unknown; give it "
+            f"with --decoder-heads"
         )
     kv_rows = _shape(weights, f"{body}layers.0.self_attn.k_proj.weight", 2)[0]
     rope = (
@@ -327,7 +330,7 @@ def _check_llama(config: Mapping[str, Any]) -> None:
         found["model_type"] = config["model_type"]
     if found:
         raise CheckpointError(
-            f"the decoder is no plain LLaMA: {found}; only the plain architecture is supported"
+            f"the decoder is no plain LLaMA: {found}; these settings are not supported"
         )
 
 
@@ -345,7 +348,6 @@ def finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             else "the checkpoint is damaged"
         )
         raise CheckpointError(
-            f"{name} holds values that are not finite as {str(dtype).removeprefix('torch.')}; "
-            f"{hint}"
+            f"{name} has values that are not finite in {str(dtype).removeprefix('torch.')}; {hint}"
         )
     return converted

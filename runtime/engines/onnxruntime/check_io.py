@@ -29,7 +29,7 @@ def check_values(
     for name in sorted(set(found) ^ set(expected)):
         raise BundleError(
             f"{bundle.path / file}: {name} is {'unexpected' if name in found else 'missing'}; "
-            f"graph and manifest do not belong together"
+            f"graph and manifest do not belong together, re-export the bundle"
         )
     for name, shape in expected.items():
         dims = found[name].shape
@@ -38,7 +38,7 @@ def check_values(
             for d, w in zip(dims, shape, strict=True)
         ):
             raise BundleError(
-                f"{bundle.path / file}: {name} is {dims}, the manifest's spec makes it "
+                f"{bundle.path / file}: {name} has shape {dims}, the manifest's spec expects "
                 f"{list(shape)}; re-export the bundle"
             )
 

@@ -92,7 +92,7 @@ class _Buffers:
             }
         except MemoryError:
             raise ContextError(
-                f"no memory for {slots} caches of {rows} rows; choose a smaller --context, or "
+                f"no memory for {slots} caches of {rows} tokens; choose a smaller --context, or "
                 f"fewer beams or questions"
             ) from None
         self.rows, self._hidden, self._vocabulary = rows, spec.hidden, spec.vocab_size

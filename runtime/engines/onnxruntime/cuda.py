@@ -108,7 +108,7 @@ class OrtCudaEngine(DeviceEngine):
 def _remedy() -> str:
 
     return (
-        f"run: {PIP_ONNXRUNTIME_GPU} (infmllm-export doctor --target {_TARGET} tells what is "
+        f"run: {PIP_ONNXRUNTIME_GPU} (infmllm-export doctor --target {_TARGET} shows what is "
         f"missing)"
     )
 

@@ -41,8 +41,8 @@ class DeviceBatch:
             self._host = {name: np.zeros(shape, np.float16) for name in own}
         except MemoryError:
             raise ContextError(
-                f"no memory for {shape[0]} caches of {shape[2]} rows; choose a smaller --context, "
-                f"or fewer beams or questions"
+                f"no memory for {shape[0]} key/value caches of {shape[2]} tokens; choose a smaller "
+                f"--context, or fewer beams or questions"
             ) from None
         self._caches: Caches = {}
         self._call: Bound | None = None

@@ -93,8 +93,8 @@ class DeviceEngine(ABC):
         if failed:
             found = "; ".join(failed.values())
             raise EngineError(
-                f"{self.bundle.path} computes something else on this GPU ({self.version}): "
-                f"{found}; use --target cpu, and report it"
+                f"{self.bundle.path} gives wrong results on this GPU ({self.version}): {found}; "
+                f"build with --target cpu, and report this"
             )
         self._proved = True
 

@@ -97,8 +97,8 @@ def stored(
     # used.
     except Exception as error:
         note(
-            f"the weights of {file} are not kept packed for this CPU "
-            f"({' '.join(str(error).split()):.160}); loading takes longer"
+            f"the packed weights of {file} could not be saved "
+            f"({' '.join(str(error).split()):.160}); each start packs them again and takes longer"
         )
         return None
     return ready / _MODEL if usable else None
@@ -108,7 +108,7 @@ def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions])
     """Opens the graph once, which writes it and its packed weights. Validates the
     written files and moves the folder into place. Returns False if they are unusable.
     """
-    note(f"packing the weights of {source.name} for this CPU (once)")
+    note(f"packing the weights of {source.name} for this CPU (once; later starts are faster)")
     staging = staging_of(ready)
     for folder in (ready, staging):
         shutil.rmtree(folder, ignore_errors=True)
@@ -135,8 +135,8 @@ def _make(source: Path, ready: Path, settings: Callable[[], ort.SessionOptions])
         )
         if not usable:
             note(
-                f"what ONNX Runtime saved of {source.name} computes something else; its weights "
-                f"are packed at every load instead"
+                f"the packed weights of {source.name} gave wrong results and were discarded; each "
+                f"start packs them again and takes longer"
             )
             for file in (staging / _MODEL, staging / _WEIGHTS):
                 file.write_bytes(b"")

@@ -68,7 +68,7 @@ def open_graph(bundle: Bundle, file: str, options: EngineOptions) -> ort.Inferen
         return ort.InferenceSession(str(path), settings(), providers=_PROVIDERS)
     except Exception as error:  # ONNX Runtime's exceptions share no public base class
         raise EngineError(
-            f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]:.300}; re-export the "
+            f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]:.300}; re-export the "
             f"bundle for this version"
         ) from None
 

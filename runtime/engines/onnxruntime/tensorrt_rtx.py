@@ -41,7 +41,7 @@ __all__ = ["RTX", "OrtRtxEngine"]
 _PLUGIN, _NVIDIA = "onnxruntime_ep_nv_tensorrt_rtx", 0x10DE
 RTX = Device("NvTensorRTRTXExecutionProvider", "gpu", _NVIDIA)
 _MOST_ROWS = 64  # largest number of positions with logits in one call
-_REMEDY = "infmllm-export doctor --target rtx tells what is missing"
+_REMEDY = "infmllm-export doctor --target rtx shows what is missing"
 
 
 class OrtRtxEngine(DeviceEngine):
@@ -153,7 +153,7 @@ def _register(device: Device) -> Any:
         ) from None
     if not hasattr(ort, "register_execution_provider_library"):
         raise EngineError(
-            f"onnxruntime {ort.__version__} takes no plugins; run: pip install -U "
+            f"onnxruntime {ort.__version__} does not support plugins; run: pip install -U "
             f"'onnxruntime>=1.24' ({_REMEDY})"
         )
     found = _devices(device)
@@ -169,7 +169,7 @@ def _register(device: Device) -> Any:
         found = _devices(device)
     if not found:
         raise EngineError(
-            f"the TensorRT-RTX plugin finds no RTX GPU; it takes those from Ampere on ({_REMEDY})"
+            f"the TensorRT-RTX plugin finds no RTX GPU; it needs Ampere or newer ({_REMEDY})"
         )
     return found[0]
 

@@ -42,8 +42,8 @@ def workspace_bytes(machine: Machine, asked_mb: int | None) -> int:
         return machine.device.free_memory()[0] // 2
     if not (text.isascii() and text.isdigit() and len(text) < 9 and int(text) >= 1):
         raise UsageError(
-            f"the workspace is {text!r:.40}, expected a whole number of megabytes; correct "
-            f"INFMLLM_WORKSPACE_MB"
+            f"INFMLLM_WORKSPACE_MB or workspace_mb is {text!r:.40}, expected a whole number of "
+            f"megabytes, at least 1"
         )
     return int(text) << 20
 
@@ -62,8 +62,8 @@ def build(
     lacking = [name for name in form.operators if not parser.supports_operator(name)]
     if lacking:
         raise RefusedError(
-            f"TensorRT {machine.release} has no {' and '.join(lacking)}; update it for the faster "
-            f"form",
+            f"TensorRT {machine.release} has no {' and '.join(lacking)}; update it to use the "
+            f"faster graph",
             lasting=True,
         )
     if not parser.parse_from_file(str(path)):
@@ -97,7 +97,7 @@ def build(
             else "update TensorRT, or re-export the bundle"
         )
         raise RefusedError(
-            f"TensorRT {machine.release} cannot build {path} with {workspace >> 20} MiB: "
+            f"TensorRT {machine.release} cannot build {path} with {workspace >> 20} MiB workspace: "
             f"{reason}; {advice}",
             lasting=not scarce,
         )

@@ -117,7 +117,7 @@ class Device:
             RuntimeError
         ) as error:  # cuda-python's error if a library or function of the driver is missing
             raise EngineError(
-                f"no GPU driver answers ({error!s:.160}); install NVIDIA's driver, or build with "
+                f"no working GPU driver ({error!s:.160}); install NVIDIA's driver, or build with "
                 f"--target cpu"
             ) from None
         return (code if int(code) else 0), (values[0] if values else None)
@@ -154,8 +154,8 @@ class Device:
         if self._capturing:
             raise EngineError(fault)
         self.lost = (
-            f"the GPU failed ({fault}); this session answers no more: start the program "
-            f"again, and look at dmesg and nvidia-smi if it comes back"
+            f"the GPU failed ({fault}); this session can no longer answer: restart the program, "
+            f"and check dmesg and nvidia-smi if it happens again"
         )
         raise EngineError(self.lost)
 

@@ -134,8 +134,8 @@ class EngineCache:
         except OSError as error:
             shutil.rmtree(staging, ignore_errors=True)
             note(
-                f"the engine is not kept ({' '.join(str(error).split()):.160}); it will be built "
-                f"again at the next start"
+                f"the engine could not be saved ({' '.join(str(error).split()):.160}); it will be "
+                f"built again at the next start"
             )
 
     def drop(self, name: str) -> None:
@@ -189,8 +189,8 @@ class EngineCache:
                 self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not os.access(self._root, os.W_OK):
                 note(
-                    f"no engine is kept: {self._root} cannot be written; set INFMLLM_CACHE to a "
-                    f"folder that can"
+                    f"engines cannot be saved, because {self._root} cannot be written; set "
+                    f"INFMLLM_CACHE to a writable folder"
                 )
                 self._limit = 0
         if not self.keeps:
@@ -200,8 +200,8 @@ class EngineCache:
             staging = staging_of(self.folder(name))
             if staging.exists():
                 note(
-                    "the last build of this engine was ended from outside; if memory ran out, "
-                    "close other programs or set INFMLLM_WORKSPACE_MB"
+                    "the last build of this engine was killed; if memory ran out, close other "
+                    "programs or set INFMLLM_WORKSPACE_MB"
                 )
                 shutil.rmtree(staging, ignore_errors=True)
             with contextlib.suppress(OSError):

@@ -309,8 +309,8 @@ class DecodeContext(_Decoder):
         machine.device.wait()
         if self._graph is None:
             note(
-                f"the decoding step cannot be captured ({' '.join(reason.split()):.160}); each "
-                f"token costs more of the CPU's time"
+                f"the decoding step cannot be captured as a CUDA graph "
+                f"({' '.join(reason.split()):.160}); each token takes more CPU time"
             )
 
     def _queue(self) -> None:

@@ -175,7 +175,7 @@ def check_tensors(
     for name in sorted(set(found) ^ set(expected)):
         raise BundleError(
             f"{where}: {name} is {'unexpected' if name in found else 'missing'}; graph and "
-            f"manifest do not belong together"
+            f"manifest do not belong together, re-export the bundle"
         )
     for name, port in expected.items():
         dtype, shape = found[name]
@@ -185,6 +185,6 @@ def check_tensors(
         if not fits or np.dtype(dtype) != port.dtype:
             wanted = f"{np.dtype(port.dtype)} {['any' if d is None else d for d in port.shape]}"
             raise BundleError(
-                f"{where}: {name} is {np.dtype(dtype)} {list(shape)}, the manifest's spec makes "
-                f"it {wanted}; re-export the bundle"
+                f"{where}: {name} is {np.dtype(dtype)} {list(shape)}, the manifest's spec expects "
+                f"{wanted}; re-export the bundle"
             )

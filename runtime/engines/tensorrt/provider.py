@@ -73,8 +73,8 @@ def decoder_variants(bundle: Bundle, machine: Machine, context: int | None) -> l
     )
     if rows < most and forms[0].fused:
         note(
-            f"a context of {rows} rows takes the plain decoder; the faster one always has all "
-            f"{most}, leave --context out for it"
+            f"--context {rows} uses the slower plain decoder; the faster fused decoder needs the "
+            f"full context of {most}: leave out --context to use it"
         )
         forms = forms[1:]
     return forms
@@ -129,7 +129,7 @@ class EngineProvider:
                 part.proved = True
                 continue
             found = (
-                f"{part.form.file} computes something else than the bundle's goldens on "
+                f"{part.form.file} gives wrong results for the bundle's golden cases on "
                 f"{self._machine.name}: {', '.join(reasons)}"
             )
             part.engine = None
@@ -163,7 +163,7 @@ class EngineProvider:
         engine = self._machine.opened(content)
         if engine is None:
             note(
-                f"the stored engine of {form.file} cannot be loaded "
+                f"the saved engine of {form.file} cannot be loaded "
                 f"({self._machine.journal.read()}); building it again"
             )
             self._store.drop(name)
@@ -207,8 +207,8 @@ class EngineProvider:
         there = read_memory(Path("/")).available_mb
         if there < needed:
             note(
-                f"building needs about {needed:.0f} MB of memory, {there:.0f} are available; if "
-                f"it is killed, close other programs or add swap"
+                f"building the engine needs about {needed:.0f} MB of memory, {there:.0f} MB are "
+                f"available; if it is killed, close other programs or add swap"
             )
 
     def _check(self, engine: Any, form: GraphVariant) -> Any:
