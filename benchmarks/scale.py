@@ -21,7 +21,7 @@ from trainer.config import find_preset
 from trainer.datasets.scene_text import corpus
 from trainer.tokenize import build_tokenizer
 
-_SAMPLE = Path(__file__).parent.parent / "trainer" / "demo" / "sample.png"
+_SAMPLE = Path(__file__).parent.parent / "runtime" / "demo" / "sample.png"
 
 
 _CODE = """
@@ -50,8 +50,55 @@ def timed(module: str, *arguments: str) -> tuple[dict[str, Any], float, float]:
     return json.loads(result.stdout), time.monotonic() - started, float(result.stderr.split()[-1])
 
 
-def main() -> None:
-    """Prints one JSON line per stage."""
+def say(row: dict[str, Any]) -> None:
+    """Prints one line of JSON."""
+    print(json.dumps(row), flush=True)
+
+
+def build(checkpoint: Path, out: Path, given: argparse.Namespace, precision: str) -> None:
+    """Builds a bundle and prints its size, time, memory and parity."""
+    command = ["build", str(checkpoint), "--precision", precision, "--samples", str(given.samples)]
+    if given.rounding and precision.startswith("int4"):
+        command += ["--rounding", given.rounding]
+    result, seconds, peak = timed(
+        "export.cli", *command, "--questions", "0", "--json", "-o", str(out)
+    )
+    say(
+        {
+            "precision": precision,
+            "minutes": round(seconds / 60, 2),
+            "build_peak_mib": round(peak),
+            "bundle_gb": round(result["bytes"] / 1e9, 3),
+            "verdict": result["verdict"],
+            "parity": {stage["stage"]: stage["error"] for stage in result["stages"]},
+        }
+    )
+
+
+def ask(bundle: Path, given: argparse.Namespace, attempt: str) -> None:
+    """Asks a bundle one question and prints the times."""
+    limits = ["--max-new-tokens", str(given.tokens), "--context", str(given.context)]
+    answer, seconds, peak = timed(
+        "runtime.cli.run", str(_SAMPLE), "describe", "--bundle", str(bundle), "--json", *limits
+    )
+    times = answer["timings"]
+    first = sum(times[stage] for stage in ("decode_image", "preprocess", "vision", "prefill"))
+    say(
+        {
+            "run": attempt,
+            "visual_tokens": answer["visual_tokens"],
+            "first_token_ms": round(first),
+            "vision_ms": round(times["vision"]),
+            "prefill_ms": round(times["prefill"]),
+            "tokens_per_second": round(1e3 / times["per_token"], 2),
+            "run_peak_mib": round(peak),
+            "process_seconds": round(seconds, 1),
+        }
+    )
+
+
+def options() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -65,85 +112,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--keep-files", action="store_true")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints one JSON line per stage."""
+    given = options()
     checkpoint = given.folder / given.preset
     started = time.monotonic()
     if not checkpoint.exists():
         write_random(checkpoint, find_preset(given.preset).spec, build_tokenizer(corpus()).to_str())
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
-    print(
-        json.dumps(
-            {
-                "checkpoint_gb": round(size / 1e9, 2),
-                "minutes": round((time.monotonic() - started) / 60, 2),
-            }
-        ),
-        flush=True,
-    )
+    minutes = round((time.monotonic() - started) / 60, 2)
+    say({"checkpoint_gb": round(size / 1e9, 2), "minutes": minutes})
     for precision in given.precision:
         out = given.folder / f"{given.preset}-{precision}"
-        build = [
-            "build",
-            str(checkpoint),
-            "--precision",
-            precision,
-            "--samples",
-            str(given.samples),
-        ]
-        build += (
-            ["--rounding", given.rounding]
-            if given.rounding and precision.startswith("int4")
-            else []
-        )
-        result, seconds, peak = timed(
-            "export.cli", *build, "--questions", "0", "--json", "-o", str(out)
-        )
-        row = {
-            "precision": precision,
-            "minutes": round(seconds / 60, 2),
-            "build_peak_mib": round(peak),
-            "bundle_gb": round(result["bytes"] / 1e9, 3),
-        }
-        print(
-            json.dumps(
-                row
-                | {
-                    "verdict": result["verdict"],
-                    "parity": {s["stage"]: s["error"] for s in result["stages"]},
-                }
-            ),
-            flush=True,
-        )
-        ask = [str(_SAMPLE), "describe", "--bundle", str(out), "--json"]
+        build(checkpoint, out, given, precision)
         for attempt in ("first", "second"):  # the first run also hashes every file
-            answer, seconds, peak = timed(
-                "runtime.cli.run",
-                *ask,
-                "--max-new-tokens",
-                str(given.tokens),
-                "--context",
-                str(given.context),
-            )
-            times = answer["timings"]
-            first = sum(
-                times[stage] for stage in ("decode_image", "preprocess", "vision", "prefill")
-            )
-            row = {
-                "run": attempt,
-                "visual_tokens": answer["visual_tokens"],
-                "first_token_ms": round(first),
-                "vision_ms": round(times["vision"]),
-            }
-            row |= {
-                "prefill_ms": round(times["prefill"]),
-                "tokens_per_second": round(1e3 / times["per_token"], 2),
-            }
-            print(
-                json.dumps(
-                    row | {"run_peak_mib": round(peak), "process_seconds": round(seconds, 1)}
-                ),
-                flush=True,
-            )
+            ask(out, given, attempt)
         if not given.keep_files:
             shutil.rmtree(out)
     if not given.keep_files:

@@ -47,7 +47,7 @@ def fresh() -> Iterator[Callable[[], tuple[ir.Model, ir.Model]]]:
     yield lambda: (graphs.vision.clone(), graphs.decoder.clone())
 
 
-def opened(model: ir.Model, exact: bool = True) -> ort.InferenceSession:
+def open_model(model: ir.Model, exact: bool = True) -> ort.InferenceSession:
     settings = ort.SessionOptions()
     if exact:
         settings.add_session_config_entry("session.x64quantprecision", "1")
@@ -57,12 +57,12 @@ def opened(model: ir.Model, exact: bool = True) -> ort.InferenceSession:
 
 
 def run_vision(model: ir.Model) -> np.ndarray:
-    session = opened(model)
+    session = open_model(model)
     return session.run([IMAGE_EMBEDS], {PIXELS: PIX, POOL: pool_matrix(4, 2)})[0]
 
 
 def run_decoder(model: ir.Model) -> list[np.ndarray]:
-    session = opened(model)
+    session = open_model(model)
     names = {value.name for value in session.get_inputs()}
     feed: dict[str, np.ndarray] = {INPUTS_EMBEDS: EMBEDS}
     caches = sorted(name for name in names if "cache" in name)

@@ -23,7 +23,7 @@ from tests.export.pass_graphs import (  # noqa: F401
     PIX,
     RNG,
     fresh,
-    opened,
+    open_model,
     product,
     run_decoder,
     run_vision,
@@ -116,7 +116,7 @@ def test_kernels_compute_what_the_reference_arithmetic_says(
         ir_version=10,
     )
     quantise_linears(lambda name: scheme, calibrated, INTEGER_KERNELS)(model)
-    (found,) = opened(model).run(["y"], {"x": x})
+    (found,) = open_model(model).run(["y"], {"x": x})
     static = (float(x.min()), float(x.max())) if scheme.activation == "int8-static" else None
     wanted = (
         fake_activation(torch.from_numpy(x), scheme.activation, static)

@@ -34,7 +34,7 @@ from tests.export.pass_graphs import (  # noqa: F401
     PIX,
     RNG,
     fresh,
-    opened,
+    open_model,
     product,
     run_decoder,
     run_vision,
@@ -150,7 +150,7 @@ def test_several_positions_get_logits(fresh: Callable[[], tuple[ir.Model, ir.Mod
         run_passes(decoder, SIMPLIFY)
     expected = run_decoder(decoder)[0]
     assert KEEP_LOGITS(decoder).modified == 1 and KEEP_LOGITS(decoder).modified == 0
-    session = opened(decoder)
+    session = open_model(decoder)
     feed = {
         v.name: np.zeros((2, 2, 8, 16), np.float32)
         for v in session.get_inputs()

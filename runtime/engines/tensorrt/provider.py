@@ -160,7 +160,7 @@ class EngineProvider:
         content = self._store.read(name)
         if content is None:
             return None
-        engine = self._machine.opened(content)
+        engine = self._machine.open_serialized(content)
         if engine is None:
             note(
                 f"the saved engine of {form.file} cannot be loaded "
@@ -187,7 +187,7 @@ class EngineProvider:
                 self._store.timings(self._machine),
             )
             self._store.write(name, content)
-        engine = self._machine.opened(content)
+        engine = self._machine.open_serialized(content)
         if engine is None:
             raise self._machine.refusal(f"the engine of {form.file}, built a moment ago,")
         return self._check(engine, form)

@@ -89,7 +89,7 @@ class Machine:
         if not ok:
             self.device.fail(f"{doing}: {self.journal.read()}")
 
-    def opened(self, serialized: Any) -> Any:
+    def open_serialized(self, serialized: Any) -> Any:
         """Deserialises the engine in a buffer, which copies its weights to the GPU.
         Returns None if TensorRT cannot read it.
         """
