@@ -102,7 +102,7 @@ def _edit(report: Report, *keys: str | int, value: Any) -> Any:
         (("answers",), [], "no answers"),
         (("answers", 2, "step_ms"), [1.0, None], "answers[2].step_ms[1] is None"),
         (("answers", 1, "stages_ms", "vision"), KeyError, "answers[1].stages_ms"),
-        (("limits", 0), 7, "limits[0] is int"),
+        (("limits", 0), 7, "limits[0] is a whole number"),
     ],
 )
 def test_reading_is_strict(
