@@ -76,15 +76,19 @@ Observer = Callable[[Block, InfMLLM], AbstractContextManager[None]]
 
 
 class StreamedModel:
-    """The blocks of a model. `read` supplies the weights when they are needed."""
+    """The blocks of a model. `read` supplies the weights when they are needed, `rotary` the
+    tables of rotations if they are not the model's own.
+    """
 
-    def __init__(self, spec: ModelSpec, read: Reader) -> None:
+    def __init__(
+        self, spec: ModelSpec, read: Reader, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.spec, self._read = spec, read
         with torch.device("meta"):
             self.model = InfMLLM(spec).eval()
         self._names = list(self.model.state_dict())
-        cos, sin = rotary_tables(spec.decoder)
-        self._rotate = lambda x: rotate_half(x, cos, sin, torch.arange(x.shape[2])[None])
+        cos, sin = rotary or rotary_tables(spec.decoder)
+        self.rotate = lambda x: rotate_half(x, cos, sin, torch.arange(x.shape[2])[None])
 
     def blocks(self) -> list[Block]:
         """Returns all blocks in order: patch embedding, tower, adapter, token
@@ -204,7 +208,7 @@ class StreamedModel:
         def run(trace: Trace) -> None:
             length = trace.x.shape[1]
             mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-            trace.x = module(trace.x, self._rotate, mask, torch.arange(length)[None], None)[0]
+            trace.x = module(trace.x, self.rotate, mask, torch.arange(length)[None], None)[0]
 
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         feeds = (

@@ -52,6 +52,7 @@ class Lowering:
     """A target's graphs by name, in the order they are packed, its kernels of integer
     layers, and graph values that stay fp32 in a half graph.
 
+    `batches` tells whether its engine decodes several sequences side by side.
     `byte_weights` are passes that decoders with 8-bit weights and float activations get
     first; `packs` is whether projections of one input are one product. `compare_on_cpu`
     is true where the target's engine runs on other machines: the build is then compared
@@ -66,6 +67,7 @@ class Lowering:
     packs: bool = True
     compare_on_cpu: bool = False
     saturation_safe: bool = False
+    batches: bool = True
 
     def form(self, graph: str, scheme: Scheme, capacity: int) -> list[GraphPass]:
         """Returns the passes that turn the canonical graph into this one, without those
@@ -134,6 +136,7 @@ LOWERING: dict[str, Lowering] = {
         # again at every step.
         packs=False,
         compare_on_cpu=True,
+        batches=False,
     ),
 }
 

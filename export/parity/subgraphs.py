@@ -35,7 +35,7 @@ from runtime.contract.spec import ModelSpec
 from runtime.engines.onnxruntime.sessions import session_options
 from runtime.parity import StageError, stage_errors
 
-__all__ = ["cut_points", "opened_part", "replay_in_pieces", "run_part"]
+__all__ = ["cut_out", "cut_points", "opened_part", "replay_in_pieces", "run_part"]
 
 Array = NDArray[np.float32]
 Feed = dict[str, NDArray[np.generic]]
@@ -59,7 +59,13 @@ def part(path: Path, starts: Collection[str], ends: Collection[str]) -> ir.Model
     """Returns the part of a graph file that computes the tensors `ends` from graph
     inputs and the tensors `starts`.
     """
-    model = ir.load(path)
+    return cut_out(ir.load(path), starts, ends)
+
+
+def cut_out(model: ir.Model, starts: Collection[str], ends: Collection[str]) -> ir.Model:
+    """Reduces a model, in place, to the part that computes the tensors `ends` from graph
+    inputs and the tensors `starts`, which become inputs named "….given".
+    """
     graph = model.graph
     values = {output.name: output for node in graph for output in node.outputs}
     wanted = [values[name] for name in ends]
@@ -67,7 +73,7 @@ def part(path: Path, starts: Collection[str], ends: Collection[str]) -> ir.Model
         given = ir.Value(
             name=f"{name}.given",
             shape=ir.Shape([None] * len(values[name].shape or ())),
-            type=ir.TensorType(ir.DataType.FLOAT),
+            type=values[name].type or ir.TensorType(ir.DataType.FLOAT),
         )
         ir.convenience.replace_all_uses_with(values[name], given)
         graph.inputs.append(given)

@@ -1,0 +1,336 @@
+"""Compares every tensor that a bundle's graph stores with the checkpoint's.
+
+Calibration may have moved scales between layers (SmoothQuant, AWQ) and rounded weights.
+Both leave traces that can be checked without the calibration data: a moved scale is the
+ratio of a norm's weight to the checkpoint's, and a rounded weight follows from the
+weight, its grid and the method of rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calibration.blocks import LinearGroup, Reader, StreamedModel
+from calibration.linear import (
+    Grid,
+    LinearScheme,
+    Quantised,
+    fit_pairs,
+    grid_for,
+    round_in_pairs,
+    round_to,
+)
+from export.parity.float_view import FloatView, read_tensors
+from export.parity.stored_weights import StoredWeight
+from export.passes.pack_projections import parts_of
+from runtime.contract.spec import ModelSpec
+from trainer.decoder import rotary_tables
+
+__all__ = ["TensorFault", "check_tensors", "parameter_names"]
+
+_EXACT, _HALF = 1e-5, 2e-3  # relative differences that float32 and half precision explain
+_FLIPPED, _FLIPPED_HALF = 2e-3, 2e-2  # share of levels at a tie that may round the other way
+_WORSE_THAN_NEAREST = 3.0  # error-feedback rounding has at most this many times its error
+_GAIN = 0.1  # largest departure of a rounded channel's gain from 1
+_SMALLEST, _LARGEST = 1e-4, 1e4  # scales that smoothing may move
+
+
+@dataclass(frozen=True)
+class TensorFault:
+    """A stored tensor that does not follow from the checkpoint: its name, and how it
+    differs.
+    """
+
+    name: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.problem}"
+
+
+@dataclass
+class _Check:
+    view: FloatView
+    read: Reader
+    faults: list[TensorFault] = field(default_factory=list)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    half: bool = False
+
+    def fault(self, name: str, problem: str) -> None:
+        self.faults.append(TensorFault(name, problem))
+
+
+def parameter_names(spec: ModelSpec, part: str) -> list[str]:
+    """Returns the parameters that a "vision" or "decoder" graph must contain."""
+    model = StreamedModel(spec, lambda name: torch.empty(0)).model
+    decoder = part == "decoder"
+    return [
+        name
+        for name in model.state_dict()
+        if name.startswith("decoder.") == decoder and not name.startswith("decoder.embed_tokens")
+    ]
+
+
+def check_tensors(view: FloatView, spec: ModelSpec, part: str, read: Reader) -> list[TensorFault]:
+    """Returns the tensors of a "vision" or "decoder" graph that do not follow from the
+    checkpoint, which `read` reads. An empty list means that all of them do.
+    """
+    stored = read_tensors(view)
+    weights = {part: weight for weight in view.weights.values() for part in parts_of(weight.name)}
+    check = _Check(view, read)
+    names = parameter_names(spec, part)
+    groups = [
+        feed
+        for block in StreamedModel(spec, read).blocks()
+        for feed in block.feeds
+        if feed.linears[0].startswith("decoder.") == (part == "decoder")
+    ]
+    norms = {feed.norm for feed in groups if feed.norm}
+    for name in names:
+        module = name.rpartition(".")[0]
+        if name not in weights and name not in stored:
+            if not name.endswith(".bias") or bool(read(name).any()):  # zeros may be left out
+                check.fault(name, "is not in the graph")
+        elif name not in weights and module not in norms:
+            _check_plain(check, name, stored[name]())
+    for name in sorted(set(weights) - set(names)):
+        check.fault(name, "is in the graph, but not in the model")
+    if part == "decoder":
+        _check_rotary(check, spec, {name: stored[name]() for name in stored if "rotary" in name})
+    if check.faults:
+        return check.faults
+    for group in groups:
+        columns = _moved_scales(check, group, {name: stored[name] for name in stored})
+        for linear in group.linears:
+            name = f"{linear}.weight"
+            carries = any(other.rows == linear for other in groups)
+            _check_weight(check, weights[name], name, columns, carries)
+    return check.faults
+
+
+def _check_plain(check: _Check, name: str, found: NDArray[np.generic]) -> None:
+    expected = check.read(name).numpy().astype(found.dtype)
+    if expected.shape != found.shape or not np.array_equal(expected, found):
+        check.fault(name, _difference(found, expected))
+
+
+def _difference(found: NDArray[np.generic], expected: NDArray[np.generic]) -> str:
+    if found.shape != expected.shape:
+        return f"has shape {list(found.shape)}, expected {list(expected.shape)}"
+    wide, reference = found.astype(np.float64), expected.astype(np.float64)
+    norm = max(float(np.linalg.norm(reference)), 1e-30)
+    return f"differs from the checkpoint's by {np.linalg.norm(wide - reference) / norm:.2g}"
+
+
+def _check_rotary(check: _Check, spec: ModelSpec, found: Mapping[str, NDArray[np.generic]]) -> None:
+    for name, table in zip(("cos", "sin"), rotary_tables(spec.decoder), strict=True):
+        whole = f"decoder.rotary_{name}"
+        if whole not in found:
+            check.fault(whole, "is not in the graph")
+            continue
+        expected = table.numpy().astype(found[whole].dtype)
+        if not np.array_equal(found[whole], expected[: found[whole].shape[0]]):
+            check.fault(whole, "is not the model's table of rotations")
+
+
+def _moved_scales(check: _Check, group: LinearGroup, stored: Mapping[str, object]) -> Tensor | None:
+    """Returns the scales [K] that calibration moved into a group's weights, or None."""
+    if group.rows:
+        return check.rows.get(f"{group.rows}.weight")
+    if not group.norm:
+        return None
+    weight = f"{group.norm}.weight"
+    found_raw = stored[weight]()  # type: ignore[operator]
+    check.half = found_raw.dtype == np.float16
+    found = torch.from_numpy(found_raw.astype(np.float32))
+    expected = check.read(weight)
+    if found.shape != expected.shape:
+        check.fault(weight, f"has shape {list(found.shape)}, expected {list(expected.shape)}")
+        return None
+    if np.array_equal(found_raw, expected.numpy().astype(found_raw.dtype)):
+        scales = None
+    else:
+        scales = torch.where(expected == 0, torch.ones_like(expected), expected / found)
+        if not bool(((scales > _SMALLEST) & (scales < _LARGEST)).all()):
+            check.fault(weight, "is not the checkpoint's times a positive scale")
+            return None
+    bias = f"{group.norm}.bias"
+    if bias in stored:
+        shift_raw = stored[bias]()  # type: ignore[operator]
+        shift, reference = torch.from_numpy(shift_raw.astype(np.float32)), check.read(bias)
+        reference = reference if scales is None else reference / scales
+        half = shift_raw.dtype == np.float16 or check.half
+        if _far(shift, reference, _HALF if half else _EXACT):
+            check.fault(bias, _difference(shift.numpy(), reference.numpy()))
+    return scales
+
+
+def _far(found: Tensor, expected: Tensor, relative: float) -> bool:
+    """True if any element differs by more than a share of itself and of the largest."""
+    floor = relative * 1e-2 * float(expected.abs().max()) if expected.numel() else 0.0
+    return bool(((found - expected).abs() > relative * expected.abs() + floor + 1e-9).any())
+
+
+def _check_weight(
+    check: _Check, weight: StoredWeight, name: str, columns: Tensor | None, carries: bool
+) -> None:
+    """Checks one parameter's part of a stored weight. `carries` tells whether its rows may
+    have absorbed the scales of the next layer's input.
+    """
+    reference = check.read(name)
+    if columns is not None:
+        reference = reference * columns
+    levels, scale, zero = (_part(weight, name, array, check.read) for array in weight.read())
+    if levels.shape != reference.shape:
+        expected = list(reference.shape)
+        check.fault(name, f"has shape {list(levels.shape)}, expected {expected}")
+        return
+    exact = columns is None
+    if weight.kind in ("fp32", "fp16"):
+        _check_float(check, weight, name, levels, reference, carries)
+        return
+    half = check.half and not exact
+    tolerance = _HALF if half or _scales_are_half(check, weight) else _EXACT * 10
+    stored_grid = Grid(scale, zero, *_range_of(weight), weight.block or reference.shape[1])
+    problems = []
+    for scheme in _schemes(weight):
+        problem, rows = _follows(reference, levels, stored_grid, scheme, carries, tolerance, half)
+        if problem is None:
+            if rows is not None and bool((rows - 1).abs().max() > _EXACT):
+                check.rows[name] = rows
+            return
+        problems.append(problem)
+    check.fault(name, problems[-1])
+
+
+def _check_float(
+    check: _Check,
+    weight: StoredWeight,
+    name: str,
+    found: Tensor,
+    reference: Tensor,
+    carries: bool,
+) -> None:
+    rows = None
+    if carries:
+        rows = (reference * reference).sum(1) / (reference * found).sum(1).clamp(min=1e-30)
+        if bool((rows - 1).abs().max() > _HALF):
+            check.rows[name] = rows
+            reference = reference / rows[:, None]
+    relative = _HALF if weight.kind == "fp16" or check.half else _EXACT
+    if _far(found, reference, relative):
+        check.fault(name, _difference(found.numpy(), reference.numpy()))
+
+
+def _part(weight: StoredWeight, name: str, array: NDArray[np.float32], read: Reader) -> Tensor:
+    """Returns one parameter's rows [N, …] of an array [..., N] of a packed weight."""
+    if np.ndim(array) < 2:
+        return torch.from_numpy(np.array(array, np.float32).reshape(1, 1))
+    start = 0
+    for part in parts_of(weight.name):
+        width = read(part).shape[0]
+        if part == name:
+            rows = array[:, start : start + width]
+            return torch.from_numpy(np.array(rows.T, np.float32, order="C"))
+        start += width
+    raise AssertionError(f"{name} is a part of {weight.name}")
+
+
+def _scales_are_half(check: _Check, weight: StoredWeight) -> bool:
+    """True if the stored scales are exactly representable in half precision."""
+    scale = weight.read()[1]
+    return bool(np.array_equal(scale.astype(np.float16).astype(np.float32), scale))
+
+
+def _range_of(weight: StoredWeight) -> tuple[int, int]:
+    if weight.kind == "int4":
+        return 0, 15
+    return -127, 127
+
+
+def _schemes(weight: StoredWeight) -> list[LinearScheme]:
+    """Returns the schemes that may have produced a stored weight."""
+    block = weight.block
+    if weight.kind == "int8":
+        activation = "float" if weight.activation == "block" else weight.activation
+        return [LinearScheme("int8", activation, block)]
+    roundings = ("nearest", "mse", "gptq")
+    return [
+        LinearScheme("int4", "float", block, rounding, symmetric=weight.symmetric)
+        for rounding in roundings
+    ]
+
+
+def _follows(
+    reference: Tensor,
+    levels: Tensor,
+    grid: Grid,
+    scheme: LinearScheme,
+    carries: bool,
+    tolerance: float,
+    half: bool,
+) -> tuple[str | None, Tensor | None]:
+    """Returns (None, scales moved into the rows) if a scheme explains the stored levels
+    [N, K] and their grid, and otherwise the problem.
+    """
+    if scheme.bits == 8 and scheme.activation == "float" and grid.block < reference.shape[1]:
+        levels = levels - grid.zero.repeat_interleave(grid.block, 1)[:, : levels.shape[1]]
+        grid = Grid(grid.scale, torch.zeros_like(grid.zero), -127, 127, grid.block)
+    elif scheme.bits == 8:
+        levels = levels - grid.zero[:, :1]
+        grid = Grid(grid.scale, torch.zeros_like(grid.zero), -127, 127, reference.shape[1])
+    expected = (
+        round_in_pairs(reference, scheme).grid if scheme.pairs else grid_for(reference, scheme)
+    )
+    if expected.scale.shape != grid.scale.shape:
+        if grid.scale.shape[1] < expected.scale.shape[1] or expected.scale.shape[1] != 1:
+            return f"has {grid.scale.shape[1]} scales per channel", None
+        expected = Grid(
+            expected.scale.expand_as(grid.scale),
+            expected.zero.expand_as(grid.zero),
+            expected.low,
+            expected.high,
+            grid.block,
+        )
+    ratio = expected.scale / grid.scale
+    rows = ratio.median(dim=1).values if carries else None
+    if rows is not None:
+        ratio = ratio / rows[:, None]
+    wrong = ((ratio - 1).abs() > tolerance) | (expected.zero != grid.zero)
+    if float(wrong.float().mean()) > _FLIPPED_HALF:
+        return f"has scales up to {float((ratio - 1).abs().max()):.2g} away from its weights'", None
+    scaled = reference if rows is None else reference / rows[:, None]
+    nearest = round_to(scaled, grid)
+    if scheme.pairs:
+        nearest = fit_pairs(nearest)
+    distance = (nearest.levels - levels).abs()
+    flipped = _FLIPPED_HALF if half or tolerance >= _HALF else _FLIPPED
+    close = bool(distance.max() <= 1) and float((distance > 0).float().mean()) <= flipped
+    if close:
+        return None, rows
+    if scheme.rounding != "gptq":
+        share = float((distance > 0).float().mean())
+        return f"has {share:.1%} of its levels away from the nearest", None
+    return _fed_back(scaled, levels, grid, nearest), rows
+
+
+def _fed_back(reference: Tensor, levels: Tensor, grid: Grid, nearest: Quantised) -> str | None:
+    """Returns the problem of levels that were rounded with error feedback (GPTQ), if they
+    are too far from the weights.
+    """
+    found = Quantised(levels.to(torch.int16), grid).dequantised()
+    error = float((found - reference).norm())
+    least = float((nearest.dequantised() - reference).norm())
+    if error > _WORSE_THAN_NEAREST * least:
+        return f"is {error / max(least, 1e-30):.1f} times as far from the checkpoint's as rounding"
+    energy = (reference * reference).sum(1)
+    gain = (found * reference).sum(1) / energy.clamp(min=1e-30)
+    worst = float((gain - 1).abs()[energy > 0].max()) if bool((energy > 0).any()) else 0.0
+    return f"has a channel scaled by {1 + worst:.2f}" if worst > _GAIN else None

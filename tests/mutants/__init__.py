@@ -1,0 +1,1 @@
+"""Planted faults: a table of wrong bundles and wrong runtimes that the proof must refuse."""
