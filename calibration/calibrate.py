@@ -58,8 +58,9 @@ class _Statistics:
 
     def add(self, x: Tensor, keep: int, with_moments: bool) -> None:
         flat = x.reshape(-1, x.shape[-1])
-        stride = max(1, flat.shape[0] // max(1, keep))
-        self.rows.append(flat[::stride][:keep].clone())
+        # Spread over the whole case: its end is the question and the answer.
+        places = torch.linspace(0, flat.shape[0] - 1, min(keep, flat.shape[0])).round().long()
+        self.rows.append(flat[places].clone())
         low, high = flat.amin(0), flat.amax(0)
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "KERNEL_BLOCKS",
+    "SHARES",
     "SIGNED",
     "Grid",
     "LinearScheme",
@@ -43,6 +44,8 @@ _WIDER = (
 _PAIR = 128  # largest allowed sum of two neighbouring 8-bit levels of the same sign
 _CANDIDATES = 12  # number of shrunken ranges that the MSE search tries
 _SHRINK = 0.45  # smallest range tried, as a share of the full range
+SHARES = tuple(1 - (1 - _SHRINK) * step / _CANDIDATES for step in range(_CANDIDATES + 1))
+"""Shares of a block's full range that the search of a 4-bit grid tries."""
 _TINY = 1e-12
 _ELEMENTS = (
     1 << 23
@@ -209,8 +212,7 @@ def _grid_of_rows(weight_NK: Tensor, scheme: LinearScheme) -> Grid:
     if scheme.rounding == "nearest":
         return grid
     best = _error(padded, grid)
-    for step in range(1, _CANDIDATES + 1):
-        share = 1 - (1 - _SHRINK) * step / _CANDIDATES
+    for share in SHARES[1:]:
         trial = _fit(low * share, high * share, scheme, block)
         error = _error(padded, trial)
         better = error < best

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from calibration.parts import MIN_DISJOINT, Part, cut_part, is_disjoint
 from runtime.contract.errors import DataError, InfMLLMError, UsageError
 from runtime.contract.image import to_pixels
 from runtime.contract.spec import ModelSpec
@@ -27,7 +28,15 @@ from trainer.batch import answer_ids
 from trainer.datasets.scene_text import caption_sample, ground_sample, vqa_sample
 from trainer.datasets.scenes import draw_scene
 
-__all__ = ["MIN_IMAGES", "Case", "default_source", "draw_cases", "draw_examples", "set_card"]
+__all__ = [
+    "MIN_IMAGES",
+    "Case",
+    "default_source",
+    "draw_cases",
+    "draw_examples",
+    "overlap",
+    "set_card",
+]
 
 SCENES = "synthetic"
 MIN_IMAGES = 4
@@ -65,19 +74,30 @@ def default_source(card: Mapping[str, Any], calib: str) -> str:
     )
 
 
-def draw_examples(source: str, count: int, seed: int, least: int = 1) -> list[Example]:
-    """Returns up to `count` examples of a data argument, in random order by seed.
+def draw_examples(source: str, count: int, part: Part, least: int = 1) -> list[Example]:
+    """Returns up to `count` examples of one part of a data argument, in random order.
     Synthetic scenes are generated. Raises `DataError` if there are fewer than `least`.
     """
-    rng = np.random.default_rng(seed)
     if source == SCENES:
-        return list(_scenes(count, rng))
+        return list(_scenes(count, np.random.default_rng(part.seed)))
     found = _open(source)
     if len(found) < least:
         raise DataError(
             f"data {source!r} has {len(found)} images, calibration needs at least {least}; add more"
         )
-    return [found[int(index)] for index in rng.permutation(len(found))[:count]]
+    return cut_part(found, part)[:count]
+
+
+def overlap(source: str) -> str:
+    """Says that a data argument has too few images to be cut into disjoint parts; empty if
+    it has enough.
+    """
+    if source == SCENES or is_disjoint(_open(source)):
+        return ""
+    return (
+        f"data {source!r} has fewer than {MIN_DISJOINT} images, so the build is judged by images "
+        f"that it was calibrated on; add more"
+    )
 
 
 @lru_cache(maxsize=2)

@@ -5,7 +5,6 @@ PyTorch, inspects them, and checks what this machine can run.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -165,31 +164,22 @@ def parity(
     ] = None,
     cases: Annotated[int, typer.Option(min=1, help="Number of new inputs to compare.")] = 8,
     calib: Annotated[
-        str, typer.Option(help="Data for the inputs. Default: synthetic, if trained on it.")
+        str,
+        typer.Option(help="Data for inputs and questions. Default: synthetic, if trained on it."),
     ] = "",
+    questions: Annotated[
+        int, typer.Option(min=0, help="Images on which answers are compared; 0: skip this check.")
+    ] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Compares a bundle with its PyTorch checkpoint on new inputs. Exit code 1 if an
-    error exceeds its tolerance.
+    """Proves that a finished bundle is its checkpoint's: stored tensors, graphs,
+    users' calls, answers. Exit code 1 with the place of a fault if it is not.
     """
-    from calibration.samples import default_source
-    from export.commands import print_stages
-    from export.parity.cpu_reference import open_session
-    from export.parity.references import compare_with_checkpoint
-    from runtime.contract.errors import ParityError
-    from trainer.checkpoint import DEMO, open_checkpoint
+    from export.commands import ParityOptions, run_parity
+    from trainer.checkpoint import DEMO
 
-    session, stored = open_session(bundle or default_bundle()), open_checkpoint(checkpoint or DEMO)
-    stages = compare_with_checkpoint(session, stored, cases, default_source(stored.card, calib))
-    if as_json:
-        print(json.dumps([asdict(stage) | {"passed": stage.passed} for stage in stages]))
-    else:
-        print_stages(stages)
-    failed = [stage.stage for stage in stages if not stage.passed]
-    if failed:
-        raise ParityError(
-            f"{', '.join(failed)} out of tolerance; rebuild the bundle from this checkpoint"
-        )
+    options = ParityOptions(cases, questions, calib, as_json=as_json)
+    run_parity(bundle or default_bundle(), checkpoint or DEMO, options)
 
 
 @app.command(

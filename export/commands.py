@@ -5,28 +5,53 @@ progress bar with the time left, then parity results or one JSON object.
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calibration.samples import default_source
+from export.gate import PROOF_CASES
 from export.mixed_precision import Budget, choose_mixture
+from export.parity.cpu_reference import open_session
+from export.parity.proof import prove
+from export.parity.references import (
+    MetricCheck,
+    check_origin,
+    compare_with_checkpoint,
+    draw_fresh,
+    measure_answers,
+    verdict_json,
+)
 from export.pipeline import STEPS, build
 from export.planning.devices import find_device
 from export.planning.plan import make_plan
+from export.report import print_answers, print_findings, print_stages
 from export.schemes import TARGET_SCHEMES, choose_scheme
 from export.state import Build, BuildOptions
 from export.targets import find_lowering
-from runtime.contract.errors import EngineError, UsageError
+from runtime.contract.bundle import VERIFIED, read_bundle, verdict_text
+from runtime.contract.errors import EngineError, ParityError, UsageError
 from runtime.output.console import note, peak_memory_mib, step_bar
 from runtime.parity import StageError
 from runtime.session import load
-from trainer.checkpoint import DEMO, read_spec
+from trainer.checkpoint import DEMO, open_checkpoint, read_spec
 from trainer.config import find_preset
 
-__all__ = ["print_stages", "run_auto", "run_build", "run_plan"]
+__all__ = ["ParityOptions", "run_auto", "run_build", "run_parity", "run_plan"]
+
+
+@dataclass(frozen=True)
+class ParityOptions:
+    """Options of `infmllm-export parity`: new inputs, questions and their data (empty: the
+    training mix), and how many points of accuracy may be lost.
+    """
+
+    cases: int = 8
+    questions: int = 16
+    calib: str = ""
+    drop: float = 0.5
+    as_json: bool = False
 
 
 def run_auto(options: BuildOptions, budget: Budget, as_json: bool) -> Build:
@@ -66,6 +91,7 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
         data: dict[str, Any] = {
             "bundle": str(options.out),
             "verdict": result.verdict,
+            "proof": [finding.to_json() for finding in result.findings],
             "stages": [asdict(stage) for stage in result.stages],
         }
         data |= {
@@ -83,17 +109,18 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
             f"  {graph:8} {step:22} changed {outcome.modified}"
             + "".join(f"; {reason}" for reason in outcome.refused)
         )
+    if result.overlap:
+        note(f"warning: {result.overlap}")
+    print_findings(result.findings)
     print_stages(result.stages)
-    if result.metrics.skipped and not result.reused:
-        note(f"answers not compared: {result.metrics.skipped}")
-    for task, (torch, found) in result.metrics.scores.items():
-        note(f"answers {task:8} PyTorch {torch:.1f} %, bundle {found:.1f} %")
+    print_answers(result.metrics)
     already = (
         ", unchanged: this build already existed"
         if result.reused
         else f", {seconds:.0f} s, at most {peak:.0f} MiB of memory"
     )
-    print(f"{result.verdict}: {options.out} ({size / 1e6:.1f} MB{already})")
+    shown = verdict_text(result.verdict, result.metrics.skipped)
+    print(f"{shown}: {options.out} ({size / 1e6:.1f} MB{already})")
     return result
 
 
@@ -112,18 +139,38 @@ def _engines(options: BuildOptions) -> str:
     return text
 
 
-def print_stages(stages: Iterable[StageError]) -> None:
-    """Prints one line per parity stage on standard error."""
-    for stage in stages:
-        agreement = (
-            f", same token {100 * stage.agreement:.0f} %" if stage.agreement is not None else ""
-        )
-        verdict = "ok" if stage.passed else "FAILED"
-        print(
-            f"parity {stage.stage:8} error {stage.error:.3g} (allowed {stage.tolerance:.3g})"
-            f"{agreement}  {verdict}",
-            file=sys.stderr,
-        )
+def run_parity(bundle: Path, checkpoint: Path, options: ParityOptions) -> None:
+    """Proves a finished bundle equal to its checkpoint and prints every comparison. Raises
+    `ParityError` that names the place of a fault.
+    """
+    stored, parsed = open_checkpoint(checkpoint), read_bundle(bundle)
+    parsed.verify()
+    check_origin(parsed, stored)
+    source = default_source(stored.card, options.calib)
+    fresh = draw_fresh(stored, options.cases, source)
+    with step_bar(1) as bar:
+        bar.step("proving the bundle")
+        findings = prove(parsed, stored, fresh[:PROOF_CASES], bar.detail)
+    stages: list[StageError] = []
+    metrics = MetricCheck(skipped="the proof failed")
+    if all(finding.passed for finding in findings):
+        session = open_session(bundle)
+        stages = compare_with_checkpoint(session, stored, fresh)
+        metrics = measure_answers(session, stored, source, options.questions, options.drop)
+    if options.as_json:
+        data = verdict_json("", findings, stages, metrics, dict(parsed.tolerance))
+        print(json.dumps({name: value for name, value in data.items() if name != "verdict"}))
+    else:
+        print_findings(findings)
+        print_stages(stages)
+        print_answers(metrics)
+    wrong = [str(finding) for finding in findings if not finding.passed]
+    wrong += [f"{stage.stage} out of tolerance" for stage in stages if not stage.passed]
+    wrong += [] if metrics.passed else [f"accuracy fell by {metrics.drop:.1f} points"]
+    if wrong:
+        raise ParityError(f"{bundle} is not {checkpoint}'s: {wrong[0]}; build it again")
+    if not options.as_json:
+        print(f"{verdict_text(VERIFIED, metrics.skipped)}: {bundle} is {checkpoint}'s")
 
 
 def run_plan(

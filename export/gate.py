@@ -1,15 +1,19 @@
-"""The parity gate of a build: compares the packed bundle with PyTorch, and if it drifts says
-where the drift begins and what to try.
+"""The parity gate of a build: proves the packed bundle equal to PyTorch, measures what its
+rounding costs, and if it fails says where, and what to try.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from export.parity.calibration_check import Origin
 from export.parity.cpu_reference import reference_session, replay_forms
 from export.parity.drift import find_drift
+from export.parity.finding import Finding
+from export.parity.proof import prove
 from export.parity.references import MetricCheck, measure_answers
 from export.parity.subgraphs import replay_in_pieces
 from export.planning.limits import LARGE_BYTES
@@ -20,12 +24,52 @@ from runtime.contract.goldens import read_goldens
 from runtime.parity import StageError
 from runtime.session import load
 
-__all__ = ["compare", "describe_failure"]
+__all__ = ["PROOF_CASES", "Comparison", "compare", "describe_failure"]
+
+PROOF_CASES = 3  # golden cases that the proof runs block by block
 
 
-def compare(build: Build) -> tuple[list[StageError], MetricCheck]:
-    """Measures parity and answers of the packed bundle. Graphs too large to load beside
-    PyTorch are replayed part by part, and their answers are not compared.
+@dataclass(frozen=True)
+class Comparison:
+    """What the gate found: the proof's comparisons, the cost of rounding by stage, and the
+    answers.
+    """
+
+    findings: Sequence[Finding]
+    stages: Sequence[StageError]
+    metrics: MetricCheck
+
+    @property
+    def passed(self) -> bool:
+        """True if nothing that was compared failed, and the golden cases were compared."""
+        return (
+            all(finding.passed for finding in self.findings)
+            and bool(self.stages)
+            and all(stage.passed for stage in self.stages)
+            and self.metrics.passed
+        )
+
+
+def compare(build: Build) -> Comparison:
+    """Proves the packed bundle, then measures the cost of its rounding and its answers. A
+    bundle that fails the proof is not asked.
+    """
+    findings = prove(
+        read_bundle(build.folder),
+        build.checkpoint,
+        build.goldens[:PROOF_CASES],
+        lambda done, total, text: build.detail(done, total, f"proof: {text}"),
+        None if build.calibrated is None else Origin(build.calibrated, build.options.scheme),
+    )
+    if not all(finding.passed for finding in findings):
+        return Comparison(findings, [], MetricCheck(skipped="the proof failed"))
+    stages, metrics = _cost_of_rounding(build)
+    return Comparison(findings, stages, metrics)
+
+
+def _cost_of_rounding(build: Build) -> tuple[list[StageError], MetricCheck]:
+    """Measures golden cases and answers. Graphs too large to load beside PyTorch are
+    replayed part by part, and their answers are not compared.
     """
     options, tolerance = build.options, dict(build.options.scheme.tolerance)
     if find_lowering(options.target).compare_on_cpu:
@@ -58,13 +102,18 @@ def compare(build: Build) -> tuple[list[StageError], MetricCheck]:
     )
 
 
-def describe_failure(build: Build, stages: Sequence[StageError], metrics: MetricCheck) -> str:
-    """Describes what drifted, where the drift begins, and what to try."""
-    failed = [stage for stage in stages if not stage.passed]
+def describe_failure(build: Build, found: Comparison) -> str:
+    """Describes what differs, where, and what to try."""
+    wrong = next((finding for finding in found.findings if not finding.passed), None)
+    if wrong is not None:
+        remedy = _REMEDY if wrong.check == "rounding" else _REPORT
+        return f"the bundle is not its checkpoint's: {wrong}; nothing was written. {remedy}"
+    failed = [stage for stage in found.stages if not stage.passed]
     if not failed:
+        metrics = found.metrics
         tasks = ", ".join(
-            f"{task} {found:.1f} of {torch:.1f} %"
-            for task, (torch, found) in metrics.scores.items()
+            f"{task} {bundle:.1f} of {torch:.1f} %"
+            for task, (torch, bundle) in metrics.scores.items()
         )
         worse = (
             f"accuracy fell by {metrics.drop:.1f} points on {metrics.count} questions, "
@@ -73,8 +122,11 @@ def describe_failure(build: Build, stages: Sequence[StageError], metrics: Metric
         return f"{worse}; nothing was written. {_REMEDY}"
     worst = max(failed, key=lambda stage: stage.error / stage.tolerance)
     differs = (
-        f"{worst.stage} differs from PyTorch by {worst.error:.3g} (relative RMS), the "
+        f"rounding changes {worst.stage} by {worst.error:.3g} (relative RMS), the "
         f"scheme allows {worst.tolerance:.3g}; nothing was written. "
+        if worst.error > worst.tolerance
+        else f"{worst.stage} prefers another token in {worst.flips} places where PyTorch is sure; "
+        f"nothing was written. "
     )
     return f"{differs}{_find_drift_place(build, worst.stage)}. {_REMEDY}"
 
@@ -110,6 +162,11 @@ def _find_drift_place(build: Build, stage: str) -> str:
     )
 
 
+_REPORT = (
+    "This is a fault of this toolchain or of a library, not of your model: report it with the "
+    "graphs that --dump FOLDER writes. "
+    "--allow-unverified writes the bundle anyway, marked UNVERIFIED"
+)
 _REMEDY = (
     "Try --calib with images like the training data, --keep BLOCK=fp16 for that block, or a "
     "higher --precision. "

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from calibration.samples import set_card
+from export.parity.finding import Finding
 from export.parity.references import MetricCheck, verdict_json
 from export.planning.devices import DEVICES
 from export.planning.plan import MIB, make_plan
@@ -45,16 +46,15 @@ def existing(build: Build) -> Build | None:
         bundle.verify()
     except BundleError:
         return None
-    stages = tuple(
-        StageError(row["stage"], row["error"], row["tolerance"], row["agreement"])
-        for row in bundle.parity["stages"]
+    stages = tuple(StageError(**row) for row in bundle.parity["stages"])
+    return replace(
+        build,
+        findings=tuple(Finding.from_json(row) for row in bundle.parity.get("proof", ())),
+        stages=stages,
+        metrics=MetricCheck.from_json(bundle.parity.get("metrics", {})),
+        verdict=bundle.verdict,
+        reused=True,
     )
-    known = bundle.parity.get("metrics", {})
-    scores = {task: (row["pytorch"], row["bundle"]) for task, row in known.get("tasks", {}).items()}
-    metrics = MetricCheck(
-        scores, known.get("count", 0), known.get("allowed", 0.0), known.get("skipped", "")
-    )
-    return replace(build, stages=stages, metrics=metrics, verdict=bundle.verdict, reused=True)
 
 
 def write(build: Build) -> None:
@@ -75,6 +75,7 @@ def write(build: Build) -> None:
     provenance |= {
         "goldens": set_card(build.source, build.goldens),
         "calibration": set_card(build.source, build.cases) if build.cases else None,
+        "disjoint": not build.overlap,
     }
     provenance["linears"] = {
         prefix or "rest": linear.text() for prefix, linear in scheme.parts.items()
@@ -107,7 +108,7 @@ def write(build: Build) -> None:
         build.options.target,
         schemes,
         provenance,
-        verdict_json(build.stages, build.metrics, tolerance),
+        verdict_json(build.verdict, build.findings, build.stages, build.metrics, tolerance),
     )
 
 

@@ -21,7 +21,8 @@ from typing import Any
 from calibration.blocks import Block, StreamedModel
 from calibration.calibrate import Calibrated, calibrate
 from calibration.linear import LinearScheme
-from calibration.samples import MIN_IMAGES, draw_cases, draw_examples
+from calibration.parts import AUTO, CALIBRATION, SENSITIVITY, Part
+from calibration.samples import MIN_IMAGES, Case, draw_cases, draw_examples
 from calibration.sensitivity import sensitivities
 from export.pipeline import build
 from export.planning.plan import linear_bytes, linears, part_bytes
@@ -45,12 +46,7 @@ METRICS = (MEAN, "caption", "vqa", "ground", "chat", SAME)
 share of answers identical to PyTorch's. That share detects far smaller changes.
 """
 
-_SENSITIVITY_CASES, _CALIBRATION_SEED, _SENSITIVITY_SEED, _QUESTIONS_SEED = (
-    16,
-    20240,
-    20241,
-    20242,
-)  # different seeds, so that no image is used for two purposes
+_SENSITIVITY_CASES = 16
 _UNIFORM = ("int8", "int4-all")
 CANDIDATES: Mapping[str, Mapping[str, LinearScheme]] = {
     # Blocks of 128 inputs are smaller and faster, blocks of 32 are more accurate.
@@ -195,7 +191,7 @@ def choose_mixture(
         path = upgrade_path(nats, cost)
         meter = _Meter(
             checkpoint,
-            draw_examples(state.source, budget.pictures, _QUESTIONS_SEED),
+            draw_examples(state.source, budget.pictures, AUTO),
             options,
             budget,
             Path(folder),
@@ -253,9 +249,11 @@ def _measure_blocks(
     checkpoint: StoredCheckpoint, source: str, samples: int, folder: Path, detail: Detail
 ) -> dict[str, dict[str, float]]:
     """Returns the divergence in nats of every block and candidate."""
-    draw: Callable[[int, int, int], Any] = lambda count, seed, least: draw_cases(
-        draw_examples(source, count, seed, least), checkpoint.spec, checkpoint.tokenizer, seed
-    )
+
+    def draw(count: int, part: Part, least: int) -> list[Case]:
+        examples = draw_examples(source, count, part, least)
+        return draw_cases(examples, checkpoint.spec, checkpoint.tokenizer, part.seed)
+
     model = StreamedModel(checkpoint.spec, checkpoint.read)
 
     def wanted(name: str) -> Sequence[LinearScheme]:
@@ -269,12 +267,12 @@ def _measure_blocks(
     calibrate(
         model,
         [],
-        draw(samples, _CALIBRATION_SEED, MIN_IMAGES),
+        draw(samples, CALIBRATION, MIN_IMAGES),
         wanted,
         folder / "blocks",
         progress=lambda b: detail(0, total, f"calibrating {b.name}"),
     )
-    cases = draw(_SENSITIVITY_CASES, _SENSITIVITY_SEED, 1)
+    cases = draw(_SENSITIVITY_CASES, SENSITIVITY, 1)
     return sensitivities(
         model, Calibrated(checkpoint.read, folder / "blocks"), cases, _table, detail
     )

@@ -18,6 +18,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from calibration.calibrate import Calibrated
+from calibration.parts import CALIBRATION, GOLDENS, QUESTIONS
 from calibration.ranges import RANGES
 from calibration.samples import (
     MIN_IMAGES,
@@ -25,10 +26,12 @@ from calibration.samples import (
     default_source,
     draw_cases,
     draw_examples,
+    overlap,
     set_card,
 )
 from export.cache import build_key
-from export.parity.references import METRIC_SEED, MetricCheck
+from export.parity.finding import Finding
+from export.parity.references import MetricCheck
 from export.passes import PassResult
 from export.planning.limits import golden_count
 from export.planning.plan import linears
@@ -42,7 +45,6 @@ from trainer.checkpoint import StoredCheckpoint, open_checkpoint
 __all__ = ["Build", "BuildOptions", "Detail", "open_build", "tools"]
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "numpy")
-_GOLDEN_SEED, _CALIBRATION_SEED = 20231, 20230
 LEAST_TEXT = 64  # tokens reserved for a question and its answer
 Detail = Callable[[int, int, str], None]
 """Receives how many parts of a long step are done, how many there are, and what the
@@ -97,11 +99,14 @@ class Build:
     calibrated: Calibrated | None = None
     graphs: dict[str, ir.Model] = field(default_factory=dict)
     counts: tuple[tuple[str, str, PassResult], ...] = ()
+    findings: tuple[Finding, ...] = ()
     stages: tuple[StageError, ...] = ()
     metrics: MetricCheck = field(default_factory=MetricCheck)
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     verdict: str = UNVERIFIED
     reused: bool = False
+    overlap: str = ""
+    """Why parts of the data overlap; empty if they do not."""
 
 
 def open_build(options: BuildOptions) -> Build:
@@ -129,13 +134,11 @@ def open_build(options: BuildOptions) -> Build:
         )
     source = default_source(checkpoint.card, options.calib)
     draw = partial(draw_cases, spec=checkpoint.spec, tokenizer=checkpoint.tokenizer)
-    goldens = draw(
-        draw_examples(source, golden_count(checkpoint.spec), _GOLDEN_SEED), seed=_GOLDEN_SEED
-    )
+    goldens = draw(draw_examples(source, golden_count(checkpoint.spec), GOLDENS), seed=GOLDENS.seed)
     cases = (
         draw(
-            draw_examples(source, options.samples, _CALIBRATION_SEED, MIN_IMAGES),
-            seed=_CALIBRATION_SEED,
+            draw_examples(source, options.samples, CALIBRATION, MIN_IMAGES),
+            seed=CALIBRATION.seed,
             least=MIN_IMAGES,
         )
         if scheme.calibrates
@@ -156,7 +159,7 @@ def open_build(options: BuildOptions) -> Build:
     asked = (
         [
             (example.name, example.samples)
-            for example in draw_examples(source, options.questions, METRIC_SEED)
+            for example in draw_examples(source, options.questions, QUESTIONS)
         ]
         if options.questions
         else []
@@ -167,7 +170,15 @@ def open_build(options: BuildOptions) -> Build:
         "asked": repr(asked),
         "notes": options.notes,
     }
-    return Build(options, checkpoint, source, build_key(decides), goldens, cases)
+    return Build(
+        options,
+        checkpoint,
+        source,
+        build_key(decides),
+        goldens,
+        cases,
+        overlap=overlap(source),
+    )
 
 
 def _check_context(options: BuildOptions, checkpoint: StoredCheckpoint) -> None:

@@ -177,14 +177,16 @@ def _tell_tensor(detail: Detail, name: str, tensor: object, info: Any) -> None:
 
 def verify(build: Build) -> Build:
     options = build.options
-    stages, metrics = compare(build)
-    passed = all(stage.passed for stage in stages) and metrics.passed
-    if not passed and not options.allow_unverified:
-        raise ParityError(describe_failure(build, stages, metrics))
-    build = replace(
-        build, stages=tuple(stages), metrics=metrics, verdict=VERIFIED if passed else UNVERIFIED
+    found = compare(build)
+    if not found.passed and not options.allow_unverified:
+        raise ParityError(describe_failure(build, found))
+    return replace(
+        build,
+        findings=tuple(found.findings),
+        stages=tuple(found.stages),
+        metrics=found.metrics,
+        verdict=VERIFIED if found.passed else UNVERIFIED,
     )
-    return build
 
 
 def _dump_graph(build: Build, name: str, model: ir.Model, step: str) -> None:

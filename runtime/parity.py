@@ -26,6 +26,7 @@ from runtime.output.console import note
 
 __all__ = [
     "StageError",
+    "centred",
     "read_checked_goldens",
     "replay_goldens",
     "stage_errors",
@@ -33,25 +34,36 @@ __all__ = [
 ]
 
 Array = NDArray[np.float32]
+_SURE = 3.0  # margins beyond this many tolerances are more than rounding explains
 
 
 @dataclass(frozen=True)
 class StageError:
     """The largest relative RMS error of a stage over all cases (decoding: all steps of
-    a case in one), and its bound.
+    a case in one), and its bound. Logits are compared without their common offset, which
+    softmax ignores.
 
-    `agreement` is how often the most likely token was the same (decoder stages).
+    Attributes:
+        stage: vision, prefill or decode.
+        error: The largest error of a case.
+        tolerance: The bound of the error.
+        agreement: How often the most likely token was the same (decoder stages).
+        flips: Rows whose most likely token differs although PyTorch prefers its own by more
+            than the tolerance explains. None is allowed.
+        divergence: Mean KL divergence of the token probabilities from PyTorch's, in nats.
     """
 
     stage: str
     error: float
     tolerance: float
     agreement: float | None = None
+    flips: int = 0
+    divergence: float | None = None
 
     @property
     def passed(self) -> bool:
-        """True when the error is a number within its bound."""
-        return self.error <= self.tolerance
+        """True when the error is a number within its bound, and no sure token changed."""
+        return self.error <= self.tolerance and not self.flips
 
 
 def relative_error(found: Array, expected: Array) -> float:
@@ -65,6 +77,31 @@ def relative_error(found: Array, expected: Array) -> float:
     ):
         return float("inf")
     return float(np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-12))
+
+
+def centred(logits: Array) -> Array:
+    """Returns logits without the common offset of each row, which softmax ignores."""
+    result: Array = logits - logits.mean(-1, keepdims=True)
+    return result
+
+
+def _compare_rows(found: Array, expected: Array, tolerance: float) -> tuple[Array, int, Array]:
+    """Compares centred logits [n, V]. Returns which rows have the same best token, how many
+    differ although PyTorch is sure, and the divergence of each row in nats.
+    """
+    same = found.argmax(-1) == expected.argmax(-1)
+    best = np.partition(expected, -2, axis=-1)[:, -2:]
+    margin = best[:, 1] - best[:, 0]
+    sure = margin > _SURE * tolerance * expected.std(-1)
+    wide = [rows.astype(np.float64) for rows in (expected, found)]
+    logs = [
+        rows
+        - np.log(np.exp(rows - rows.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - rows.max(-1, keepdims=True)
+        for rows in wide
+    ]
+    divergence = (np.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
+    return same, int((sure & ~same).sum()), divergence
 
 
 def read_checked_goldens(bundle: Bundle) -> list[Golden]:
@@ -146,18 +183,29 @@ def stage_errors(
             rows, results, (golden.image_embeds, golden.prefill, golden.steps), strict=True
         ):
             rows[stage].append((result, expected))
-    errors = []
-    for stage, pairs in rows.items():
-        same = np.concatenate(
-            [np.atleast_1d(result.argmax(-1) == expected.argmax(-1)) for result, expected in pairs]
-        )
-        worst = max(relative_error(result, expected) for result, expected in pairs)
-        errors.append(
-            StageError(
-                stage,
-                worst,
-                float(tolerance.get(stage, 0.0)),
-                None if stage == "vision" else float(same.mean()),
-            )
-        )
-    return errors
+    return [
+        _stage_error(stage, pairs, float(tolerance.get(stage, 0.0)))
+        for stage, pairs in rows.items()
+    ]
+
+
+def _stage_error(stage: str, pairs: Sequence[tuple[Array, Array]], tolerance: float) -> StageError:
+    if stage == "vision":
+        return StageError(stage, max(relative_error(*pair) for pair in pairs), tolerance)
+    worst, compared = 0.0, []
+    for result, expected in pairs:
+        found, reference = (centred(np.atleast_2d(array)) for array in (result, expected))
+        worst = max(worst, relative_error(found, reference))
+        if np.isfinite(worst):
+            compared.append(_compare_rows(found, reference, tolerance))
+    if not compared:
+        return StageError(stage, worst, tolerance, 0.0)
+    same, flips, divergence = zip(*compared, strict=True)
+    return StageError(
+        stage,
+        worst,
+        tolerance,
+        float(np.concatenate(same).mean()),
+        sum(flips),
+        float(np.concatenate(divergence).mean()),
+    )

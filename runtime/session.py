@@ -210,8 +210,11 @@ def load(
         EngineError: The engine cannot be loaded, or does not reproduce the golden cases.
     """
     bundle = read_bundle(Path(path))
+    stamp = bundle.stamp()
     bundle.verify_once()
     engine = load_engine(bundle, EngineOptions(threads, context, engine_cache))
     if engine.validation is not None:
         validate_engine(bundle, engine, open_token_embeddings(bundle))
-    return Session(bundle, engine, image_cache)
+    session = Session(bundle, engine, image_cache)
+    bundle.check_unchanged(stamp)  # the engine, the table and the tokenizer are one bundle's
+    return session

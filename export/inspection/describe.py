@@ -5,6 +5,7 @@ returns data or text.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -27,6 +28,7 @@ def describe_bundle(bundle: Bundle) -> dict[str, Any]:
         "model": bundle.spec.to_json(),
         "target": bundle.target,
         "verdict": bundle.verdict,
+        "verdict_text": bundle.verdict_text,
         "parity": dict(bundle.parity),
         "schemes": dict(bundle.schemes),
         "files": {name: size for name, (size, _) in bundle.files.items()},
@@ -126,27 +128,37 @@ def _block(name: str) -> str:
     )
 
 
+def _describe_parity(parity: Mapping[str, Any]) -> Iterator[str]:
+    checks: dict[str, bool] = {}
+    for row in parity.get("proof", []):
+        checks[row["check"]] = checks.get(row["check"], True) and row["passed"]
+    if checks:
+        yield "proof: " + ", ".join(
+            f"{name} {'ok' if passed else 'FAILED'}" for name, passed in checks.items()
+        )
+    for stage in parity.get("stages", []):
+        yield f"parity {stage['stage']}: {stage['error']:.3g} (allowed {stage['tolerance']:.3g})"
+    metrics = parity.get("metrics", {})
+    for task, row in metrics.get("tasks", {}).items():
+        low, high = row.get("interval", (0.0, 100.0))
+        yield (
+            f"answers {task}: {row['bundle']:.1f} % (95 % interval {low:.0f} to {high:.0f}), "
+            f"PyTorch {row['pytorch']:.1f} % ({metrics['count']} questions in all)"
+        )
+    if metrics.get("weakness"):
+        yield f"warning: {metrics['weakness']}"
+
+
 def format_description(data: dict[str, Any]) -> str:
     """Formats the description as text for a terminal."""
     model = data["model"]
     lines = [
         f"{data['path']}: {model['name']} for {data['target']}, {data['bytes'] / 1e6:.1f} MB, "
-        f"{data['verdict']}",
+        f"{data['verdict_text']}",
         "schemes: " + ", ".join(f"{part} {scheme}" for part, scheme in data["schemes"].items()),
         "visual tokens: " + ", ".join(str(p * p) for p in model["pool_sizes"]),
     ]
-    for stage in data["parity"].get("stages", []):
-        lines.append(
-            f"parity {stage['stage']}: {stage['error']:.3g} (allowed {stage['tolerance']:.3g})"
-        )
-    metrics = data["parity"].get("metrics", {})
-    for task, row in metrics.get("tasks", {}).items():
-        lines.append(
-            f"answers {task}: {row['bundle']:.1f} %, PyTorch {row['pytorch']:.1f} % "
-            f"({metrics['count']} questions in all)"
-        )
-    if "skipped" in metrics:
-        lines.append(f"answers not compared: {metrics['skipped']}")
+    lines += _describe_parity(data["parity"])
     for name, size in data["files"].items():
         lines.append(f"  {name:20} {size:>12,} bytes")
     for name, graph in data["graphs"].items():

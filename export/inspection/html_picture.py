@@ -35,7 +35,7 @@ def block_page(data: dict[str, Any]) -> str:
     """Returns the page of a bundle's description (see
     `export.inspection.describe.describe_bundle`).
     """
-    verdict = html.escape(data["verdict"])
+    verdict = html.escape(data["verdict_text"])
     verdict = verdict if data["verdict"] == "VERIFIED" else f'<span class="bad">{verdict}</span>'
     title = f"{data['model']['name']} for {data['target']}, {data['bytes'] / 1e6:.1f} MB"
     stages = "".join(

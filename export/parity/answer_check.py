@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from export.parity.rounded_engine import RoundedEngine
-from export.parity.structure import centred
 from runtime.contract.image import to_pixels
 from runtime.contract.pooling import pool_matrix
 from runtime.engines import Engine
@@ -25,6 +24,7 @@ from runtime.generation.decoding import Decoding
 from runtime.generation.generate import Generation, Limits, Progress, SingleDecoder, decode
 from runtime.generation.prompt_lookup import PromptLookup
 from runtime.generation.token_embeddings import embed_tokens
+from runtime.parity import centred
 from runtime.questions import Answer, Question
 from runtime.session import Session
 

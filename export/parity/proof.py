@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from calibration.blocks import StreamedModel, Trace
 from calibration.samples import Case
+from export.parity.calibration_check import Origin, check_calibrated
 from export.parity.constants import constant_faults, flag_faults
 from export.parity.finding import Finding
 from export.parity.float_view import float_view
@@ -64,25 +66,33 @@ _KERNELS: Mapping[str, float] = {  # error of a block's kernels, by how they rou
     "int8-static": 0.03,
     "int8-signed": 0.12,  # rounded to half precision first, so that many levels are ties
 }
-Progress = Callable[[str], None]
+Progress = Callable[[int, int, str], None]
+"""Receives how many comparisons are done, how many there are, and the next one's name."""
 
 
 def prove(
     bundle: Bundle,
     checkpoint: StoredCheckpoint,
     cases: Sequence[Case],
-    progress: Progress = lambda text: None,
+    progress: Progress = lambda done, total, text: None,
+    origin: Origin | None = None,
 ) -> list[Finding]:
     """Returns all comparisons of a bundle with its checkpoint, on the given cases. Later
     comparisons are left out once an earlier one fails, because they build on it.
+
+    A build gives its calibration as `origin`: tensors must then be exactly those, and the
+    golden results, which it has just made, are not made again.
     """
     findings: list[Finding] = []
-    for step in (_constants, _goldens, _tensors, _structure, _kernels, _calls):
-        progress(step.__name__.strip("_"))
+    first = [_constants, partial(_calibrated, origin)] if origin else [_constants, _goldens]
+    steps = (*first, _tensors, _structure, _kernels, _calls)
+    for index, step in enumerate(steps):
+        name = getattr(step, "__name__", "_calibrated").strip("_")
+        progress(index, len(steps), name)
         try:
             findings += step(bundle, checkpoint, cases)
         except UnknownFormError as error:
-            findings.append(Finding(step.__name__.strip("_"), str(bundle.path), False, str(error)))
+            findings.append(Finding(name, str(bundle.path), False, str(error)))
         if not all(finding.passed for finding in findings):
             break
     return findings
@@ -97,6 +107,15 @@ def _constants(
         yield Finding("constants", "manifest, tokenizer, token embeddings", True)
     for fault in faults:
         yield Finding("constants", fault.split(":")[0], False, fault)
+
+
+def _calibrated(
+    origin: Origin, bundle: Bundle, checkpoint: StoredCheckpoint, cases: Sequence[Case]
+) -> Iterator[Finding]:
+    for file in (*_visions(bundle), *_decoders(bundle)):
+        view = float_view(bundle.file(file), bundle.spec)
+        faults = list(check_calibrated(view, origin, file == PREFILL))
+        yield Finding("calibration", file, not faults, str(faults[0]) if faults else "")
 
 
 def _goldens(

@@ -8,49 +8,66 @@ whatever its size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from calibration.blocks import StreamedModel, Trace
+from calibration.parts import FRESH, QUESTIONS
 from calibration.samples import Case, draw_cases, draw_examples
+from export.parity.finding import Finding
 from export.planning.limits import WHOLE_MODEL
-from runtime.contract.bundle import UNVERIFIED, VERIFIED
+from runtime.contract.bundle import Bundle
 from runtime.contract.errors import BundleError
 from runtime.contract.goldens import Golden
 from runtime.data.bad_rows import Faults
 from runtime.evaluation.cli import BundleAnswerer
-from runtime.evaluation.evaluate import evaluate
+from runtime.evaluation.evaluate import Answerer, evaluate
 from runtime.parity import StageError
 from runtime.session import Session
 from trainer.checkpoint import StoredCheckpoint, load_checkpoint
 from trainer.evaluate import CheckpointAnswerer
 
 __all__ = [
-    "METRIC_SEED",
     "MetricCheck",
+    "check_origin",
     "compare_with_checkpoint",
+    "draw_fresh",
     "goldens_of",
     "measure_answers",
     "verdict_json",
 ]
 
-_FRESH_SEED, METRIC_SEED = 20232, 20233
+_WEAK = 60.0  # accuracy in percent below which blank images are tried too
+_BETTER = 5.0  # points by which a model that uses its images beats blank ones
 _FLIPS = 2  # answers of a small sample that any change of rounding may change
 
 
 @dataclass(frozen=True)
 class MetricCheck:
-    """Scores per task in percent (PyTorch's, the bundle's) on the same questions. If
-    there are no scores, `skipped` gives the reason.
+    """Scores per task in percent (PyTorch's, the bundle's) on the same questions.
+
+    Attributes:
+        scores: (PyTorch's, the bundle's) accuracy by task.
+        count: How many questions were asked.
+        allowed: How many points the bundle may lose on the mean over tasks.
+        skipped: Why nothing was asked, or why the scores prove nothing.
+        intervals: The 95 % interval of the bundle's accuracy by task.
+        left_out: Questions that could not be asked, such as prompts that are too long.
+        broken: Questions that PyTorch answers and the bundle does not.
+        blind: The bundle's accuracy by task on blank images, where it was measured.
     """
 
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     count: int = 0
     allowed: float = 0.0
     skipped: str = ""
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    left_out: int = 0
+    broken: int = 0
+    blind: dict[str, float] = field(default_factory=dict)
 
     @property
     def drop(self) -> float:
@@ -61,18 +78,60 @@ class MetricCheck:
 
     @property
     def passed(self) -> bool:
-        """True when the drop is within what is allowed, or nothing was measured."""
-        return bool(self.skipped) or self.drop <= self.allowed
+        """True when the drop is within what is allowed, or nothing was measured. A question
+        that only PyTorch answers is a failure.
+        """
+        return not self.broken and (bool(self.skipped) or self.drop <= self.allowed)
+
+    @property
+    def weakness(self) -> str:
+        """Says that the model itself answers little right; empty if it does not."""
+        if not self.blind:
+            return ""
+        lost = [
+            task for task, value in self.blind.items() if self.scores[task][0] <= value + _BETTER
+        ]
+        if not lost:
+            return ""
+        shown = ", ".join(
+            f"{task} {self.scores[task][0]:.0f} % (blank images: {self.blind[task]:.0f} %)"
+            for task in lost
+        )
+        return (
+            f"the model itself answers hardly better than without the image: {shown}; train it "
+            f"longer, or on more data"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dict."""
         if not self.scores:
-            return {"skipped": self.skipped or "not yet measured"}
+            return {"skipped": self.skipped or "not yet measured", "broken": self.broken}
         tasks = {
             task: {"pytorch": torch, "bundle": found}
             for task, (torch, found) in self.scores.items()
         }
-        return {"tasks": tasks, "count": self.count, "drop": self.drop, "allowed": self.allowed}
+        for task, interval in self.intervals.items():
+            tasks[task]["interval"] = list(interval)  # type: ignore[assignment]
+        for task, value in self.blind.items():
+            tasks[task]["blank"] = value
+        figures = {"tasks": tasks, "count": self.count, "drop": self.drop, "allowed": self.allowed}
+        figures |= {"left_out": self.left_out, "broken": self.broken, "weakness": self.weakness}
+        return figures | ({"skipped": self.skipped} if self.skipped else {})
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> MetricCheck:
+        """Reads what `to_json` wrote, also in older bundles."""
+        tasks = data.get("tasks", {})
+        return cls(
+            {task: (row["pytorch"], row["bundle"]) for task, row in tasks.items()},
+            data.get("count", 0),
+            data.get("allowed", 0.0),
+            data.get("skipped", ""),
+            {task: tuple(row["interval"]) for task, row in tasks.items() if "interval" in row},
+            data.get("left_out", 0),
+            data.get("broken", 0),
+            {task: row["blank"] for task, row in tasks.items() if "blank" in row},
+        )
 
 
 def goldens_of(traces: Sequence[Trace]) -> list[Golden]:
@@ -92,25 +151,27 @@ def goldens_of(traces: Sequence[Trace]) -> list[Golden]:
     return goldens
 
 
-def compare_with_checkpoint(
-    session: Session, checkpoint: StoredCheckpoint, cases: int, source: str
-) -> list[StageError]:
-    """Returns the errors of a bundle against its checkpoint, on cases that the bundle
-    does not contain. Raises `BundleError` if it was built from another checkpoint.
-    """
-    built_from = session.bundle.provenance.get("checkpoint_sha256")
+def check_origin(bundle: Bundle, checkpoint: StoredCheckpoint) -> None:
+    """Raises `BundleError` if a bundle says that it was built from another checkpoint."""
+    built_from = bundle.provenance.get("checkpoint_sha256")
     if built_from != checkpoint.sha256:
         raise BundleError(
-            f"{session.bundle.path} was built from checkpoint {str(built_from)[:12]}…, but "
+            f"{bundle.path} was built from checkpoint {str(built_from)[:12]}…, but "
             f"{checkpoint.path} is {checkpoint.sha256[:12]}…; give the checkpoint it was built from"
         )
-    fresh: list[Case] = draw_cases(
-        draw_examples(source, cases, _FRESH_SEED),
-        checkpoint.spec,
-        checkpoint.tokenizer,
-        _FRESH_SEED,
-    )
-    goldens = goldens_of(StreamedModel(checkpoint.spec, checkpoint.read).run_blockwise(fresh))
+
+
+def draw_fresh(checkpoint: StoredCheckpoint, cases: int, source: str) -> list[Case]:
+    """Returns cases that no build of this checkpoint has used."""
+    examples = draw_examples(source, cases, FRESH)
+    return draw_cases(examples, checkpoint.spec, checkpoint.tokenizer, FRESH.seed)
+
+
+def compare_with_checkpoint(
+    session: Session, checkpoint: StoredCheckpoint, cases: Sequence[Case]
+) -> list[StageError]:
+    """Returns the errors of a bundle against its checkpoint on the given cases."""
+    goldens = goldens_of(StreamedModel(checkpoint.spec, checkpoint.read).run_blockwise(cases))
     return session.replay(goldens, session.bundle.tolerance)
 
 
@@ -120,7 +181,6 @@ def measure_answers(
     source: str,
     images: int,
     allowed: float,
-    seed: int = METRIC_SEED,
 ) -> MetricCheck:
     """Asks PyTorch and the bundle the same questions. The bundle may lose `allowed`
     points, and always at least two answers.
@@ -133,38 +193,52 @@ def measure_answers(
             skipped=f"a model of {checkpoint.spec.parameters / 1e9:.1f} billion parameters is too "
             f"large for this check; run infmllm-eval on a machine with enough memory",
         )
-    examples = draw_examples(source, images, seed)
+    examples = draw_examples(source, images, QUESTIONS)
     reference = CheckpointAnswerer(checkpoint.path, load_checkpoint(checkpoint.path))
-    figures = [
-        evaluate(answerer, examples, faults=Faults(True))[0].figures()
-        for answerer in (reference, BundleAnswerer(session))
+    answerer = BundleAnswerer(session)
+    answerers: tuple[Answerer, Answerer] = (reference, answerer)
+    left_out = [Faults(True), Faults(True)]
+    boards = [
+        evaluate(one, examples, faults=faults)[0]
+        for one, faults in zip(answerers, left_out, strict=True)
     ]
-    if not figures[0] or set(figures[0]) != set(figures[1]):
-        return MetricCheck(skipped="no question fits the model's context")
+    figures = [board.figures() for board in boards]
+    broken = max(0, left_out[1].count - left_out[0].count)
+    if not figures[0]:
+        return MetricCheck(skipped="no question fits the model's context", broken=broken)
     scores = {
-        task: (figures[0][task]["accuracy"], figures[1][task]["accuracy"]) for task in figures[0]
+        task: (row["accuracy"], figures[1].get(task, {"accuracy": 0.0})["accuracy"])
+        for task, row in figures[0].items()
     }
     count = int(sum(row["count"] for row in figures[0].values()))
     fewest = min(row["count"] for row in figures[0].values())
-    return MetricCheck(scores, count, max(allowed, 100.0 * _FLIPS / (fewest * len(scores))))
+    found = MetricCheck(
+        scores,
+        count,
+        max(allowed, 100.0 * _FLIPS / (fewest * len(scores))),
+        "" if any(torch for torch, _ in scores.values()) else "PyTorch itself answers none right",
+        {task: (row["low"], row["high"]) for task, row in figures[1].items()},
+        left_out[0].count,
+        broken,
+    )
+    if min(torch for torch, _ in scores.values()) >= _WEAK:
+        return found
+    blank = evaluate(answerer, examples, blank=True, faults=Faults(True))[0].figures()
+    return replace(found, blind={task: blank[task]["accuracy"] for task in scores if task in blank})
 
 
 def verdict_json(
-    stages: Sequence[StageError], metrics: MetricCheck, tolerance: dict[str, float]
+    verdict: str,
+    findings: Sequence[Finding],
+    stages: Sequence[StageError],
+    metrics: MetricCheck,
+    tolerance: dict[str, float],
 ) -> dict[str, Any]:
     """Returns the manifest's parity entry."""
-    rows = [
-        {"stage": s.stage, "error": s.error, "tolerance": s.tolerance, "agreement": s.agreement}
-        for s in stages
-    ]
-    verdict = (
-        VERIFIED
-        if stages and all(stage.passed for stage in stages) and metrics.passed
-        else UNVERIFIED
-    )
     return {
         "verdict": verdict,
+        "proof": [finding.to_json() for finding in findings],
         "tolerance": tolerance,
-        "stages": rows,
+        "stages": [asdict(stage) for stage in stages],
         "metrics": metrics.to_json(),
     }

@@ -8,6 +8,7 @@ of a kernel or of the runtime cannot hide behind the rounding of a scheme.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from export.parity.rounding import cache_scales, round_cached, round_inputs
 from export.parity.structure import stored_reader, stored_rotary
 from runtime.contract.spec import DecoderSpec, ModelSpec
 from runtime.engines import Validation
-from trainer.decoder import Decoder, rotary_tables, rotate_half
+from trainer.decoder import Decoder, DecoderLayer, rotary_tables, rotate_half
 from trainer.model import InfMLLM
 
 __all__ = ["RoundedEngine"]
@@ -150,12 +151,13 @@ class _RoundedDecoder:
         x = torch.from_numpy(np.array(inputs_embeds, np.float32))
         rows = torch.arange(caches[0][0].shape[2])
         mask = rows[None, None, None, :] <= places_BL[:, None, :, None]
-        for index, layer in enumerate(self._decoder.layers):
-            attention = layer.self_attn  # type: ignore[union-attr]
-            normed = layer.input_layernorm(x)  # type: ignore[operator,union-attr]
+        for index, module in enumerate(self._decoder.layers):
+            layer = cast(DecoderLayer, module)
+            attention = layer.self_attn
+            normed = layer.input_layernorm(x)
             q, k, v = (
-                project(normed).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)  # type: ignore[operator]
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)  # type: ignore[union-attr]
+                project(normed).unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             q, k = (rotate_half(part, self._cos, self._sin, places_BL) for part in (q, k))
             k, v = self._round(index, "keys", k), self._round(index, "values", v)
@@ -166,8 +168,8 @@ class _RoundedDecoder:
             attended = F.scaled_dot_product_attention(
                 q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != keys.shape[1]
             )
-            x = x + attention.o_proj(attended.transpose(1, 2).flatten(2))  # type: ignore[operator,union-attr]
-            x = x + layer.mlp(layer.post_attention_layernorm(x))  # type: ignore[operator,union-attr]
+            x = x + attention.o_proj(attended.transpose(1, 2).flatten(2))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
         hidden: Tensor = self._decoder.norm(x)[:, -keep:].flatten(0, 1)
         logits: Array = self._decoder.lm_head(hidden).numpy()
         return logits

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from export.parity.float_view import FloatView
 from export.parity.stored_weights import StoredWeight
 from export.passes.pack_projections import parts_of
 from runtime.contract.spec import DecoderSpec
+from trainer.decoder import DecoderLayer
 from trainer.model import InfMLLM
 
 __all__ = [
@@ -152,9 +154,9 @@ def round_caches(model: StreamedModel, view: FloatView, costs: Costs) -> None:
         return
     model.rotate = rotate_and_round
     for index, layer in enumerate(model.model.decoder.layers):
-        attention = layer.self_attn
-        attention.register_forward_pre_hook(partial(enter, index))  # type: ignore[union-attr,operator]
-        attention.v_proj.register_forward_hook(partial(round_values, index))  # type: ignore[union-attr,operator]
+        attention = cast(DecoderLayer, layer).self_attn
+        attention.register_forward_pre_hook(partial(enter, index))
+        attention.v_proj.register_forward_hook(partial(round_values, index))
 
 
 def round_cached(x_BHLD: Tensor, scale: Tensor) -> Tensor:

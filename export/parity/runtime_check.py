@@ -19,7 +19,7 @@ from export.parity.finding import Finding
 from export.parity.float_bundle import FloatEngine, float_engine
 from export.parity.float_view import FloatView, float_view
 from export.parity.rounded_engine import RoundedEngine
-from export.parity.structure import centred, compare_vision
+from export.parity.structure import compare_vision
 from export.targets import find_lowering
 from runtime.contract.bundle import (
     DECODER,
@@ -31,6 +31,7 @@ from runtime.contract.bundle import (
 )
 from runtime.engines import Engine
 from runtime.generation.token_embeddings import open_token_embeddings
+from runtime.parity import centred
 from runtime.session import Session, load
 from trainer.checkpoint import StoredCheckpoint
 

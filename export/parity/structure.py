@@ -44,12 +44,12 @@ from runtime.contract.graphs import (
 )
 from runtime.contract.pooling import pool_matrix
 from runtime.contract.spec import ModelSpec
+from runtime.parity import centred
 
 __all__ = [
     "STRUCTURE",
     "BlockError",
     "Kernels",
-    "centred",
     "compare_decoder",
     "compare_vision",
     "stored_reader",
@@ -90,11 +90,6 @@ class Kernels:
     optimise: bool
     costs: Costs = field(default_factory=dict)
     """Receives what rounding changes at each place."""
-
-
-def centred(logits: Array) -> Array:
-    """Returns logits without the common offset of each row, which softmax ignores."""
-    return logits - logits.mean(-1, keepdims=True)
 
 
 def stored_reader(view: FloatView, read: Reader) -> Reader:

@@ -9,7 +9,7 @@ weight, its grid and the method of rounding.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from calibration.blocks import LinearGroup, Reader, StreamedModel
 from calibration.linear import (
+    SHARES,
     Grid,
     LinearScheme,
     Quantised,
@@ -32,11 +33,13 @@ from export.passes.pack_projections import parts_of
 from runtime.contract.spec import ModelSpec
 from trainer.decoder import rotary_tables
 
-__all__ = ["TensorFault", "check_tensors", "parameter_names"]
+__all__ = ["TensorFault", "check_tensors", "parameter_names", "weight_part"]
 
 _EXACT, _HALF = 1e-5, 2e-3  # relative differences that float32 and half precision explain
 _FLIPPED, _FLIPPED_HALF = 2e-3, 2e-2  # share of levels at a tie that may round the other way
+_TIES_HALF = 0.1  # share of blocks whose best range half precision leaves open
 _WORSE_THAN_NEAREST = 3.0  # error-feedback rounding has at most this many times its error
+_FURTHEST = 10  # levels that error feedback may move a weight of 16 levels
 _GAIN = 0.1  # largest departure of a rounded channel's gain from 1
 _SMALLEST, _LARGEST = 1e-4, 1e4  # scales that smoothing may move
 
@@ -187,7 +190,7 @@ def _check_weight(
     reference = check.read(name)
     if columns is not None:
         reference = reference * columns
-    levels, scale, zero = (_part(weight, name, array, check.read) for array in weight.read())
+    levels, scale, zero = (weight_part(weight, name, array, check.read) for array in weight.read())
     if levels.shape != reference.shape:
         expected = list(reference.shape)
         check.fault(name, f"has shape {list(levels.shape)}, expected {expected}")
@@ -229,7 +232,9 @@ def _check_float(
         check.fault(name, _difference(found.numpy(), reference.numpy()))
 
 
-def _part(weight: StoredWeight, name: str, array: NDArray[np.float32], read: Reader) -> Tensor:
+def weight_part(
+    weight: StoredWeight, name: str, array: NDArray[np.float32], read: Reader
+) -> Tensor:
     """Returns one parameter's rows [N, …] of an array [..., N] of a packed weight."""
     if np.ndim(array) < 2:
         return torch.from_numpy(np.array(array, np.float32).reshape(1, 1))
@@ -304,7 +309,9 @@ def _follows(
     if rows is not None:
         ratio = ratio / rows[:, None]
     wrong = ((ratio - 1).abs() > tolerance) | (expected.zero != grid.zero)
-    if float(wrong.float().mean()) > _FLIPPED_HALF:
+    shrunken = _shrunken(reference, grid, scheme, rows, tolerance)
+    ties = _TIES_HALF if half else _FLIPPED_HALF
+    if float(wrong.float().mean()) > ties or bool((wrong & ~shrunken).any()):
         return f"has scales up to {float((ratio - 1).abs().max()):.2g} away from its weights'", None
     scaled = reference if rows is None else reference / rows[:, None]
     nearest = round_to(scaled, grid)
@@ -321,10 +328,27 @@ def _follows(
     return _fed_back(scaled, levels, grid, nearest), rows
 
 
+def _shrunken(
+    reference: Tensor, grid: Grid, scheme: LinearScheme, rows: Tensor | None, tolerance: float
+) -> Tensor:
+    """Returns which blocks [N, blocks] have a scale that the search of a range tries. Among
+    two equally good ones, rounding decides.
+    """
+    if scheme.rounding == "nearest":
+        return torch.zeros_like(grid.scale, dtype=torch.bool)
+    whole = grid_for(reference, replace(scheme, rounding="nearest")).scale
+    share = grid.scale / whole if rows is None else grid.scale * rows[:, None] / whole
+    tried = torch.tensor(SHARES)
+    return ((share[..., None] - tried).abs() <= tolerance * tried).any(-1)
+
+
 def _fed_back(reference: Tensor, levels: Tensor, grid: Grid, nearest: Quantised) -> str | None:
     """Returns the problem of levels that were rounded with error feedback (GPTQ), if they
     are too far from the weights.
     """
+    furthest = int((levels - nearest.levels).abs().max())
+    if furthest > _FURTHEST:
+        return f"has a level {furthest} levels away from the nearest"
     found = Quantised(levels.to(torch.int16), grid).dequantised()
     error = float((found - reference).norm())
     least = float((nearest.dequantised() - reference).norm())

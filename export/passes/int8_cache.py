@@ -17,7 +17,7 @@ from calibration.calibrate import Calibrated
 from export.passes.contract import GraphPass, PassResult, initializer
 from runtime.contract.errors import BuildError
 
-__all__ = ["int8_cache"]
+__all__ = ["cache_scale", "int8_cache"]
 
 _LEVELS = 127.0
 _HEADROOM = 1.25  # images outside the calibration set reach slightly larger values
@@ -39,7 +39,7 @@ def int8_cache(calibrated: Calibrated) -> GraphPass:
             assert cache is not None and cache.name is not None
             layer = f"decoder.layers.{cache.name.rpartition('.')[2]}"
             scales = [
-                initializer(model, f"{layer}.{kind}_scale", _scale(calibrated, layer, kind))
+                initializer(model, f"{layer}.{kind}_scale", cache_scale(calibrated, layer, kind))
                 for kind in ("keys", "values")
             ]
             node.resize_inputs(_SCALES_AT + 2)
@@ -57,7 +57,7 @@ def int8_cache(calibrated: Calibrated) -> GraphPass:
     return GraphPass("int8_cache", run, requires=frozenset({"com.microsoft::GroupQueryAttention"}))
 
 
-def _scale(calibrated: Calibrated, layer: str, kind: str) -> NDArray[np.float32]:
+def cache_scale(calibrated: Calibrated, layer: str, kind: str) -> NDArray[np.float32]:
     """Returns the scales of a layer's keys or values [KV heads * D]."""
     peaks = calibrated.get(f"{layer}|{kind}")
     if peaks is None:

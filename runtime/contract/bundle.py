@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ __all__ = [
     "cache_folder",
     "graph_file",
     "read_bundle",
+    "verdict_text",
     "weights_file",
     "write_manifest",
 ]
@@ -75,6 +76,13 @@ _MAX_FILES = 1000
 _FIELDS = {"format", "version", "spec", "target", "schemes", "files", "provenance", "parity"}
 
 
+def verdict_text(verdict: str, not_asked: str) -> str:
+    """Returns a verdict as shown to people; `not_asked` is why answers were not compared."""
+    if verdict != VERIFIED or not not_asked:
+        return verdict
+    return f"{VERIFIED}, answers not asked ({not_asked})"
+
+
 def graph_file(graph: str) -> str:
     """Returns the file name of a graph such as "vision" or "decoder"."""
     return f"{graph}.onnx"
@@ -88,7 +96,9 @@ def weights_file(graph: str) -> str:
 @dataclass(frozen=True)
 class Bundle:
     """A parsed manifest. `files` maps plain file names to (bytes, SHA-256). `parity`
-    holds the parity verdict and the measured errors.
+    holds the parity verdict and the measured errors. `identity` is the SHA-256 of the
+    manifest's bytes as they were parsed; it covers every listed file, because the manifest
+    holds their hashes.
     """
 
     path: Path
@@ -98,6 +108,7 @@ class Bundle:
     files: Mapping[str, tuple[int, str]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
+    identity: str = ""
 
     def file(self, name: str) -> Path:
         """Returns the path of a listed file; raises `BundleError` if it is not listed."""
@@ -151,6 +162,13 @@ class Bundle:
         return VERIFIED if self.parity.get("verdict") == VERIFIED else UNVERIFIED
 
     @property
+    def verdict_text(self) -> str:
+        """The verdict with what was not checked, such as "VERIFIED, answers not asked
+        (--questions is 0)".
+        """
+        return verdict_text(self.verdict, str(self.parity.get("metrics", {}).get("skipped", "")))
+
+    @property
     def tolerance(self) -> Mapping[str, float]:
         """The tolerance of each parity stage. It is empty if the build stored none, and
         then no stage passes.
@@ -158,12 +176,32 @@ class Bundle:
         tolerance: Mapping[str, float] = self.parity.get("tolerance", {})
         return tolerance
 
-    @property
-    def identity(self) -> str:
-        """SHA-256 of the manifest. It covers every listed file, because the manifest
-        holds their hashes.
+    def stamp(self) -> str:
+        """Returns a text that changes if any file of the bundle is replaced or written to:
+        the identity, and each file's inode, size and times. Raises `BundleError` if the
+        folder is no longer the bundle that was parsed.
         """
-        return sha256_file(self.path / MANIFEST)
+        changed = f"{self.path} changed while it was opened; open it again"
+        try:
+            if sha256_file(self.path / MANIFEST) != self.identity:
+                raise BundleError(changed)
+            lines = []
+            for name in sorted(self.files):
+                info = (self.path / name).stat()
+                lines.append(
+                    f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:"
+                    f"{info.st_mtime_ns}:{info.st_ctime_ns}"
+                )
+        except OSError:
+            raise BundleError(changed) from None
+        return "\n".join([self.identity, *lines])
+
+    def check_unchanged(self, stamp: str) -> None:
+        """Raises `BundleError` if the folder is not as it was when `stamp` was taken, so
+        that files of two bundles cannot be mixed.
+        """
+        if self.stamp() != stamp:
+            raise BundleError(f"{self.path} changed while it was opened; open it again")
 
     def verify(self) -> None:
         """Hashes every file and checks that graphs refer to no data outside the bundle.
@@ -188,15 +226,8 @@ class Bundle:
         """Runs `verify`, unless exactly these files (same inode, size and times) have
         already passed on this machine.
         """
-        identity = hashlib.sha256((self.path / MANIFEST).read_bytes())
-        for name in sorted(self.files):
-            info = (self.path / name).stat()
-            identity.update(
-                f"{name}:{info.st_dev}:{info.st_ino}:{info.st_size}:"
-                f"{info.st_mtime_ns}:{info.st_ctime_ns}\n".encode()
-            )
         marks = cache_folder() / "verified"
-        mark = marks / identity.hexdigest()
+        mark = marks / hashlib.sha256(self.stamp().encode()).hexdigest()
         if _is_file(mark):
             return
         self.verify()
@@ -238,12 +269,13 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             f"{manifest} is larger than {_MAX_MANIFEST} bytes, so it is not a bundle manifest"
         )
     try:
-        data = json.loads(manifest.read_bytes())
+        content = manifest.read_bytes()
+        data = json.loads(content)
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
             f"{manifest} cannot be read as JSON ({error}); re-export the bundle"
         ) from None
-    bundle = _parse(folder, data)
+    bundle = replace(_parse(folder, data), identity=hashlib.sha256(content).hexdigest())
     _check_files(bundle)
     return bundle
 

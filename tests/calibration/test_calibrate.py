@@ -16,6 +16,7 @@ from PIL import Image
 from calibration.blocks import Block, StreamedModel, Trace
 from calibration.calibrate import Calibrated, calibrate
 from calibration.linear import LinearScheme
+from calibration.parts import CALIBRATION, FRESH
 from calibration.samples import Case, default_source, draw_cases, draw_examples, set_card
 from export.schemes import SCHEMES
 from runtime.contract.errors import DataError, UsageError
@@ -31,7 +32,12 @@ def stored(tiny_checkpoint: Path) -> StoredCheckpoint:
 
 
 def cases(stored: StoredCheckpoint, count: int = 8, seed: int = 1) -> list[Case]:
-    return draw_cases(draw_examples("synthetic", count, seed), stored.spec, stored.tokenizer, seed)
+    return draw_cases(
+        draw_examples("synthetic", count, replace(FRESH, seed=seed)),
+        stored.spec,
+        stored.tokenizer,
+        seed,
+    )
 
 
 def relative(found: list[Trace], expected: list[Trace]) -> float:
@@ -214,7 +220,7 @@ def test_bad_sets_are_refused(stored: StoredCheckpoint, tmp_path: Path) -> None:
     Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "a.png")
     (tmp_path / "d.jsonl").write_text('{"image": "a.png", "task": "caption", "answer": "x"}\n')
     with pytest.raises(DataError, match="has 1 images, calibration needs at least 4"):
-        draw_examples(str(tmp_path / "d.jsonl"), 32, 0, 4)
+        draw_examples(str(tmp_path / "d.jsonl"), 32, CALIBRATION, 4)
     with pytest.raises(UsageError, match=r"was trained on voc:X.*--calib"):
         default_source({"data": [{"name": "voc:X"}]}, "")
     with pytest.raises(UsageError, match="does not say"):

@@ -19,6 +19,7 @@ from runtime.contract.bundle import MANIFEST, ROW_INDEPENDENT, SATURATION_SAFE, 
 from runtime.contract.errors import BundleError
 from runtime.contract.files import sha256_file
 from runtime.contract.onnx_guard import external_locations
+from runtime.engines import load_engine
 from runtime.session import load
 
 
@@ -250,3 +251,23 @@ def test_a_spec_field_with_a_default_may_be_missing(copied: Path) -> None:
     edit(copied, drop_required)
     with pytest.raises(BundleError, match="missing fields heads"):
         read_bundle(copied)
+
+
+def test_a_folder_that_is_swapped_while_it_is_opened_is_noticed(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old tower must not run with the new decoder."""
+    other = shutil.copytree(copied, tmp_path / "other")
+    edit(other, lambda data: data["provenance"].update(note="another build"))
+    opened = load_engine
+
+    def swap(*arguments: Any) -> Any:
+        copied.rename(tmp_path / "old")
+        other.rename(copied)
+        return opened(*arguments)
+
+    monkeypatch.setattr("runtime.session.load_engine", swap)
+    with pytest.raises(BundleError, match="changed while it was opened; open it again"):
+        load(copied)
+    monkeypatch.undo()
+    assert load(copied).bundle.identity == sha256_file(copied / MANIFEST)

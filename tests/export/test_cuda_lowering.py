@@ -16,7 +16,7 @@ import torch
 
 from export.capture import capture
 from export.parity.cpu_reference import reference_session
-from export.parity.references import compare_with_checkpoint
+from export.parity.references import compare_with_checkpoint, draw_fresh
 from export.passes import SIMPLIFY, run_passes
 from export.passes.cuda_kernels import CUDA_KERNELS, FOLDED
 from export.passes.cuda_operators import MULTI_HEAD_ATTENTION, ONE_PICTURE, SIMPLIFIED_NORMS
@@ -89,7 +89,8 @@ def test_every_scheme_keeps_to_pytorch(
 ) -> None:
     session = reference_session(read_bundle(built_for("cuda", scheme)))
     assert session.bundle.verdict == "VERIFIED" and session.bundle.schemes["cache"] == "fp16"
-    for stage in compare_with_checkpoint(session, open_checkpoint(tiny_checkpoint), 3, "synthetic"):
+    stored = open_checkpoint(tiny_checkpoint)
+    for stage in compare_with_checkpoint(session, stored, draw_fresh(stored, 3, "synthetic")):
         assert (
             stage.passed and stage.error < (0.95 if "int4" in scheme else 0.8) * stage.tolerance
         ), stage  # random weights are 4 bit's worst case

@@ -5,6 +5,7 @@ cannot be.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 from export.cli import app
 from runtime.contract.bundle import read_bundle
 from runtime.contract.errors import InfMLLMError, ParityError, UsageError
+from tests.mutants.edit import Edit, refresh
+from trainer.checkpoint import open_checkpoint
 
 RUNNER = CliRunner()
 
@@ -54,10 +57,24 @@ def test_build_reports_in_json_and_repeats_at_once(tiny_checkpoint: Path, tmp_pa
 
 
 def test_parity_compares_fresh_cases(tiny_checkpoint: Path, built: Callable[[str], Path]) -> None:
-    stages = json.loads(run("parity", built("int8"), tiny_checkpoint, "--cases", 2, "--json"))
-    assert [stage["stage"] for stage in stages] == ["vision", "prefill", "decode"] and all(
-        stage["passed"] for stage in stages
+    found = json.loads(run("parity", built("int8"), tiny_checkpoint, "--cases", 2, "--json"))
+    assert [stage["stage"] for stage in found["stages"]] == ["vision", "prefill", "decode"]
+    checks = {finding["check"] for finding in found["proof"]}
+    assert checks >= {"constants", "goldens", "tensors", "structure", "kernels", "calls"}
+    assert all(finding["passed"] for finding in found["proof"])
+
+
+def test_parity_names_the_place_of_a_fault_in_a_finished_bundle(
+    tiny_checkpoint: Path, built: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(built("int8"), tmp_path / "b")
+    spec = open_checkpoint(tiny_checkpoint).spec
+    Edit(bundle, spec).weight(
+        "decoder.layers.1.mlp.down_proj.weight", lambda levels, scale: (levels, scale * 0.8)
     )
+    refresh(bundle)
+    with pytest.raises(ParityError, match=r"tensors: decoder.layers.1.mlp.down_proj.weight has"):
+        run("parity", bundle, tiny_checkpoint, "--cases", 1)
 
 
 def test_inspect_shows_blocks_as_text_json_and_picture(
@@ -70,7 +87,8 @@ def test_inspect_shows_blocks_as_text_json_and_picture(
         and "calibrated with 32 images of synthetic" in text
     )
     assert (
-        "answers not compared" not in text
+        "answers not asked (PyTorch itself answers none right)" in text
+        and "proof: constants ok, tensors ok, structure ok" in text
         and (tmp_path / "b.html").read_text().count("decoder.layers") >= 2
     )
     blocks = json.loads(run("inspect", built("int4"), "--json"))["graphs"]["decoder.onnx"]["blocks"]
@@ -122,7 +140,7 @@ def test_a_bundle_that_drifts_is_refused_unless_asked_for(
     )
     with pytest.raises(
         ParityError,
-        match=r"differs from PyTorch.* between vision_tower.blocks.0.norm1 .* and "
+        match=r"rounding changes \w+ by .* between vision_tower.blocks.0.norm1 .* and "
         r"vision_tower.blocks.0.norm2",
     ):
         run(*arguments)

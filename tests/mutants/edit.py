@@ -167,6 +167,7 @@ def _store(model: ir.Model, stored: StoredWeight, levels: Array, scale: Array) -
         whole = levels * scale
         put(f"{name}.fp16" if f"{name}.fp16" in known else name, whole)
         return changed
+    levels = np.clip(levels, 0, 15) if stored.kind == "int4" else levels
     scales = f"{name}.scale.fp16" if f"{name}.scale.fp16" in known else f"{name}.scale"
     key = f"{name}.{stored.kind}"
     packed = known[key].const_value

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from calibration.parts import FRESH
 from calibration.samples import Case, draw_cases, draw_examples
 from export.parity.cpu_reference import reference_session
 from export.parity.proof import prove
@@ -127,12 +128,13 @@ def _planted(
     for mutant in MUTANTS:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(good, copy)
-        if not mutant.change(Edit(copy, stored.spec, *files)):
+        changed = mutant.change(Edit(copy, stored.spec, *files))
+        if not changed:
             continue
         refresh(copy)
         said = _judge(copy, stored, cases)
         before = _golden_cases_refuse(copy, "fused" in files[0]) if old else None
-        named = mutant.place in said
+        named = (changed if isinstance(changed, str) else mutant.place) in said
         yield Outcome(form, mutant.name, mutant.part, bool(said), named, said, before)
     shutil.rmtree(copy, ignore_errors=True)
 
@@ -175,5 +177,5 @@ def _patched() -> Iterator[pytest.MonkeyPatch]:
 
 def _cases(checkpoint: Path) -> tuple[StoredCheckpoint, list[Case]]:
     stored = open_checkpoint(checkpoint)
-    examples = draw_examples("synthetic", 3, _SEED)
+    examples = draw_examples("synthetic", 3, FRESH)
     return stored, draw_cases(examples, stored.spec, stored.tokenizer, _SEED)

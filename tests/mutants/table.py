@@ -27,6 +27,8 @@ from tests.mutants.edit import Edit
 __all__ = ["MUTANTS", "RUNTIME_MUTANTS", "Mutant", "RuntimeMutant"]
 
 Array = NDArray[Any]
+Changed = bool | str
+"""Whether a bundle was changed, or the place where that shows first."""
 TOWER, ADAPTER, LAYER = "vision_tower.blocks.1", "pool_adapter", "decoder.layers.1"
 _FROZEN = 0.7  # share of the context from which late faults begin
 
@@ -38,7 +40,7 @@ class Mutant:
     name: str
     part: str
     place: str
-    change: Callable[[Edit], bool]
+    change: Callable[[Edit], Changed]
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _width(edit: Edit, part: str) -> int:
     return vision.width // vision.heads if part == "vision" else edit.spec.decoder.head_dim
 
 
-def _epsilon(part: str, index: int, value: float) -> Callable[[Edit], bool]:
+def _epsilon(part: str, index: int, value: float) -> Callable[[Edit], Changed]:
     named = _attribute(
         part,
         ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"),
@@ -211,7 +213,8 @@ def _epsilon(part: str, index: int, value: float) -> Callable[[Edit], bool]:
         index,
     )
     plain = _constant(part, "epsilon.1e-05", lambda array: np.full_like(array, value))
-    return lambda edit: named(edit) or plain(edit)
+    first = "vision_tower.blocks.0" if part == "vision" else "decoder.layers.0"
+    return lambda edit: named(edit) or (first if plain(edit) else False)
 
 
 def _late(edit: Edit) -> int:
@@ -341,8 +344,9 @@ def _one_channel(levels: Array, scale: Array) -> tuple[Array, Array]:
 
 
 def _one_level(levels: Array, scale: Array) -> tuple[Array, Array]:
+    """Moves the largest level to the other end of the range."""
     place = np.unravel_index(np.abs(levels).argmax(), levels.shape)
-    levels[place] = -levels[place] if levels[place] > -8 else 7
+    levels[place] = levels.min() if levels[place] > 0 else levels.max()
     return levels, scale
 
 
@@ -399,9 +403,13 @@ def _named(part: str, ending: str, change: Callable[[Array], Array]) -> Callable
     return edit_it
 
 
-def _gelu(edit: Edit) -> bool:
+def _gelu(edit: Edit) -> Changed:
     named = _attribute("vision", ("Gelu",), "approximate", "tanh", 1)
-    return named(edit) or _constant("vision", "gelu.root", _times(0.97))(edit)
+    if named(edit):
+        return True
+    return (
+        "vision_tower.blocks.0" if _constant("vision", "gelu.root", _times(0.97))(edit) else False
+    )
 
 
 def _shift_patches(edit: Edit) -> bool:
@@ -669,7 +677,7 @@ MUTANTS: tuple[Mutant, ...] = (
         _scale_result("decoder", lambda node: node.op_type == "Sigmoid", 1.1),
     ),
     Mutant(
-        "one level negated",
+        "one level at the other end",
         "packing",
         f"{LAYER}.mlp.down_proj",
         lambda edit: edit.weight(f"{LAYER}.mlp.down_proj.weight", _one_level),

@@ -184,7 +184,9 @@ def test_export_commands(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) ->
     description = json.loads(command("export.cli", "inspect", bundle, "--json", "--verify").stdout)
     assert description["verdict"] == "VERIFIED"
     parity = command("export.cli", "parity", bundle, tiny_checkpoint, "--cases", 2, "--json")
-    assert parity.returncode == 0 and all(stage["passed"] for stage in json.loads(parity.stdout))
+    assert parity.returncode == 0 and all(
+        finding["passed"] for finding in json.loads(parity.stdout)["proof"]
+    )
     missing = command("export.cli", "build", tmp_path / "none", "-o", tmp_path / "b")
     assert (
         missing.returncode == 1
