@@ -217,3 +217,37 @@ def test_pairs_fit_16_bits_and_cost_less_than_a_bit(columns: int) -> None:
     kept[5:7] = False  # constant rows are exact in 8 bits
     assert float((errors[0][kept] / errors[1][kept]).mean()) < 1.7
     assert (found.dequantised()[5] == 0).all()
+
+
+def test_gptq_is_the_published_algorithm() -> None:
+    """float64, against the algorithm in its plain form (arXiv 2210.17323, equations 2 and
+    3): round a column, spread its error by the inverse of the Hessian, and eliminate the
+    column from that inverse. No factorisation, no panels.
+    """
+    rng = torch.Generator().manual_seed(4)
+    mixing = torch.randn(160, 160, generator=rng)
+    inputs = torch.randn(400, 160, generator=rng) @ mixing
+    weight = torch.randn(24, 160, generator=rng)
+    hessian = inputs.T @ inputs
+    grid = grid_for(weight, LinearScheme("int4", block=32))
+    found = gptq(weight, hessian.clone(), grid)
+
+    wide, inverse_of = weight.double().clone(), hessian.double()
+    inverse_of = inverse_of + 0.01 * inverse_of.diagonal().mean() * torch.eye(160).double()
+    inverse = torch.linalg.inv(inverse_of)
+    scale, zero = (t.double() for t in grid.expand(160))
+    expected = torch.zeros(24, 160)
+    for column in hessian.diagonal().argsort(descending=True).tolist():
+        level = (wide[:, column] / scale[:, column] + zero[:, column]).round().clamp(0, 15)
+        expected[:, column] = level.float()
+        error = wide[:, column] - (level - zero[:, column]) * scale[:, column]
+        wide -= torch.outer(error / inverse[column, column], inverse[column])
+        removed = inverse[column].clone()
+        inverse -= torch.outer(removed, removed) / removed[column]
+        inverse[column] = 0.0
+        inverse[:, column] = 0.0
+        inverse[column, column] = 1.0
+    differing = (found.levels != expected).float().mean()
+    assert differing < 0.01  # ties that float32 decides otherwise, and what follows from them
+    reference = ((expected - zero) * scale - weight).float() @ inputs.T
+    assert (found.dequantised() - weight).matmul(inputs.T).norm() < 1.01 * reference.norm()
