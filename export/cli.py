@@ -110,6 +110,10 @@ def build(
             "--allow-unverified", help="Keep a bundle that fails parity, marked UNVERIFIED."
         ),
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Build even if the plan needs more than is free here."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Builds a bundle from a checkpoint: exports and quantises its graphs, and compares
@@ -145,6 +149,7 @@ def build(
         ranges,
         questions,
         context,
+        force,
     )
     if precision == "auto":
         run_auto(options, Budget(max_drop, metric, auto_questions), as_json)

@@ -83,7 +83,7 @@ def run_build(options: BuildOptions, as_json: bool) -> Build:
     """Builds a bundle, shows progress on standard error, and prints the verdict."""
     started = time.monotonic()
     with step_bar(len(STEPS)) as bar:
-        result = build(options, bar.step, bar.detail)
+        result = build(options, bar.step, bar.detail, note)
     seconds, peak = time.monotonic() - started, peak_memory_mib()
     size = sum(file.stat().st_size for file in options.out.iterdir())
     engines = _engines(options)

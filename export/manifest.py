@@ -11,7 +11,7 @@ from calibration.samples import set_card
 from export.parity.finding import Finding
 from export.parity.references import MetricCheck, verdict_json
 from export.planning.devices import DEVICES
-from export.planning.plan import MIB, make_plan
+from export.planning.plan import MIB, Plan, make_plan
 from export.state import Build, tools
 from export.targets import find_lowering
 from runtime.contract.bundle import (
@@ -26,7 +26,7 @@ from runtime.contract.bundle import (
 from runtime.contract.errors import BundleError
 from runtime.parity import StageError
 
-__all__ = ["existing", "write"]
+__all__ = ["existing", "plan_of", "write"]
 
 _ANY_DEVICE = DEVICES["rtx4090"]  # disk and memory of a build do not depend on the device
 
@@ -112,17 +112,22 @@ def write(build: Build) -> None:
     )
 
 
-def _predict(build: Build) -> dict[str, Any]:
-    """Returns the plan's predictions next to the actual values: bytes on disk (without
-    the manifest) and peak memory of the process.
-    """
-    plan = make_plan(
+def plan_of(build: Build) -> Plan:
+    """Returns the plan of a build, which predicts its disk and memory."""
+    return make_plan(
         build.checkpoint.spec,
         build.options.scheme,
         _ANY_DEVICE,
         samples=len(build.cases),
         questions=build.options.questions > 0,
     )
+
+
+def _predict(build: Build) -> dict[str, Any]:
+    """Returns the plan's predictions next to the actual values: bytes on disk (without
+    the manifest) and peak memory of the process.
+    """
+    plan = plan_of(build)
     actual = sum(file.stat().st_size for file in build.folder.iterdir())
     peak = max((row["peak_mib"] for row in build.costs.values()), default=0.0)
     return {

@@ -14,10 +14,9 @@ from dataclasses import replace
 
 from export import manifest, steps
 from export.cache import workspace
+from export.planning.room import check_room
 from export.state import Build, BuildOptions, Detail, open_build
-from runtime.contract.bundle import (
-    MANIFEST,
-)
+from runtime.contract.bundle import MANIFEST, cache_folder
 from runtime.contract.files import staged_folder
 from runtime.output.console import peak_memory_mib
 
@@ -39,17 +38,19 @@ def build(
     options: BuildOptions,
     progress: Callable[[str], None] = lambda step: None,
     detail: Detail = lambda done, total, text: None,
+    announce: Callable[[str], None] = lambda text: None,
 ) -> Build:
     """Builds a bundle at `options.out`, or reuses an identical one already there. On
     any error the previous bundle is untouched.
 
-    Calls `progress` with the name of each step, and `detail` with the state of a long
-    step. Raises `UsageError`, `DataError`, `CheckpointError`, or `BuildError` with its
-    subclass `ParityError`.
+    Calls `announce` with what the build will need, `progress` with the name of each step,
+    and `detail` with the state of a long step. Raises `UsageError`, `DataError`,
+    `CheckpointError`, or `BuildError` with its subclass `ParityError`.
     """
     state = replace(open_build(options), detail=detail)
     if found := manifest.existing(state):
         return found
+    announce(check_room(manifest.plan_of(state), (options.out, cache_folder()), options.force))
     with staged_folder(options.out, MANIFEST) as folder, workspace(state.key) as work:
         state = replace(state, folder=folder, work=work)
         for name, step in STEPS:

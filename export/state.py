@@ -57,7 +57,8 @@ class BuildOptions:
     """Options that tell what to build and where to write it.
 
     `dump` is a folder that receives each graph after every step. `allow_unverified`
-    keeps a bundle that fails parity and marks it.
+    keeps a bundle that fails parity and marks it. `force` builds even if the plan needs more
+    disk or memory than is free.
 
     `calib` names the data for calibration, golden cases and questions (empty: the
     training mix). `samples` is the number of images for calibration, and `ranges` is
@@ -78,6 +79,7 @@ class BuildOptions:
     ranges: str = "mse"
     questions: int = 16
     context: int | None = None
+    force: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 

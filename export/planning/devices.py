@@ -20,6 +20,11 @@ __all__ = ["DEVICES", "Device", "find_device", "this_machine"]
 
 _REACHED = 0.6  # share of peak arithmetic that good kernels reach; _BANDWIDTH: of peak bandwidth
 _BANDWIDTH = 0.85
+GPU_KERNEL_US = 3.4
+"""A short kernel inside a CUDA graph, measured by NVIDIA ("Getting Started with CUDA Graphs",
+2019): 2.9 us of work and 0.5 us until the next one.
+"""
+_CPU_KERNEL_US = 2.0  # ONNX Runtime: a step of the demo takes 0.146 ms for 67 operators
 _PROBE_BYTES, _PROBE_SIZE = 256 << 20, 1536
 
 
@@ -27,6 +32,7 @@ _PROBE_BYTES, _PROBE_SIZE = 256 << 20, 1536
 class Device:
     """A device: memory for a process in GB, bandwidth in GB/s, dense arithmetic in
     TFLOP/s or TOP/s. All rates are those that kernels can reach, not peak rates.
+    `kernel_us` is the least time in microseconds from the start of one kernel to the next.
     """
 
     name: str
@@ -35,6 +41,7 @@ class Device:
     float_tflops: float
     int8_tops: float
     source: str = ""
+    kernel_us: float = GPU_KERNEL_US
 
     def rate(self, scheme: LinearScheme) -> float:
         """Returns the rate of a linear layer with many rows in TFLOP/s (or TOP/s)."""
@@ -100,7 +107,8 @@ def find_device(text: str | None) -> Device:
     try:
         data = json.loads(path.read_bytes())
         device = Device(**{"name": path.stem, **data})
-        numbers = (device.memory_gb, device.bandwidth_gbs, device.float_tflops, device.int8_tops)
+        rates = (device.memory_gb, device.bandwidth_gbs, device.float_tflops, device.int8_tops)
+        numbers = (*rates, device.kernel_us)
         if not all(isinstance(value, int | float) and value > 0 for value in numbers):
             raise ValueError("a value is not a positive number")
     except (ValueError, TypeError, RecursionError) as error:
@@ -125,7 +133,8 @@ def this_machine() -> Device:
     faster = 4.0 if _has("avx512_vnni", "avx_vnni", "asimddp") else 1.3
     # numpy sums on one core, and two cores read about twice that.
     bandwidth = _PROBE_BYTES / reading / 1e9 * min(2, available_cores())
-    return Device("this machine", memory, bandwidth, flops, faster * flops, "measured")
+    rates = (memory, bandwidth, flops, faster * flops)
+    return Device("this machine", *rates, "measured", _CPU_KERNEL_US)
 
 
 def _time(work: object) -> float:

@@ -40,6 +40,10 @@ _SHARED, _TWICE = 1.05, 2.0  # resident bytes per stored byte in TensorRT-RTX; s
 _ROUNDING = 4.0  # float copies of a weight while it is rounded
 _BLOCK_COPIES = 4.7  # copies of the largest block's float weights while it is read, checked and run
 _ACTIVATIONS = 2.5  # memory the engine reserves for activations, relative to their size
+# Kernels of a layer if everything is fused that can be: two norms, four products, attention and
+# the activation; and kernels before and after all layers.
+_KERNELS, _OUTSIDE = 8, 5
+_PYTHON_MS = 0.015  # the runtime's own code per call, measured (docs/benchmarks.md)
 _TEXT_TOKENS, _ANSWER = 16, 5  # tokens of a usual question, and of its answer
 
 
@@ -289,7 +293,7 @@ def _latency(
 ) -> dict[str, float]:
     """Returns milliseconds (and tokens per second) at the device's reachable rates. The
     tower and prefill are bound by arithmetic or bandwidth, decoding by the bytes it
-    reads.
+    reads, and all of them by the number of their kernels and by the runtime's own share.
     """
     tower = spec.vision
     patches, length = tower.grid**2 + 1, spec.pool_sizes[0] ** 2 + _TEXT_TOKENS
@@ -316,6 +320,10 @@ def _latency(
         1e-6 * weights.get("prefill", weights["decoder"]) / device.bandwidth_gbs,
     )
     step = 1e-6 * (weights["decoder"] + _cache_row(spec, scheme) * length) / device.bandwidth_gbs
+    # However small the model is, its kernels start one after the other.
+    vision = max(vision, 1e-3 * device.kernel_us * (_KERNELS * tower.layers + _OUTSIDE))
+    started = 1e-3 * device.kernel_us * (_KERNELS * spec.decoder.layers + _OUTSIDE)
+    prefill, step = max(prefill, started) + _PYTHON_MS, max(step, started) + _PYTHON_MS
     return {
         "vision_ms": vision,
         "prefill_ms": prefill,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from export.mixed_precision import Budget, Mixture, choose_mixture, upgrade_path
 from export.pipeline import BuildOptions, build
 from export.planning.devices import DEVICES, find_device
 from export.planning.plan import make_plan, part_bytes
-from export.schemes import SCHEMES, choose_scheme
+from export.planning.room import check_room
+from export.schemes import SCHEMES, choose_scheme, find_scheme
 from runtime.contract.bundle import read_bundle
-from runtime.contract.errors import ParityError, UsageError
+from runtime.contract.errors import BuildError, ParityError, UsageError
 from tests.conftest import TINY
-from trainer.config import PRESETS
+from trainer.config import PRESETS, find_preset
 
 NANO, ANY = DEVICES["orin-nano-8gb"], DEVICES["rtx4090"]
 
@@ -242,3 +244,34 @@ def test_budgets_are_checked() -> None:
         Budget(metric="bleu")
     with pytest.raises(UsageError, match="max-drop"):
         Budget(-1)
+
+
+def test_a_build_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
+    def machine(available_mb: int) -> Path:
+        root = tmp_path / str(available_mb)
+        (root / "proc").mkdir(parents=True, exist_ok=True)
+        (root / "proc" / "meminfo").write_text(
+            f"MemTotal: {available_mb * 2000} kB\nMemAvailable: {available_mb * 1000} kB\n"
+        )
+        return root
+
+    plan = make_plan(find_preset("7b").spec, find_scheme("int4"), DEVICES["rtx4090"])
+    with pytest.raises(BuildError, match=r"needs about \d+ MB of memory, 102 MB are free.*--force"):
+        check_room(plan, (tmp_path,), root=machine(100))
+    assert "of memory (102 free)" in check_room(plan, (tmp_path,), True, machine(100))
+    small = make_plan(find_preset("nano").spec, find_scheme("int8"), DEVICES["rtx4090"])
+    said = check_room(small, (tmp_path / "not" / "there", tmp_path), root=machine(9000))
+    assert said.count("MB of disk") == 1
+    huge = replace(small, disk={"decoder": 10**18})
+    with pytest.raises(BuildError, match=r"MB of disk at .*make room there"):
+        check_room(huge, (tmp_path,), root=machine(9000))
+
+
+def test_a_plan_never_promises_what_no_device_does() -> None:
+    """A tiny model is bound by the starts of its kernels and by the runtime's own code."""
+    spec = find_preset("nano").spec
+    plan = make_plan(spec, find_scheme("fp16", "tensorrt"), DEVICES["orin-nano-8gb"])
+    starts = 1e-3 * DEVICES["orin-nano-8gb"].kernel_us * 8 * spec.decoder.layers
+    assert plan.latency["per_token_ms"] > starts
+    assert plan.latency["tokens_per_second"] < 10_000
+    assert plan.latency["first_token_ms"] > 0.3
