@@ -27,7 +27,8 @@ def print_findings(findings: Sequence[Finding]) -> None:
         errors = [row for row in rows if row.error is not None and row.allowed]
         worst = max(errors, key=lambda row: (row.error or 0) / (row.allowed or 1), default=None)
         figures = f" error {worst.error:.2g} (allowed {worst.allowed:.2g})" if worst else ""
-        note(f"proof  {check:9}{figures}  ok")
+        left_out = next((row.place for row in rows if row.place.startswith("not ")), "")
+        note(f"proof  {check:11}{figures}  {left_out or 'ok'}")
 
 
 def print_answers(metrics: MetricCheck) -> None:

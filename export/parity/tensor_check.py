@@ -40,6 +40,7 @@ _FLIPPED, _FLIPPED_HALF = 2e-3, 2e-2  # share of levels at a tie that may round 
 _TIES_HALF = 0.1  # share of blocks whose best range half precision leaves open
 _WORSE_THAN_NEAREST = 3.0  # error-feedback rounding has at most this many times its error
 _FURTHEST = 10  # levels that error feedback may move a weight of 16 levels
+_ELEMENTS = 1 << 22  # weights compared at once
 _GAIN = 0.1  # largest departure of a rounded channel's gain from 1
 _SMALLEST, _LARGEST = 1e-4, 1e4  # scales that smoothing may move
 
@@ -184,74 +185,96 @@ def _far(found: Tensor, expected: Tensor, relative: float) -> bool:
 def _check_weight(
     check: _Check, weight: StoredWeight, name: str, columns: Tensor | None, carries: bool
 ) -> None:
-    """Checks one parameter's part of a stored weight. `carries` tells whether its rows may
-    have absorbed the scales of the next layer's input.
+    """Checks one parameter's part of a stored weight, some rows at a time. `carries` tells
+    whether its rows may have absorbed the scales of the next layer's input.
     """
     reference = check.read(name)
-    if columns is not None:
-        reference = reference * columns
-    levels, scale, zero = (weight_part(weight, name, array, check.read) for array in weight.read())
-    if levels.shape != reference.shape:
-        expected = list(reference.shape)
-        check.fault(name, f"has shape {list(levels.shape)}, expected {expected}")
+    arrays = weight.read()
+    first = _first_row(weight, name, check.read)
+    if weight.shape[0] != reference.shape[1] or first + len(reference) > weight.shape[1]:
+        check.fault(name, f"has shape {list(weight.shape)}, expected {list(reference.shape)[::-1]}")
         return
-    exact = columns is None
-    if weight.kind in ("fp32", "fp16"):
-        _check_float(check, weight, name, levels, reference, carries)
-        return
-    half = check.half and not exact
-    tolerance = _HALF if half or _scales_are_half(check, weight) else _EXACT * 10
-    stored_grid = Grid(scale, zero, *_range_of(weight), weight.block or reference.shape[1])
-    problems = []
-    for scheme in _schemes(weight):
-        problem, rows = _follows(reference, levels, stored_grid, scheme, carries, tolerance, half)
-        if problem is None:
-            if rows is not None and bool((rows - 1).abs().max() > _EXACT):
-                check.rows[name] = rows
+    half = check.half and columns is not None
+    tolerance = _HALF if half or _are_half(arrays[1]) else _EXACT * 10
+    moved = []
+    step = max(1, _ELEMENTS // reference.shape[1])
+    for start in range(0, len(reference), step):
+        rows = reference[start : start + step]
+        rows = rows if columns is None else rows * columns
+        stored = [_rows(array, first + start, len(rows)) for array in arrays]
+        if weight.kind in ("fp32", "fp16"):
+            problem, scales = _equals(rows, stored[0], carries, weight.kind == "fp16" or check.half)
+        else:
+            grid = Grid(stored[1], stored[2], *_range_of(weight), weight.block or rows.shape[1])
+            problem, scales = _any_follows(weight, rows, stored[0], grid, carries, tolerance, half)
+        if problem is not None:
+            check.fault(name, problem)
             return
-        problems.append(problem)
-    check.fault(name, problems[-1])
+        moved.append(torch.ones(len(rows)) if scales is None else scales)
+    whole = torch.cat(moved)
+    if carries and bool((whole - 1).abs().max() > _EXACT):
+        check.rows[name] = whole
 
 
-def _check_float(
-    check: _Check,
+def _any_follows(
     weight: StoredWeight,
-    name: str,
-    found: Tensor,
     reference: Tensor,
+    levels: Tensor,
+    grid: Grid,
     carries: bool,
-) -> None:
+    tolerance: float,
+    half: bool,
+) -> tuple[str | None, Tensor | None]:
+    """Returns (None, moved scales) if any scheme explains the rows, else the last problem."""
+    problem: str | None = None
+    for scheme in _schemes(weight):
+        problem, rows = _follows(reference, levels, grid, scheme, carries, tolerance, half)
+        if problem is None:
+            return None, rows
+    return problem, None
+
+
+def _equals(
+    reference: Tensor, found: Tensor, carries: bool, half: bool
+) -> tuple[str | None, Tensor | None]:
     rows = None
     if carries:
         rows = (reference * reference).sum(1) / (reference * found).sum(1).clamp(min=1e-30)
-        if bool((rows - 1).abs().max() > _HALF):
-            check.rows[name] = rows
-            reference = reference / rows[:, None]
-    relative = _HALF if weight.kind == "fp16" or check.half else _EXACT
-    if _far(found, reference, relative):
-        check.fault(name, _difference(found.numpy(), reference.numpy()))
+        if bool((rows - 1).abs().max() <= _HALF):
+            rows = None
+    scaled = reference if rows is None else reference / rows[:, None]
+    if _far(found, scaled, _HALF if half else _EXACT):
+        return _difference(found.numpy(), scaled.numpy()), None
+    return None, rows
+
+
+def _first_row(weight: StoredWeight, name: str, read: Reader) -> int:
+    """Returns where a parameter's outputs begin in a packed weight."""
+    start = 0
+    for part in parts_of(weight.name):
+        if part == name:
+            return start
+        start += read(part).shape[0]
+    raise AssertionError(f"{name} is a part of {weight.name}")
+
+
+def _rows(array: NDArray[np.float32], start: int, count: int) -> Tensor:
+    """Returns outputs [count, …] of an array [..., N]."""
+    if np.ndim(array) < 2:
+        return torch.from_numpy(np.array(array, np.float32).reshape(1, 1))
+    return torch.from_numpy(np.array(array[:, start : start + count].T, np.float32, order="C"))
 
 
 def weight_part(
     weight: StoredWeight, name: str, array: NDArray[np.float32], read: Reader
 ) -> Tensor:
     """Returns one parameter's rows [N, …] of an array [..., N] of a packed weight."""
-    if np.ndim(array) < 2:
-        return torch.from_numpy(np.array(array, np.float32).reshape(1, 1))
-    start = 0
-    for part in parts_of(weight.name):
-        width = read(part).shape[0]
-        if part == name:
-            rows = array[:, start : start + width]
-            return torch.from_numpy(np.array(rows.T, np.float32, order="C"))
-        start += width
-    raise AssertionError(f"{name} is a part of {weight.name}")
+    return _rows(array, _first_row(weight, name, read), read(name).shape[0])
 
 
-def _scales_are_half(check: _Check, weight: StoredWeight) -> bool:
-    """True if the stored scales are exactly representable in half precision."""
-    scale = weight.read()[1]
-    return bool(np.array_equal(scale.astype(np.float16).astype(np.float32), scale))
+def _are_half(scale: NDArray[np.float32]) -> bool:
+    """True if scales are exactly representable in half precision."""
+    return bool(np.array_equal(np.float32(np.float16(scale)), scale))
 
 
 def _range_of(weight: StoredWeight) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import torch
 from calibration.blocks import StreamedModel
 from calibration.linear import LinearScheme
 from export.planning.devices import Device
-from export.planning.limits import LARGE_BYTES, PIECE_BYTES, golden_count
+from export.planning.limits import CALLS_MODEL, LARGE_BYTES, PIECE_BYTES, WHOLE_MODEL, golden_count
 from export.schemes import DECODER, Scheme
 from runtime.contract.spec import ModelSpec
 
@@ -44,6 +44,7 @@ _ACTIVATIONS = 2.5  # memory the engine reserves for activations, relative to th
 # the activation; and kernels before and after all layers.
 _KERNELS, _OUTSIDE = 8, 5
 _PYTHON_MS = 0.015  # the runtime's own code per call, measured (docs/benchmarks.md)
+_FLOAT_COPIES = 3.0  # of a small model: in PyTorch, in a file, and as the kernels keep it
 _TEXT_TOKENS, _ANSWER = 16, 5  # tokens of a usual question, and of its answer
 
 
@@ -282,9 +283,11 @@ def _build_peak(
         replayed = int(2 * max(PIECE_BYTES + 4 * table, weights["vision"]))
     else:
         whole = (
-            4 * spec.parameters if questions and spec.parameters <= 500_000_000 else 0
+            4 * spec.parameters if questions and spec.parameters <= WHOLE_MODEL else 0
         )  # the whole model is in memory while answers are compared
-        replayed = _run_memory(spec, scheme, weights, spec.decoder.context)["weights"] + 2 * whole
+        loaded = _run_memory(spec, scheme, weights, spec.decoder.context)["weights"]
+        floats = _FLOAT_COPIES * 4 * spec.parameters if spec.parameters <= CALLS_MODEL else 0
+        replayed = max(loaded + 2 * whole, int(floats))
     return _EXPORTER + max(block + states, rounding, replayed)
 
 
