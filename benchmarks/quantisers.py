@@ -22,7 +22,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from runtime.contract.bundle import DECODER, VISION, read_bundle, write_manifest
+from export.manifest import write_manifest
+from runtime.contract.bundle import DECODER, VISION, read_bundle
 
 
 def int8_dynamic(source: Path, target: Path) -> None:

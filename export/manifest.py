@@ -4,7 +4,11 @@ PyTorch, and what the plan predicted.
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from calibration.samples import set_card
@@ -16,17 +20,20 @@ from export.state import Build, tools
 from export.targets import find_lowering
 from runtime.contract.bundle import (
     CAPACITY,
+    FORMAT,
     MANIFEST,
     ROW_INDEPENDENT,
     SATURATION_SAFE,
     VERIFIED,
+    VERSION,
     read_bundle,
-    write_manifest,
 )
 from runtime.contract.errors import BundleError
+from runtime.contract.files import sha256_file
+from runtime.contract.spec import ModelSpec
 from runtime.parity import StageError
 
-__all__ = ["existing", "plan_of", "write"]
+__all__ = ["existing", "plan_of", "write", "write_manifest"]
 
 _ANY_DEVICE = DEVICES["rtx4090"]  # disk and memory of a build do not depend on the device
 
@@ -136,3 +143,35 @@ def _predict(build: Build) -> dict[str, Any]:
         "build_peak_mib": round(plan.build_peak / MIB),
         "build_peak_mib_actual": peak,
     }
+
+
+def write_manifest(
+    folder: Path,
+    spec: ModelSpec,
+    target: str,
+    schemes: Mapping[str, str],
+    provenance: Mapping[str, Any],
+    parity: Mapping[str, Any],
+) -> None:
+    """Hashes every file in `folder`, then writes `manifest.json` and flushes it to
+    disk.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+        for name in names
+    }
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": spec.to_json(),
+        "target": target,
+        "schemes": dict(schemes),
+        "files": files,
+        "provenance": dict(provenance),
+        "parity": dict(parity),
+    }
+    with (folder / MANIFEST).open("w") as file:
+        file.write(json.dumps(data, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -29,6 +29,7 @@ __all__ = [
     "DECODER",
     "DECODER_FUSED",
     "EMBEDDINGS",
+    "FORMAT",
     "GOLDENS",
     "MANIFEST",
     "PREFILL",
@@ -44,7 +45,6 @@ __all__ = [
     "read_bundle",
     "verdict_text",
     "weights_file",
-    "write_manifest",
 ]
 
 FORMAT, VERSION = "infmllm-bundle", 1
@@ -373,38 +373,6 @@ def _check_files(bundle: Bundle) -> None:
                 f"{path} has {info.st_size} bytes, manifest says {size}; re-export or copy the "
                 f"bundle again"
             )
-
-
-def write_manifest(
-    folder: Path,
-    spec: ModelSpec,
-    target: str,
-    schemes: Mapping[str, str],
-    provenance: Mapping[str, Any],
-    parity: Mapping[str, Any],
-) -> None:
-    """Hashes every file in `folder`, then writes `manifest.json` and flushes it to
-    disk.
-    """
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST)
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
-        for name in names
-    }
-    data = {
-        "format": FORMAT,
-        "version": VERSION,
-        "spec": spec.to_json(),
-        "target": target,
-        "schemes": dict(schemes),
-        "files": files,
-        "provenance": dict(provenance),
-        "parity": dict(parity),
-    }
-    with (folder / MANIFEST).open("w") as file:
-        file.write(json.dumps(data, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 DEFAULT_BUNDLE = "infmllm-bundle"
