@@ -37,7 +37,7 @@ __all__ = ["TensorFault", "check_tensors", "parameter_names", "weight_part"]
 
 _EXACT, _HALF = 1e-5, 2e-3  # relative differences that float32 and half precision explain
 _FLIPPED, _FLIPPED_HALF = 2e-3, 2e-2  # share of levels at a tie that may round the other way
-_TIES_HALF = 0.1  # share of blocks whose best range half precision leaves open
+_TIES_HALF = 0.3  # share of blocks whose best range half precision leaves open
 _WORSE_THAN_NEAREST = 3.0  # error-feedback rounding has at most this many times its error
 _FURTHEST = 10  # levels that error feedback may move a weight of 16 levels
 _ELEMENTS = 1 << 22  # weights compared at once
@@ -328,7 +328,7 @@ def _follows(
             grid.block,
         )
     ratio = expected.scale / grid.scale
-    rows = ratio.median(dim=1).values if carries else None
+    rows = _moved_into_rows(reference, levels, grid, ratio) if carries else None
     if rows is not None:
         ratio = ratio / rows[:, None]
     wrong = ((ratio - 1).abs() > tolerance) | (expected.zero != grid.zero)
@@ -349,6 +349,18 @@ def _follows(
         share = float((distance > 0).float().mean())
         return f"has {share:.1%} of its levels away from the nearest", None
     return _fed_back(scaled, levels, grid, nearest), rows
+
+
+def _moved_into_rows(reference: Tensor, levels: Tensor, grid: Grid, ratio: Tensor) -> Tensor:
+    """Returns the scales [N] that rows have absorbed: of the ratios between the expected and
+    the stored scales of some blocks, the one that is nearest to the row's own gain. A block
+    whose range was found by another of two equal ranges has another ratio.
+    """
+    found = Quantised(levels.to(torch.int16), grid).dequantised()
+    gain = (reference * reference).sum(1) / (reference * found).sum(1).clamp(min=1e-30)
+    some = torch.stack([ratio.median(dim=1).values, ratio[:, 0], ratio[:, -1]], dim=1)
+    nearest = (some / gain[:, None] - 1).abs().argmin(dim=1, keepdim=True)
+    return some.gather(1, nearest)[:, 0]
 
 
 def _shrunken(

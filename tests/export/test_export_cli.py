@@ -88,7 +88,7 @@ def test_inspect_shows_blocks_as_text_json_and_picture(
     )
     assert (
         "answers not asked (PyTorch itself answers none right)" in text
-        and "proof: constants ok, tensors ok, structure ok" in text
+        and "proof: constants ok, calibration ok, tensors ok, structure ok" in text
         and (tmp_path / "b.html").read_text().count("decoder.layers") >= 2
     )
     blocks = json.loads(run("inspect", built("int4"), "--json"))["graphs"]["decoder.onnx"]["blocks"]
