@@ -63,7 +63,7 @@ class _Checker:
         waves = [np.sin(9 * x + 3 * y), np.cos(7 * y), np.sin(5 * x * y)]
         first = (127 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
         self.pictures = [Image.fromarray(picture) for picture in (first, first[::-1, ::-1].copy())]
-        self.p = spec.pool_sizes[0]
+        self.p = min(spec.pool_sizes)
 
     def prefill(
         self, picture: int, texts: Sequence[Sequence[int]], engine: Engine | None = None

@@ -29,6 +29,7 @@ from runtime.contract.bundle import (
     VISION_FUSED,
     Bundle,
 )
+from runtime.contract.errors import ContextError
 from runtime.engines import Engine
 from runtime.generation.token_embeddings import open_token_embeddings
 from runtime.parity import centred
@@ -124,8 +125,16 @@ def _check_float(form: _Form, talks: Sequence[Conversation]) -> Iterator[Finding
         )
         reference = form.reference(engine, False)
         yield _replay(bundle, engine, reference, talks, cpu, "calls in float", _FLOAT)
-        faults = list(check_answers(Session(bundle, engine), reference, _MARGIN, cpu))
-        yield Finding("answers", "runtime", not faults, str(faults[0]) if faults else "")
+        yield _answers(Session(bundle, engine), reference, cpu)
+
+
+def _answers(session: Session, reference: RoundedEngine, batches: bool) -> Finding:
+    """Asks until the first fault. A context that is too short for a conversation ends it."""
+    try:
+        fault = next(check_answers(session, reference, _MARGIN, batches), None)
+    except ContextError:
+        return Finding("answers", "runtime", True, "not asked in full: the context is too short")
+    return Finding("answers", "runtime", fault is None, str(fault or ""))
 
 
 def _check_real(form: _Form, talks: Sequence[Conversation]) -> Iterator[Finding]:

@@ -25,8 +25,9 @@ from export.pipeline import BuildOptions, build
 from export.schemes import choose_scheme
 from runtime.contract.bundle import read_bundle
 from runtime.parity import centred
+from tests.mutants.programs import RUNTIME_MUTANTS
 from tests.mutants.score import Outcome, small_checkpoint, try_form, try_runtime
-from tests.mutants.table import MUTANTS, RUNTIME_MUTANTS
+from tests.mutants.table import MUTANTS
 from trainer.checkpoint import DEMO, open_checkpoint
 
 _QUICK = ("cpu/int8 kv8",)

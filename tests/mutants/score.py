@@ -24,7 +24,8 @@ from runtime.contract.errors import InfMLLMError
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 from runtime.session import load
 from tests.mutants.edit import Edit, refresh
-from tests.mutants.table import MUTANTS, RUNTIME_MUTANTS
+from tests.mutants.programs import RUNTIME_MUTANTS
+from tests.mutants.table import MUTANTS
 from trainer.checkpoint import StoredCheckpoint, open_checkpoint, save_checkpoint
 from trainer.datasets.scene_text import corpus
 from trainer.model import InfMLLM
