@@ -62,7 +62,7 @@ class Chat:
         """
         tokenizer, user = self._builder.tokenizer, Message("user", checked_text(text))
         if self.messages:
-            new = (*self._uncached, *tokenizer.encode(next_turn(user)))
+            new = (*self._uncached, *tokenizer.encode_turn(next_turn(user)))
             segments = (*self._segments, self._builder.text_segment(new))
         else:
             opening, new = map(tuple, tokenizer.encode_prompt(render_chat([user])))

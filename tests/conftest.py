@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from export.pipeline import BuildOptions, build
-from export.schemes import TARGET_SCHEMES
+from export.schemes import find_scheme
 from runtime.contract.spec import DecoderSpec, ModelSpec, VisionSpec
 from trainer.checkpoint import save_checkpoint
 from trainer.datasets.scene_text import corpus
@@ -33,13 +34,23 @@ TINY = ModelSpec(
 )
 
 
+def pytest_configure() -> None:
+    """Gives each process of `pytest -n` one core: threads of several processes that share
+    cores wait for each other for most of the time.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Gives the tests their own cache instead of the user's, and limits PyTorch to two
     threads.
     """
     os.environ["INFMLLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     yield
 
 
@@ -61,22 +72,46 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_json: st
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder that all processes of one `pytest -n` share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder: Path) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Returns a function: `once(name, make)` is the folder that `make(folder)` writes, in
+    whichever process needs it first. Do not change the folder.
+    """
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder = shared_folder / name
+        if not folder.exists():
+            with FileLock(shared_folder / f"{name}.lock"):
+                if not folder.exists():
+                    unfinished = shared_folder / f"{name}.unfinished"
+                    make(unfinished)
+                    unfinished.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def built_for(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_checkpoint: Path, once: Callable[[str, Callable[[Path], None]], Path]
 ) -> Callable[[str, str], Path]:
     """Returns a function: `built_for(target, scheme)` is the tiny checkpoint's bundle
     for that target and scheme, built once. Do not change the bundle.
     """
-    done: dict[tuple[str, str], Path] = {}
 
     def get(target: str, scheme: str) -> Path:
-        if (target, scheme) not in done:
-            out = tmp_path_factory.mktemp("bundle") / scheme
-            build(
-                BuildOptions(tiny_checkpoint, TARGET_SCHEMES[target].schemes[scheme], target, out)
-            )
-            done[target, scheme] = out
-        return done[target, scheme]
+        def make(folder: Path) -> None:
+            build(BuildOptions(tiny_checkpoint, find_scheme(scheme, target), target, folder))
+
+        return once(f"{target}-{scheme}", make)
 
     return get
 

@@ -88,7 +88,7 @@ def positions(samples: Sequence[Sample], tokenizer: Tokenizer, visual_tokens: in
     """
     before = len(tokenizer.encode_prompt(samples[0].prompt())[0]) + visual_tokens
     return before + sum(
-        len(tokenizer.encode(sample.prompt().after)) + len(answer_ids(tokenizer, sample)) - 1
+        len(tokenizer.encode_prompt(sample.prompt())[1]) + len(answer_ids(tokenizer, sample)) - 1
         for sample in samples
     )
 
@@ -121,7 +121,7 @@ def pack(
         list(range(size)),
     )
     for index, (sample, prompt) in enumerate(zip(samples, prompts, strict=True), 1):
-        question, answer = tokenizer.encode(prompt.after), answer_ids(tokenizer, sample)
+        question, answer = tokenizer.encode_prompt(prompt)[1], answer_ids(tokenizer, sample)
         inputs = [*question, *answer[:-1]]
         if len(prefix) + len(inputs) > context:
             total = len(prefix) + len(inputs)

@@ -185,7 +185,7 @@ def _conversation(check: _Checker, visual: int, plain: Decoding) -> Iterator[Ans
     chat = check.session.chat(check.pictures[1], visual, plain)
     first, second = (chat.ask(text, _TOKENS // 2) for text in _TEXTS)
     tokenizer = check.session.tokenizer
-    turn = tokenizer.encode(f"</s>USER: {_TEXTS[1]} ASSISTANT:")
+    turn = [tokenizer.eos_id, *tokenizer.encode(f"USER: {_TEXTS[1]} ASSISTANT:")]
     logits = check.prefill(1, [check.text(_TEXTS[0])])
     if problem := check.follow(logits, first, _TOKENS // 2):
         yield AnswerFault("a conversation's first turn", problem)

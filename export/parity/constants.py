@@ -38,7 +38,7 @@ _SYSTEM = (
     "helpful, detailed, and polite answers to the user's questions. USER: "
 )
 _TURNS = ("Hello.", "Hi there.", "Bye.")
-_CHAT = "\nHello. ASSISTANT: Hi there.</s>USER: Bye. ASSISTANT:"
+_CHAT = ("\nHello. ASSISTANT: Hi there.", "USER: Bye. ASSISTANT:")
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -81,8 +81,11 @@ def _prompt_faults(reference: Tokenizer, found: Tokenizer) -> Iterator[str]:
             yield f"the prompt of {task} has other token ids than the checkpoint's tokenizer gives"
     roles = ("user", "assistant", "user")
     chat = render_chat([Message(*turn) for turn in zip(roles, _TURNS, strict=True)])
-    if (chat.before, chat.after) != (_SYSTEM, _CHAT):
+    if (chat.before, chat.after, *chat.turns) != (_SYSTEM, *_CHAT):
         yield "the prompt of chat is not the published one"
+    first, second = map(reference.encode, _CHAT)
+    if found.encode_prompt(chat)[1] != [*first, reference.eos_id, *second]:
+        yield "the prompt of chat has other token ids than the checkpoint's tokenizer gives"
 
 
 def _picture_faults(spec: ModelSpec) -> Iterator[str]:

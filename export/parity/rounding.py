@@ -35,7 +35,7 @@ __all__ = [
 
 _BYTE = 127.0
 _TINY = 1e-30
-_TIMES_LEAST, _SLACK = 3.0, 0.02  # what a calibrated range may cost beside the data's own
+_TIMES_LEAST, _SLACK = 3.0, 0.05  # what a calibrated range may cost beside the data's own
 
 
 def round_activation(x: Tensor, weight: StoredWeight) -> Tensor:

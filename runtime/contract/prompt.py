@@ -31,12 +31,20 @@ __all__ = [
 @dataclass(frozen=True)
 class Prompt:
     """The plain text before and after the visual embeddings. `has_image` is False for
-    text-only chat, and then all text is in `after`.
+    text-only chat, and then all text is in `after`. `turns` are the later turns of a
+    conversation: the tokenizer puts the end-of-sequence id, which no text can give,
+    before each of them.
     """
 
     before: str
     after: str
     has_image: bool = True
+    turns: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Returns all text of the prompt, without what separates its parts."""
+        return "".join((self.before, self.after, *self.turns))
 
 
 @dataclass(frozen=True)
@@ -93,21 +101,21 @@ def render_chat(messages: Sequence[Message], has_image: bool = True) -> Prompt:
             f"conversation roles are {roles}, expected user and assistant in turns, ending with "
             f"user"
         )
-    text = ""
-    for message in messages[1:]:
-        text += f" {message.content}" if message.role == "assistant" else next_turn(message)
-    opening = f"{CHAT_SYSTEM} USER: "
-    first = f"{messages[0].content} ASSISTANT:"
+    answers = [f" {message.content}" for message in messages[1::2]] + [""]
+    turns = [next_turn(user) + answer for user, answer in zip(messages[::2], answers, strict=True)]
+    opening, first = f"{CHAT_SYSTEM} USER: ", turns[0].removeprefix("USER: ")
     return (
-        Prompt(opening, f"\n{first}{text}")
+        Prompt(opening, f"\n{first}", turns=tuple(turns[1:]))
         if has_image
-        else Prompt("", f"{opening}{first}{text}", has_image=False)
+        else Prompt("", f"{opening}{first}", has_image=False, turns=tuple(turns[1:]))
     )
 
 
 def next_turn(user: Message) -> str:
-    """Returns the text that a user's turn appends after an answer."""
-    return f"</s>USER: {user.content} ASSISTANT:"
+    """Returns the text of a user's turn, which follows the end-of-sequence id of the
+    answer before it.
+    """
+    return f"USER: {user.content} ASSISTANT:"
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,18 @@ class Tokenizer:
 
     def encode_prompt(self, prompt: Prompt) -> tuple[list[int], list[int]]:
         """Returns the ids before and after the visual embeddings. The first list starts
-        with the beginning-of-sequence id.
+        with the beginning-of-sequence id, and later turns follow the end-of-sequence id.
         """
-        return [self.bos_id, *self.encode(prompt.before)], self.encode(prompt.after)
+        after = self.encode(prompt.after)
+        for turn in prompt.turns:
+            after += self.encode_turn(turn)
+        return [self.bos_id, *self.encode(prompt.before)], after
+
+    def encode_turn(self, turn: str) -> list[int]:
+        """Returns the ids of a conversation's later turn: the end-of-sequence id of the
+        answer before it, then the text.
+        """
+        return [self.eos_id, *self.encode(turn)]
 
     def pieces(self) -> dict[int, str]:
         """Returns the text of every token that decodes to the same plain ASCII text in

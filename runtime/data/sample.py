@@ -45,8 +45,7 @@ class Sample:
         """Returns the sample if its prompt renders and its texts are valid Unicode.
         Raises `PromptError` or `ValueError`.
         """
-        prompt = self.prompt()
-        (prompt.before + prompt.after + self.answer).encode("utf-8")
+        (self.prompt().text + self.answer).encode("utf-8")
         return self
 
     def placed(self, width: int, height: int, where: str) -> Sample:

@@ -10,8 +10,6 @@ from types import ModuleType
 
 import pytest
 
-from export.pipeline import BuildOptions, build
-from export.schemes import find_scheme
 from tests.simulated_cuda import Cuda
 from tests.simulated_tensorrt import Simulation
 
@@ -45,19 +43,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Install:
 
 
 @pytest.fixture(scope="session")
-def built_tensorrt(
-    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Returns a function: `built_tensorrt(scheme)` is the tiny checkpoint's bundle for
-    TensorRT, built once. Do not change the bundle.
+def built_tensorrt(built_for: Callable[[str, str], Path]) -> Callable[[str], Path]:
+    """Returns a function: `built_tensorrt(scheme)` is the TensorRT bundle of that scheme.
+    Do not change the bundle.
     """
-    done: dict[str, Path] = {}
-
-    def get(scheme: str) -> Path:
-        if scheme not in done:
-            out = tmp_path_factory.mktemp("tensorrt") / scheme
-            build(BuildOptions(tiny_checkpoint, find_scheme(scheme, "tensorrt"), "tensorrt", out))
-            done[scheme] = out
-        return done[scheme]
-
-    return get
+    return lambda scheme: built_for("tensorrt", scheme)

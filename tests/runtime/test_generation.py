@@ -222,7 +222,7 @@ def test_published_settings() -> None:
             ],
         ),
     ],
-    ids=str,
+    ids=("temperature", "top-k", "top-p", "min-p", "all"),
 )
 def test_probabilities_are_those_of_transformers(
     decoding: Decoding, processors: list[object]
