@@ -147,7 +147,7 @@ def _covers(prefix: str, parameter: str) -> bool:
 
 
 _INTEGER = {"vision": 0.06, "prefill": 0.12, "decode": 0.12}
-_STATIC = {"vision": 0.06, "prefill": 0.3, "decode": 0.3}
+_STATIC = {"vision": 0.2, "prefill": 0.3, "decode": 0.3}
 _FOUR = {"vision": 0.25, "prefill": 0.45, "decode": 0.45}
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme
