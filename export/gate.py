@@ -121,14 +121,7 @@ def describe_failure(build: Build, found: Comparison) -> str:
         )
         return f"{worse}; nothing was written. {_REMEDY}"
     worst = max(failed, key=lambda stage: stage.error / stage.tolerance)
-    differs = (
-        f"rounding changes {worst.stage} by {worst.error:.3g} (relative RMS), the "
-        f"scheme allows {worst.tolerance:.3g}; nothing was written. "
-        if worst.error > worst.tolerance
-        else f"{worst.stage} prefers another token in {worst.flips} places where PyTorch is sure; "
-        f"nothing was written. "
-    )
-    return f"{differs}{_find_drift_place(build, worst.stage)}. {_REMEDY}"
+    return f"{worst.fault}; nothing was written. {_find_drift_place(build, worst.stage)}. {_REMEDY}"
 
 
 def _find_drift_place(build: Build, stage: str) -> str:

@@ -55,6 +55,10 @@ def print_stages(stages: Iterable[StageError]) -> None:
         )
         if stage.agreement is not None and stage.agreement < 1 and not stage.flips:
             agreement += " and nearly as likely in the others"
+        if stage.divergence is not None:
+            agreement += f", divergence {stage.divergence:.2g} nats"
+        if stage.allowed_divergence is not None:
+            agreement += f" (allowed {stage.allowed_divergence:.2g})"
         verdict = "ok" if stage.passed else "FAILED"
         print(
             f"parity {stage.stage:8} error {stage.error:.3g} (allowed {stage.tolerance:.3g})"

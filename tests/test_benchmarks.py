@@ -6,9 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from benchmarks.drafts import changed_answers
+from runtime.session import load
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,3 +32,9 @@ def test_a_size_without_a_checkpoint_is_built_and_asked(tmp_path: Path) -> None:
     assert checkpoint["checkpoint_gb"] > 0 and built["verdict"] == "VERIFIED"
     assert first["run"] == "first" and second["tokens_per_second"] > 0
     assert not (tmp_path / "scale" / "nano-fp32").exists()
+
+
+def test_drafted_answers_are_counted(built: Callable[[str], Path]) -> None:
+    found = changed_answers(load(built("fp32")), count=12, most=3, tokens=10)
+    assert found["answers"] == 12 and found["changed"] == 0
+    assert found["drafted"] == found["accepted"] and found["drafted"]

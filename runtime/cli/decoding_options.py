@@ -32,8 +32,7 @@ _NUMBERS: dict[str, tuple[type, str]] = {
     "length_penalty": (float, "with --beams: divides scores by length to the power X; default: 1"),
     "lookup": (
         int,
-        "prompt-lookup speculative decoding with up to N drafted tokens; 0: off; default: on where "
-        "it cannot change the answer",
+        "prompt-lookup speculative decoding with up to N drafted tokens; 0: off (default)",
     ),
 }
 

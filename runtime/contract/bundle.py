@@ -139,7 +139,7 @@ class Bundle:
     @property
     def row_independent(self) -> bool:
         """True if a row of the decoder does not depend on the other rows of the same
-        call, so that speculative decoding cannot change an answer.
+        call beyond float rounding, which speculative decoding needs.
         """
         return self._flag(ROW_INDEPENDENT)
 

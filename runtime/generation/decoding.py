@@ -36,8 +36,8 @@ class Decoding:
         constrain: Limits grounding answers to the box grammar.
         schema: JSON Schema, as text; limits any answer to JSON of that form.
         lookup: Drafts at most this many tokens from the question and the answer so far,
-            and checks them in one step (0: never; None: where that cannot change a
-            token). Faster where text repeats, with the same tokens.
+            and checks them in one step (0: never). Faster where text repeats, with the
+            same tokens up to float rounding.
 
     Raises:
         UsageError: An option is out of range, or options exclude each other.
@@ -55,7 +55,7 @@ class Decoding:
     stop: tuple[str, ...] = ()
     constrain: bool = True
     schema: str | None = None
-    lookup: int | None = None
+    lookup: int = 0
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
@@ -85,7 +85,7 @@ class Decoding:
         )
         _check("length_penalty", self.length_penalty, -10 <= self.length_penalty <= 10, "-10 to 10")
         _check("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "0 or more")
-        _check("lookup", self.lookup, self.lookup is None or 0 <= self.lookup <= 16, "0 to 16")
+        _check("lookup", self.lookup, 0 <= self.lookup <= 16, "0 to 16")
         _check("seed", self.seed, self.seed is None or 0 <= self.seed < _MAX_SEED, "0 or more")
         _check(
             "stop",
@@ -128,11 +128,11 @@ class Decoding:
 
 _REAL, _MAYBE = (int, float), (int, type(None))
 _KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("beams", "min_new_tokens", "top_k"), (int,)),
+    **dict.fromkeys(("beams", "min_new_tokens", "top_k", "lookup"), (int,)),
     **dict.fromkeys(
         ("length_penalty", "temperature", "top_p", "min_p", "repetition_penalty"), _REAL
     ),
-    **dict.fromkeys(("seed", "lookup"), _MAYBE),
+    "seed": _MAYBE,
     "stop": (tuple,),
     "constrain": (bool,),
     "schema": (str, type(None)),

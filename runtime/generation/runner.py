@@ -30,8 +30,6 @@ from runtime.questions import Answer, FoundBox, Stream
 
 __all__ = ["Runner"]
 
-_DRAFT_LENGTH = 4  # tokens drafted at most, where speculative decoding is on by default
-
 
 class Runner:
     """Runs one request after another.
@@ -42,7 +40,7 @@ class Runner:
         table: The token embeddings [V, H].
         eos_id: The token that ends an answer.
         row_independent: True if a row of the decoder does not depend on the other rows of
-            the same call, so that verifying drafts cannot change an answer.
+            the same call beyond float rounding, so that drafts may be verified.
     """
 
     def __init__(
@@ -67,10 +65,8 @@ class Runner:
 
     def draft_length(self, decoding: Decoding) -> int:
         """Returns how many tokens to draft. Raises `UsageError` where drafting could
-        change the answer.
+        change the answer by more than float rounding does.
         """
-        if decoding.lookup is None:
-            return _DRAFT_LENGTH if self._can_draft and decoding.beams == 1 else 0
         if decoding.lookup and not self._can_draft:
             raise UsageError(
                 "this bundle does not support --lookup: its decoder computes a token differently "

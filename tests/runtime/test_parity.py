@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from runtime.contract.goldens import Golden
 from runtime.parity import StageError, stage_errors
@@ -57,6 +58,29 @@ def test_a_token_may_change_only_where_pytorch_is_unsure(golden: Golden) -> None
     steps[0, 8] = 6.1  # near the sure token in relative error, and yet another answer
     wrong = decode(golden, steps)
     assert wrong.flips == 1 and not wrong.passed
+
+
+def test_an_error_on_the_likely_tokens_alone_diverges() -> None:
+    """Small beside the norm of a row, yet half of the probability goes elsewhere. The bound
+    is the divergence of evenly spread noise of the tolerance's size.
+    """
+    rng = np.random.default_rng(4)
+    rows = rng.normal(size=(STEPS, 4000)).astype(np.float32)
+    rows[:, 5], rows[:, 6] = 14.0, 13.0
+    ids = np.array([1], np.int64)
+    image, steps = rows[:1, :8], np.arange(STEPS)
+    golden = Golden(image, 2, ids, ids, image, rows[0], steps, rows)
+    noise = 0.099 * rows.std(-1, keepdims=True) * rng.normal(size=rows.shape).astype(np.float32)
+    even = decode(golden, rows + noise)
+    assert even.passed and even.divergence is not None
+    wrong = rows.copy()
+    wrong[:, 5] -= 0.9
+    stage = decode(golden, wrong)
+    assert stage.error <= stage.tolerance and not stage.flips and stage.agreement == 1.0
+    assert stage.diverges and not stage.passed
+    logs = [torch.from_numpy(values).log_softmax(-1) for values in (rows, wrong)]
+    expected = torch.nn.functional.kl_div(logs[1], logs[0], log_target=True, reduction="batchmean")
+    assert stage.divergence == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_results_that_are_not_numbers_fail(golden: Golden) -> None:

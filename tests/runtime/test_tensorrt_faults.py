@@ -96,7 +96,7 @@ def test_wrong_fused_attention_gives_way_to_the_plain_form_and_is_remembered(
     notes = capfd.readouterr().err
     assert (
         "decoder-fused.onnx gives wrong results for the bundle's golden cases on Simulated GPU "
-        "with TensorRT 10.3.0: prefill error 0." in notes
+        "with TensorRT 10.3.0: prefill differs from PyTorch by 0." in notes
     )
     assert (
         "vision-fused.onnx gives wrong results" in notes and "decoder.onnx takes its place" in notes
@@ -113,8 +113,8 @@ def test_what_no_form_computes_rightly_is_never_served(bundle: Path, gpu: Instal
     simulation.plant = wrong("Softmax", "Attention")
     with pytest.raises(
         EngineError,
-        match=r"^vision.onnx gives wrong results .* vision error 0.*allowed.*build the bundle "
-        r"with --target cpu$",
+        match=r"^vision.onnx gives wrong results .* vision differs from PyTorch by 0.*allowed.*"
+        r"build the bundle with --target cpu$",
     ):
         load(bundle)
     built = len(simulation.built)
