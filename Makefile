@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE := runtime/demo/sample.png
 
+# Several test processes, each on a core of its own; `make test WORKERS=` runs one.
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
+
 .PHONY: run test test-fast gpu-test lint docs bench clean
 
 # torch is installed first and pinned, so that a CPU build at hand is taken and no other one is fetched later.
@@ -30,11 +33,11 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: $(VENV)/.dev lint docs
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 # Leaves out the tests marked slow.
 test-fast: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(WORKERS)
 
 # The documentation as a site; a warning is an error.
 docs: $(VENV)/.dev

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.drafts import changed_answers
-from runtime.session import load
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -35,6 +32,15 @@ def test_a_size_without_a_checkpoint_is_built_and_asked(tmp_path: Path) -> None:
 
 
 def test_drafted_answers_are_counted(built: Callable[[str], Path]) -> None:
-    found = changed_answers(load(built("fp32")), count=12, most=3, tokens=10)
+    options = ["--answers", "12", "--drafts", "3", "--tokens", "10"]
+    result = subprocess.run(
+        [sys.executable, "benchmarks/drafts.py", str(built("fp32")), *options],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout)
     assert found["answers"] == 12 and found["changed"] == 0
     assert found["drafted"] == found["accepted"] and found["drafted"]
