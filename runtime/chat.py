@@ -20,7 +20,10 @@ _TASK = "chat"
 
 
 class Chat:
-    """A conversation; `messages` are its turns so far. Start one with `Session.chat`."""
+    """A conversation; `messages` are its turns so far. Start one with `Session.chat`.
+
+    Threads may share a conversation: turns are then answered one after the other.
+    """
 
     def __init__(
         self,
@@ -53,14 +56,20 @@ class Chat:
             ContextError: The conversation no longer fits into the cache.
             PromptError: The turn has no text.
         """
-        return self.stream(text, max_new_tokens).finish()
+        with self._runner.lock:
+            return self.stream(text, max_new_tokens).finish()
 
     def stream(self, text: str, max_new_tokens: int | None = None) -> Stream:
         """Starts to answer the next turn; arguments and errors are those of `ask`.
 
         The turn becomes part of the conversation once the stream was read to its end.
         """
-        tokenizer, user = self._builder.tokenizer, Message("user", checked_text(text))
+        with self._runner.lock:
+            return self._begin(Message("user", checked_text(text)), max_new_tokens)
+
+    def _begin(self, user: Message, max_new_tokens: int | None) -> Stream:
+        """Starts a turn; the caller holds the lock, because answering changes the fields."""
+        tokenizer = self._builder.tokenizer
         if self.messages:
             new = (*self._uncached, *tokenizer.encode_turn(next_turn(user)))
             segments = (*self._segments, self._builder.text_segment(new))

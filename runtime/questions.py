@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -92,14 +93,22 @@ class Answer:
 class Stream:
     """Iterate over it to receive the text in pieces of whole characters; afterwards
     `answer` holds the result.
+
+    `lock` is its session's: each step of the iteration holds it, and `finish` holds it
+    until the answer is complete, so that threads wait for each other.
     """
 
     pieces: Iterator[str]
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     answer: Answer | None = None
     cancelled: bool = field(default=False, init=False)
 
     def __iter__(self) -> Iterator[str]:
-        return self.pieces
+        return self
+
+    def __next__(self) -> str:
+        with self.lock:
+            return next(self.pieces)
 
     def cancel(self) -> None:
         """Ends the answer at the next token; any thread may call it.
@@ -117,8 +126,9 @@ class Stream:
         Raises:
             UsageError: The stream ended in an error before the answer was complete.
         """
-        for _ in self.pieces:
-            pass
+        with self.lock:
+            for _ in self.pieces:
+                pass
         if self.answer is None:
             raise UsageError(
                 "this stream ended in an error before its answer was complete; ask again"

@@ -35,8 +35,9 @@ _DEFAULT = Decoding()
 class Session:
     """A bundle in memory, ready to answer. `load` makes one.
 
-    A session is not safe for concurrent use. Create one per thread or process; the
-    operating system shares the weights between them.
+    Threads may share a session: their questions are answered one after the other. To
+    compute answers at the same time, load one session per process; the operating system
+    shares the weights between them.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, image_cache: int = 0) -> None:
@@ -166,19 +167,21 @@ class Session:
         Returns:
             The errors of the stages vision, prefill and decode.
         """
-        self.clear_caches()  # the replay overwrites their rows
         if goldens is None:
             goldens = read_checked_goldens(self.bundle)
         if tolerance is None:
             tolerance = self.bundle.tolerance
-        return replay_goldens(self.engine, self.table, self.spec, goldens, tolerance)
+        with self.runner.lock:
+            self.clear_caches()  # the replay overwrites their rows
+            return replay_goldens(self.engine, self.table, self.spec, goldens, tolerance)
 
     def clear_caches(self) -> None:
         """Drops what is kept for the next question: key/value rows, and image
         embeddings in memory.
         """
-        self.runner.clear_caches()
-        self._images.clear()
+        with self.runner.lock:
+            self.runner.clear_caches()
+            self._images.clear()
 
 
 def load(

@@ -23,12 +23,15 @@ BATCH_SIZE = 8
 
 
 def answer_batch(runner: Runner, requests: Sequence[Request]) -> list[Answer]:
-    """Answers requests in their order, `BATCH_SIZE` at a time. Raises `InfMLLMError`s."""
-    return [
-        answer
-        for start in range(0, len(requests), BATCH_SIZE)
-        for answer in _answer_together(runner, requests[start : start + BATCH_SIZE])
-    ]
+    """Answers requests in their order, `BATCH_SIZE` at a time; other threads wait
+    meanwhile. Raises `InfMLLMError`s.
+    """
+    with runner.lock:
+        return [
+            answer
+            for start in range(0, len(requests), BATCH_SIZE)
+            for answer in _answer_together(runner, requests[start : start + BATCH_SIZE])
+        ]
 
 
 def _answer_together(runner: Runner, requests: Sequence[Request]) -> list[Answer]:

@@ -237,10 +237,11 @@ class RequestBuilder:
         """
         vocabulary = self._spec.decoder.vocab_size
         if decoding.schema is not None:
-            if self._schema is None or self._schema[0] != decoding.schema:
+            kept = self._schema  # another thread may replace it at any time
+            if kept is None or kept[0] != decoding.schema:
                 schema = JsonSchema(self.tokenizer, vocabulary, decoding.schema)
-                self._schema = (decoding.schema, schema)
-            return self._schema[1]
+                self._schema = kept = (decoding.schema, schema)
+            return kept[1]
         if task != "ground" or not decoding.constrain:
             return None
         if self._boxes is None:

@@ -2,11 +2,13 @@
 builds the answer.
 
 A `Runner` owns the cache. A request that begins takes the cache over, and streams that
-began earlier and were not read to their end notice.
+began earlier and were not read to their end notice. Whoever uses the engine holds the
+runner's lock, so that several threads take turns.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -34,6 +36,8 @@ __all__ = ["Runner"]
 class Runner:
     """Runs one request after another.
 
+    `lock` must be held while the engine or the cache is used.
+
     Args:
         engine: Computes both graphs.
         tokenizer: Turns tokens into text.
@@ -53,12 +57,13 @@ class Runner:
     ) -> None:
         self.engine, self.tokenizer, self.table, self.eos_id = engine, tokenizer, table, eos_id
         self.prefix_cache = PrefixCache(engine)
+        self.lock = threading.RLock()
         self._can_draft = engine.verifies and row_independent
         self._generation_id = 0
 
     def start(self, request: Request) -> Stream:
         """Returns a stream that answers a request once it is read. Raises `UsageError`."""
-        stream = Stream(iter(()))
+        stream = Stream(iter(()), self.lock)
         draft_length = self.draft_length(request.decoding)
         stream.pieces = self._run(stream, request, draft_length)
         return stream
@@ -76,14 +81,17 @@ class Runner:
         return decoding.lookup
 
     def begin_generation(self) -> int:
-        """Takes the key/value cache for a new use and returns the number of that use."""
+        """Takes the key/value cache for a new use and returns the number of that use. The
+        caller holds the lock.
+        """
         self._generation_id += 1
         return self._generation_id
 
     def clear_caches(self) -> None:
         """Forgets which rows the key/value cache holds."""
-        self.begin_generation()
-        self.prefix_cache.clear()
+        with self.lock:
+            self.begin_generation()
+            self.prefix_cache.clear()
 
     def prefill(self, request: Request, progress: Progress) -> tuple[NDArray[np.float32], int]:
         """Returns the logits [V] of the prompt's last position, and how many of its
