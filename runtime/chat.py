@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from runtime.contract.arguments import check_text, whole_number
 from runtime.contract.errors import UsageError
 from runtime.contract.prompt import Message, checked_text, next_turn, render_chat
-from runtime.generation.decoding import Decoding
+from runtime.generation.decoding import Decoding, checked_decoding
 from runtime.generation.kv_cache import Segment
 from runtime.generation.request import RequestBuilder
 from runtime.generation.runner import Runner
@@ -34,7 +35,7 @@ class Chat:
         decoding: Decoding | None = None,
     ) -> None:
         self._builder, self._runner = builder, runner
-        self._decoding = decoding or Decoding()
+        self._decoding = Decoding() if decoding is None else checked_decoding(decoding)
         self._image = builder.open_image(image, visual_tokens)
         self._segments: tuple[Segment, ...] = ()
         self._uncached: tuple[int, ...] = ()
@@ -64,8 +65,10 @@ class Chat:
 
         The turn becomes part of the conversation once the stream was read to its end.
         """
+        check_text("text", text)
+        longest = whole_number("max_new_tokens", max_new_tokens)
         with self._runner.lock:
-            return self._begin(Message("user", checked_text(text)), max_new_tokens)
+            return self._begin(Message("user", checked_text(text)), longest)
 
     def _begin(self, user: Message, max_new_tokens: int | None) -> Stream:
         """Starts a turn; the caller holds the lock, because answering changes the fields."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from runtime.contract.arguments import check_text, whole_number
 from runtime.contract.boxes import Box
 from runtime.contract.errors import UsageError
 
@@ -33,6 +34,9 @@ class Question:
         task: "caption", "vqa", "ground", "chat", or "auto" to detect it from the text.
         visual_tokens: How many visual tokens to use; the model's default if None.
         max_new_tokens: The longest answer in tokens; the task's default if None.
+
+    Raises:
+        UsageError: An argument has the wrong type.
     """
 
     image: ImageSource
@@ -40,6 +44,12 @@ class Question:
     task: str = AUTO
     visual_tokens: int | None = None
     max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_text("text", self.text)
+        check_text("task", self.task)
+        for name in ("visual_tokens", "max_new_tokens"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
 
 
 @dataclass(frozen=True)

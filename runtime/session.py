@@ -19,7 +19,7 @@ from runtime.contract.prompt import Prompt
 from runtime.contract.tokenizer import Tokenizer
 from runtime.engines import Engine, EngineOptions, load_engine
 from runtime.generation.batch import answer_batch
-from runtime.generation.decoding import Decoding
+from runtime.generation.decoding import Decoding, checked_decoding
 from runtime.generation.image_cache import ImageEmbeddingCache
 from runtime.generation.request import RequestBuilder
 from runtime.generation.runner import Runner
@@ -116,7 +116,7 @@ class Session:
         Raises:
             InfMLLMError: One of the questions does not fit; nothing was computed then.
         """
-        if decoding.lookup:
+        if checked_decoding(decoding).lookup:
             raise UsageError(
                 f"lookup {decoding.lookup} works only for one question at a time; leave it out"
             )

@@ -16,8 +16,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.contract.arguments import whole_number
 from runtime.contract.bundle import Bundle
-from runtime.contract.errors import EngineError
+from runtime.contract.errors import EngineError, UsageError
 from runtime.output.console import note
 
 __all__ = [
@@ -52,6 +53,13 @@ class EngineOptions:
     context: int | None = None
     engine_cache: bool = True
     workspace_mb: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "context", "workspace_mb"):
+            value = whole_number(name, getattr(self, name))
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}, expected at least 1 or None")
+            object.__setattr__(self, name, value)
 
 
 class Batch(Protocol):

@@ -8,11 +8,12 @@ top-k, top-p, min-p; beams with a length penalty.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from runtime.contract.errors import UsageError
 from runtime.contract.prompt import TASKS
 
-__all__ = ["Decoding"]
+__all__ = ["Decoding", "checked_decoding"]
 
 _MAX_BEAMS, _MAX_STOPS, _MAX_SEED = 16, 16, 2**63
 
@@ -59,7 +60,8 @@ class Decoding:
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
-            value = getattr(self, name)
+            value = _plain_number(getattr(self, name))
+            object.__setattr__(self, name, value)
             _check(
                 name,
                 value,
@@ -137,6 +139,22 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "constrain": (bool,),
     "schema": (str, type(None)),
 }
+
+
+def checked_decoding(value: object) -> Decoding:
+    """Returns the argument `decoding`. Raises `UsageError` unless it is a `Decoding`."""
+    if not isinstance(value, Decoding):
+        raise UsageError(f"decoding is {value!r:.60}, expected a runtime.Decoding")
+    return value
+
+
+def _plain_number(value: object) -> object:
+    """Returns a NumPy number as Python's int or float, and anything else unchanged."""
+    if isinstance(value, bool | int | float) and type(value) in (bool, int, float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def _check(name: str, value: object, ok: bool, expected: str) -> None:

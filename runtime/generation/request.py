@@ -27,7 +27,7 @@ from runtime.contract.tokenizer import Tokenizer
 from runtime.engines import Engine
 from runtime.engines.logits import check_finite
 from runtime.generation.constraints import BoxGrammar, Constraint, JsonSchema
-from runtime.generation.decoding import Decoding
+from runtime.generation.decoding import Decoding, checked_decoding
 from runtime.generation.image_cache import EmbeddedImage, ImageEmbeddingCache
 from runtime.generation.kv_cache import CacheBudget, Segment
 from runtime.generation.token_embeddings import embed_prompt, embed_tokens
@@ -205,7 +205,7 @@ class RequestBuilder:
             segments=segments,
             budget=budget,
             new_tokens=budget.allow(new_tokens),
-            decoding=decoding,
+            decoding=checked_decoding(decoding),
             constraint=self._constraint(task, decoding),
             context=context,
         )
