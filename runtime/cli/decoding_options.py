@@ -72,7 +72,8 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
 
 def decoding_of(given: argparse.Namespace, prompt: str) -> Decoding:
     """Builds the `Decoding` that a command line describes. Raises `UsageError`."""
-    from runtime.contract.prompt import TASKS, detect_task
+    from runtime.contract.prompt import TASKS
+    from runtime.contract.task_detection import detect_task
     from runtime.generation.decoding import Decoding
 
     settings = {name: getattr(given, name) for name in _NUMBERS if getattr(given, name) is not None}

@@ -8,7 +8,6 @@ settings of each task (beams and lengths).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ __all__ = [
     "Prompt",
     "Task",
     "checked_text",
-    "detect_task",
     "next_turn",
     "render",
     "render_chat",
@@ -63,8 +61,13 @@ _VQA_STRIP = str.maketrans("", "", '.!"()*#:;~')
 _VQA_MAX_WORDS = 50
 
 
+def _folded(text: str) -> str:
+    """Returns text with each run of white space as one space, as in training."""
+    return " ".join(text.split())
+
+
 def _caption(text: str) -> Prompt:
-    return Prompt("<image>", text)
+    return Prompt("<image>", _folded(text))
 
 
 def _vqa(text: str) -> Prompt:
@@ -78,7 +81,7 @@ def _vqa(text: str) -> Prompt:
 
 
 def _ground(text: str) -> Prompt:
-    return Prompt("<image>", f"<ref>{text}</ref>")
+    return Prompt("<image>", f"<ref>{_folded(text)}</ref>")
 
 
 def _chat(text: str) -> Prompt:
@@ -146,35 +149,10 @@ TASKS: dict[str, Task] = {
     )
 }
 
-_LOCATE = re.compile(
-    r"^\s*(?:where\s+(?:is|are)|locate|find|point\s+(?:to|at)|ground)"
-    r"\s+(?:the\s+)?(.+?)\s*[?.!]*\s*$",
-    re.IGNORECASE | re.DOTALL,
-)
-_DESCRIBE = re.compile(r"^\s*(?:please\s+)?(?:describe|caption|summari[sz]e)\b", re.IGNORECASE)
-_QUESTION = re.compile(
-    r"^\s*(?:what|how|is|are|does|do|which|who|can|why|when)\b.*\?\s*$", re.IGNORECASE | re.DOTALL
-)
-
-
-def detect_task(text: str) -> tuple[str, str]:
-    """Chooses the task for free user text and returns (task name, text to render).
-
-    "where is the red circle?" gives ("ground", "red circle"), "describe ..." gives a
-    caption, a question gives VQA, and anything else gives chat.
-    """
-    folded = " ".join(text.split())  # also keeps the regular expressions linear in time
-    if match := _LOCATE.match(folded):
-        return "ground", match.group(1)
-    if _DESCRIBE.match(folded):
-        return "caption", text
-    if _QUESTION.match(folded):
-        return "vqa", text
-    return "chat", text
-
 
 def render(task: str, text: str) -> Prompt:
-    """Renders user text for a task. Raises `PromptError` for an unknown task, empty
+    """Renders user text for a task. White space is folded, except in chat, whose
+    training text has line breaks. Raises `PromptError` for an unknown task, empty
     text or invalid Unicode.
     """
     if task not in TASKS:

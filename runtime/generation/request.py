@@ -21,8 +21,9 @@ from PIL import Image
 from runtime.contract.errors import ImageError, UsageError
 from runtime.contract.image import open_image, read_image_bytes, to_pixels
 from runtime.contract.pooling import pool_matrix
-from runtime.contract.prompt import TASKS, Prompt, detect_task, render
+from runtime.contract.prompt import TASKS, Prompt, render
 from runtime.contract.spec import ModelSpec
+from runtime.contract.task_detection import detect_task
 from runtime.contract.tokenizer import Tokenizer
 from runtime.engines import Engine
 from runtime.engines.logits import check_finite

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from runtime.contract.boxes import find_boxes, format_box, iou, parse_box
 from runtime.contract.errors import PromptError
-from runtime.contract.prompt import CHAT_SYSTEM, TASKS, Message, detect_task, render, render_chat
+from runtime.contract.prompt import CHAT_SYSTEM, Message, render, render_chat
 from runtime.contract.tokenizer import TextStream, Tokenizer
 from tests.conftest import TINY
 from trainer.datasets.scene_text import corpus
@@ -31,11 +31,16 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
         ("vqa", 'What (color) is "it"?!', "Question:what color is it? Short answer:"),
         ("vqa", " ".join(["word"] * 60), f"Question:{' '.join(['word'] * 50)} Short answer:"),
         ("ground", "red circle", "<ref>red circle</ref>"),
+        ("caption", " describe \t the\n\nimage ", "describe the image"),
+        ("ground", "red \u00a0 circle", "<ref>red circle</ref>"),
+        ("vqa", "is  it\nred?", "Question:is it red? Short answer:"),
+        ("chat", "Read:\n  a\n\n  b", "\nRead:\n  a\n\n  b ASSISTANT:"),
     ],
 )
 def test_templates(task: str, text: str, after: str) -> None:
     prompt = render(task, text)
-    assert (prompt.before, prompt.after) == ("<image>", after)
+    before = f"{CHAT_SYSTEM} USER: " if task == "chat" else "<image>"
+    assert (prompt.before, prompt.after) == (before, after)
 
 
 def test_chat_template() -> None:
@@ -63,24 +68,6 @@ def test_chat_template() -> None:
 def test_bad_prompts(task: str, text: str) -> None:
     with pytest.raises(PromptError):
         render(task, text)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("describe", ("caption", "describe")),
-        ("where is the red circle?", ("ground", "red circle")),
-        ("Find the small blue square.", ("ground", "small blue square")),
-        ("how many circles are there?", ("vqa", "how many circles are there?")),
-        ("Tell me a story about it", ("chat", "Tell me a story about it")),
-    ],
-)
-def test_detect_task(text: str, expected: tuple[str, str]) -> None:
-    assert detect_task(text) == expected
-    assert (
-        detect_task(text.replace(" ", " " * 3000)) != ("chat", text) or expected[0] == "chat"
-    )  # and returns at once
-    assert expected[0] in TASKS
 
 
 @given(texts)
