@@ -71,13 +71,18 @@ def _caption(text: str) -> Prompt:
 
 
 def _vqa(text: str) -> Prompt:
-    question = " ".join(text.lower().translate(_VQA_STRIP).split()[:_VQA_MAX_WORDS])
-    if not question:
+    words = text.lower().translate(_VQA_STRIP).split()
+    if not words:
         raise PromptError(
             f"the question {text!r:.40} has no words left after removing punctuation; ask a "
             f"question with words"
         )
-    return Prompt("<image>", f"Question:{question} Short answer:")
+    if len(words) > _VQA_MAX_WORDS:  # the published code cuts here, and the rest is unread
+        raise PromptError(
+            f"the question {_folded(text)!r:.40} has {len(words)} words, expected at most "
+            f"{_VQA_MAX_WORDS}; shorten it, or ask it with the task chat"
+        )
+    return Prompt("<image>", f"Question:{' '.join(words)} Short answer:")
 
 
 def _ground(text: str) -> Prompt:

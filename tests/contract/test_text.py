@@ -29,7 +29,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
     [
         ("caption", "describe", "describe"),
         ("vqa", 'What (color) is "it"?!', "Question:what color is it? Short answer:"),
-        ("vqa", " ".join(["word"] * 60), f"Question:{' '.join(['word'] * 50)} Short answer:"),
+        ("vqa", "word (!) " * 50, f"Question:{' '.join(['word'] * 50)} Short answer:"),
         ("ground", "red circle", "<ref>red circle</ref>"),
         ("caption", " describe \t the\n\nimage ", "describe the image"),
         ("ground", "red \u00a0 circle", "<ref>red circle</ref>"),
@@ -59,6 +59,13 @@ def test_chat_template() -> None:
     assert not render_chat([Message("user", "Hi.")], has_image=False).has_image
     with pytest.raises(PromptError):
         render_chat([Message("assistant", "Hello.")])
+
+
+def test_a_question_is_never_cut() -> None:
+    long = "background and " * 26 + "what color is the circle?"
+    with pytest.raises(PromptError, match="has 57 words, expected at most 50"):
+        render("vqa", long)
+    assert long in render("chat", long).after
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from runtime.contract.boxes import parse_box
-from tests.runtime.test_cli import ROOT, run
+from tests.runtime.test_cli import ROOT, command, run
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,30 @@ def test_a_missing_picture_is_found_before_any_is_answered(
         and not result.stdout
         and "absent.png does not exist" in result.stderr.decode()
     )
+
+
+def test_a_question_that_is_too_long_is_refused_everywhere(
+    bundle: Path, scene_png: Path, tmp_path: Path
+) -> None:
+    long, said = "is it " + "very " * 60 + "red?", "has 63 words, expected at most 50"
+    asked = [{"image": str(scene_png), "prompt": text} for text in ("is it red?", long)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    for arguments in ((scene_png, long), ("--batch", tmp_path / "asked.jsonl")):
+        result = run(*arguments, "--bundle", bundle)
+        assert result.returncode == 1 and not result.stdout
+        assert said in result.stderr.decode() and result.stderr.count(b"\n") == 1
+    rows = [
+        {"image": str(scene_png), "task": "vqa", "question": text, "answer": "yes"}
+        for text in ("is it red?", long)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    evaluate = ("runtime.evaluation.cli", bundle, tmp_path / "data.jsonl")
+    strict, lenient = command(*evaluate), command(*evaluate, "--skip-bad", "--json")
+    assert strict.returncode == 1 and f"data.jsonl:2: the question {long[:39]!r:.40}" in (
+        strict.stderr.decode()
+    )
+    assert json.loads(lenient.stdout)["tasks"]["vqa"]["count"] == 1
+    assert "left out 1 bad rows" in lenient.stderr.decode() and said in lenient.stderr.decode()
 
 
 def test_a_turn_that_is_no_text_gives_one_line(bundle: Path, scene_png: Path) -> None:

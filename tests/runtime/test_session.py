@@ -163,6 +163,7 @@ def test_wrong_requests(session: Session, scene_image: Image.Image, tmp_path: Pa
     for error, arguments in (
         (PromptError, (scene_image, " ")),
         (PromptError, (scene_image, "x", "dance")),
+        (PromptError, (scene_image, "what is " + "very " * 50 + "red?")),
         (SpecError, (scene_image, "describe", "auto", 7)),
         (UsageError, (scene_image, "describe", "auto", None, 0)),
         (ImageError, (tmp_path / "absent.png", "describe")),
